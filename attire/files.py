@@ -1,0 +1,138 @@
+"""Digests, atomic writes, locks and the cache folder: the only code that writes artefacts."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import filelock
+import platformdirs
+
+from attire.errors import AttireError
+
+
+def cache_dir() -> Path:
+    """`$ATTIRE_CACHE`, else the platform's user cache folder; made on first use."""
+    path = Path(os.environ.get("ATTIRE_CACHE") or platformdirs.user_cache_dir("attire", appauthor=False))
+    return make_dir(path.expanduser().absolute())
+
+
+def make_dir(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot("make the folder", path, error) from error
+    return path
+
+
+def sha256(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """One byte string for equal values: sorted keys, no spaces, no NaN. What cache keys are digests of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """Write to a temporary file beside `path`; on success fsync and rename, on any failure leave no trace."""
+    make_dir(path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise cannot("write", path, error) from error
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(part, 0o666 & ~umask())
+        os.replace(part, path)
+        sync_dir(path.parent)
+    except OSError as error:
+        raise cannot("write", path, error) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    with atomic(path) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises AttireError where the file is missing, unreadable or holds anything else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise cannot("read", path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise AttireError(path, "not valid JSON", str(error)[:80], "the file may be damaged") from error
+    if not isinstance(value, dict):
+        raise AttireError(path, f"expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def lock(path: Path, wait: float = -1) -> Iterator[None]:
+    """Hold `path` as a lock file between processes; the kernel frees it when the holder dies.
+
+    `wait` in seconds, -1 for ever. Raises TimeoutError when another process still holds it then.
+    """
+    make_dir(path.parent)
+    try:
+        with filelock.FileLock(path, timeout=wait, poll_interval=0.1):
+            yield
+    except filelock.Timeout as error:
+        raise TimeoutError(f"{path} is held by another process") from error
+
+
+def sync_dir(path: Path) -> None:
+    """A rename is durable only once its folder is."""
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def cannot(verb: str, path: Path, error: OSError) -> AttireError:
+    return AttireError(path, f"cannot {verb}", error.strerror or str(error))
+
+
+def human_size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
