@@ -30,6 +30,10 @@ class Stopped(AttireError):
     status = 130
 
 
+class AttireWarning(UserWarning):
+    """Something a result depends on that is not a failure; one line, in the form of an AttireError."""
+
+
 def one_line(text: str) -> str:
     """File names may hold line breaks or escape codes: show those escaped, so that an error stays one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)

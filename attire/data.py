@@ -1,0 +1,309 @@
+"""Labelled garment images from CSV, IDX or folders of pictures, and their division into training and test set."""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from attire import idx, pictures, tables
+from attire.errors import AttireError, AttireWarning, UsageError, one_line
+from attire.files import canonical_json
+from attire.formats import is_folder
+from attire.idx import read_idx
+from attire.pictures import read_image
+from attire.tables import read_frame
+
+__all__ = [
+    "FASHION_CLASSES",
+    "ImageDataset",
+    "Splits",
+    "count_shared",
+    "load_dataset",
+    "load_splits",
+    "read_csv",
+    "read_frame",
+    "read_idx",
+    "read_idx_folder",
+    "read_idx_pair",
+    "read_image",
+    "read_image_folder",
+    "split_indices",
+    "write_csv",
+]
+
+# In the order of the labels 0..9: https://github.com/zalandoresearch/fashion-mnist#labels
+FASHION_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+OFFICIAL = "fashion-mnist"
+
+Part = Literal["train", "test"]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """Images (N, 28, 28) uint8 with 0 as the black background, labels (N,) int64 into `classes`; N >= 1.
+
+    Raises AttireError when the arrays do not agree with that; they are not to be changed afterwards.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    source: str  # what a person calls it: a file's name, or "fashion-mnist"
+
+    def __post_init__(self) -> None:
+        check_classes(self.classes)
+        if self.images.shape[1:] != (28, 28) or self.images.dtype != np.uint8:
+            found = f"{self.images.shape} {self.images.dtype}"
+            raise AttireError(self.source, f"images are {found}, expected (N, 28, 28) uint8")
+        if self.labels.shape != self.images.shape[:1] or self.labels.dtype != np.int64:
+            found, expected = f"{self.labels.shape} {self.labels.dtype}", f"({len(self.images)},) int64"
+            raise AttireError(self.source, f"labels are {found}, expected {expected}")
+        if not len(self.images):
+            raise AttireError(self.source, "no images")
+        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.classes)))
+        if len(wrong):
+            what = f"label is {self.labels[wrong[0]]}, expected 0 to {len(self.classes) - 1}"
+            do = "name the classes with --classes when they are not these"
+            raise AttireError(self.source, what, f"image {wrong[0] + 1:,}", do)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @cached_property
+    def image_digest(self) -> str:
+        """SHA-256 over shape and pixels, not labels: what features computed from the images depend on."""
+        return self._hash().hexdigest()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over images, labels and class names."""
+        sha = self._hash()
+        sha.update(self.labels.astype("<i8").tobytes())
+        sha.update(canonical_json(list(self.classes)))
+        return sha.hexdigest()
+
+    def _hash(self) -> "hashlib._Hash":
+        sha = hashlib.sha256(canonical_json(list(self.images.shape)))
+        sha.update(np.ascontiguousarray(self.images).data)
+        return sha
+
+    def subset(self, indices: ArrayLike) -> "ImageDataset":
+        """The rows `indices` (integers, or a boolean mask), copied, in that order."""
+        chosen = np.asarray(indices)
+        return ImageDataset(self.images[chosen], self.labels[chosen], self.classes, self.source)
+
+    def describe(self) -> dict[str, Any]:
+        """What `data.json` records: source, rows, rows per class, digests."""
+        counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
+        return {
+            "source": self.source,
+            "rows": len(self),
+            "rows_per_class": dict(zip(self.classes, counts, strict=True)),
+            "digest": self.digest,
+            "image_digest": self.image_digest,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """The training set, from which validation is split off later, and the test set, which is read once at the end."""
+
+    train: ImageDataset
+    test: ImageDataset
+    shared: int  # test images that stand in the training set too, byte for byte
+    how: Mapping[str, Any]  # {"test": "own"}, or test_size, seed and stratify when it was split off
+
+    def describe(self) -> dict[str, Any]:
+        """What `data.json` records."""
+        parts = {"train": self.train.describe(), "test": self.test.describe()}
+        return {**parts, "test_images_in_train": self.shared, "split": dict(self.how)}
+
+
+Reader = Callable[[Sequence[str] | None], ImageDataset]
+
+
+def load_dataset(
+    data: str | Path | None = None, *, part: Part = "train", classes: Sequence[str] | None = None
+) -> ImageDataset:
+    """Every image of a CSV file, an IDX file (its partner beside it) or a folder; None is the official data.
+
+    Where the source has a training and a test part, the one that `part` names; otherwise all of it.
+    Raises AttireError for whatever cannot be read in full.
+    """
+    readers = find_readers(data)
+    return readers.get(part, next(iter(readers.values())))(classes)
+
+
+def load_splits(
+    data: str | Path | None = None,
+    *,
+    test: str | Path | None = None,
+    test_size: float | int = 0.2,
+    seed: int = 42,
+    stratify: bool = True,
+    classes: Sequence[str] | None = None,
+) -> Splits:
+    """Training and test set: `test` when given, else the source's own test part, else `test_size` of it split off.
+
+    `test_size` is a fraction below 1 or a count; the split is drawn by `seed`, and keeps each class's share with
+    `stratify`. Warns (AttireWarning) with the count of test images that also stand in the training set.
+    """
+    readers = find_readers(data)
+    how: dict[str, Any] = {"test": "own"}
+    if test is not None or len(readers) == 2:
+        train = readers.get("train", next(iter(readers.values())))(classes)
+        if test is None:
+            held_out = readers["test"](train.classes)
+        else:
+            held_out = load_dataset(test, part="test", classes=train.classes)
+    else:
+        everything = next(iter(readers.values()))(classes)
+        rest, split_off = split_indices(everything.labels, test_size, seed, stratify, name=everything.source)
+        train, held_out = everything.subset(rest), everything.subset(split_off)
+        how = {"test": "split off", "test_size": test_size, "seed": seed, "stratify": stratify}
+    if not np.ptp(train.labels):
+        what = f"every training image has the label {train.labels[0]}, {train.classes[train.labels[0]]}"
+        raise AttireError(train.source, what, do="training needs at least two classes")
+    shared = count_shared(train.images, held_out.images)
+    if shared:
+        what = f"{shared:,} of {len(held_out):,} test images also stand in the training set"
+        line = f"{one_line(held_out.source)}: {what}; the measured accuracy will be too high"
+        warnings.warn(line, AttireWarning, stacklevel=2)
+    return Splits(train, held_out, shared, how)
+
+
+def find_readers(data: str | Path | None) -> dict[str, Reader]:
+    """Who reads what: {"train": ..., "test": ...} where the source has both parts, else one of them or "all"."""
+    if data is None or data == OFFICIAL:
+        from attire.fetch import official_data  # only this needs the network code
+
+        folder = official_data()
+        return {part: partial(read_idx_folder, folder, part, source=OFFICIAL) for part in ("train", "test")}
+    path = Path(data)
+    if is_folder(path):
+        return folder_readers(path)
+    if pair := idx.partner(path):
+        return {"all": partial(read_idx_pair, *pair)}
+    return {"all": partial(read_csv, path)}
+
+
+def folder_readers(folder: Path) -> dict[str, Reader]:
+    """For IDX files, for `*train.csv` and `*test.csv` (as on Kaggle), for train/ and test/, or for class folders."""
+    parts = [part for part in ("train", "test") if idx.find_pair(folder, part)]
+    if parts:
+        return {part: partial(read_idx_folder, folder, part) for part in parts}
+    entries = pictures.visible(folder)
+    csvs = [entry for entry in entries if entry.suffix.lower() == ".csv"]
+    if csvs:
+        named = {part: [path for path in csvs if path.stem.endswith(part)] for part in ("train", "test")}
+        if len(csvs) != 2 or any(len(paths) != 1 for paths in named.values()):
+            what = f"{len(csvs)} CSV file{'s' if len(csvs) > 1 else ''} in it, expected ...train.csv and ...test.csv"
+            raise AttireError(folder, what, do="give one file's own path instead")
+        return {part: partial(read_csv, paths[0]) for part, paths in named.items()}
+    names = {entry.name for entry in entries if entry.is_dir()}
+    if {"train", "test"} <= names and not all(entry.is_file() for entry in pictures.visible(folder / "train")):
+        if extra := sorted(names - {"train", "test"}):
+            raise AttireError(folder / extra[0], "a third part beside train and test", do="merge it into train")
+        return {part: partial(read_image_folder, folder / part) for part in ("train", "test")}
+    return {"all": partial(read_image_folder, folder)}
+
+
+def read_csv(path: str | Path, classes: Sequence[str] | None = None) -> ImageDataset:
+    """`label,pixel1,...,pixel784` with labels into `classes` (default: Fashion-MNIST's ten); see `read_frame`."""
+    names = check_classes(classes)
+    frame = read_frame(path, len(names))
+    images = np.ascontiguousarray(frame.iloc[:, 1:].to_numpy()).reshape(-1, 28, 28)
+    return ImageDataset(images, frame["label"].to_numpy(np.int64, copy=True), names, Path(path).name)
+
+
+def write_csv(dataset: ImageDataset, path: str | Path) -> None:
+    """Write what `read_csv` reads. Class names are not part of that form; labels are."""
+    tables.write_table(path, dataset.images, dataset.labels)
+
+
+def read_idx_pair(images: str | Path, labels: str | Path, classes: Sequence[str] | None = None) -> ImageDataset:
+    """Two IDX files, plain or .gz, that belong together; see `read_idx`."""
+    return ImageDataset(*idx.read_idx_pair(images, labels), check_classes(classes), Path(images).name)
+
+
+def read_idx_folder(
+    folder: str | Path, part: str = "train", classes: Sequence[str] | None = None, source: str = ""
+) -> ImageDataset:
+    """`train-images-idx3-ubyte` and `train-labels-idx1-ubyte` (part "test": `t10k-...`), plain or .gz."""
+    pair = idx.find_pair(Path(folder), part)
+    if pair is None:
+        raise AttireError(folder, f"no {idx.PREFIXES[part]}-images-idx3-ubyte (or .gz)")
+    names = check_classes(classes)
+    return ImageDataset(*idx.read_idx_pair(*pair), names, source or pair[0].name)
+
+
+def read_image_folder(folder: str | Path, classes: Sequence[str] | None = None) -> ImageDataset:
+    """`<folder>/<class name>/*.png|jpg|jpeg|webp|bmp`, each as 28x28 grey; see `read_image`."""
+    names = None if classes is None else check_classes(classes)
+    return ImageDataset(*pictures.read_folder(folder, names), Path(folder).name)
+
+
+def check_classes(classes: Sequence[str] | None) -> tuple[str, ...]:
+    """The names as a tuple, Fashion-MNIST's for None; UsageError unless there are two or more, all different."""
+    names = FASHION_CLASSES if classes is None else tuple(classes)
+    if isinstance(classes, str) or len(names) < 2:
+        raise UsageError("classes", f"expected at least two names, found {classes!r}")
+    if any(not name.strip() or not name.isprintable() for name in names):
+        raise UsageError("classes", "a name is empty or cannot be printed")
+    if doubled := [name for name in names if names.count(name) > 1]:
+        raise UsageError("classes", f"{doubled[0]} stands twice")
+    return names
+
+
+def split_indices(
+    labels: NDArray[np.int64], part: float | int, seed: int, stratify: bool = True, *, name: str = "labels"
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(rest, part): sorted indices, drawn by scikit-learn's `train_test_split`; `part` is a fraction or a count.
+
+    Raises UsageError for a `part` or `seed` out of range, AttireError (about `name`) where there are too few rows.
+    """
+    from sklearn.model_selection import train_test_split  # takes a second to import, and only this needs it
+
+    rows = len(labels)
+    if isinstance(part, bool) or not (0 < part < 1 or (isinstance(part, int) and part >= 1)):
+        raise UsageError("test_size", f"found {part}, expected a fraction between 0 and 1, or a count")
+    if not 0 <= seed < 2**32:
+        raise UsageError("seed", f"found {seed}, expected 0 to 4,294,967,295")
+    count = part if isinstance(part, int) else int(np.ceil(part * rows))
+    if count >= rows:
+        raise AttireError(name, f"{count:,} of {rows:,} rows cannot be split off", do="at least one must remain")
+    if stratify:
+        found, counts = np.unique(labels, return_counts=True)
+        if counts.min() < 2:
+            label = found[counts.argmin()]
+            do = "add rows, or split without stratifying"
+            raise AttireError(name, f"label {label} has one row, too few to be in both parts", do=do)
+        if min(count, rows - count) < len(found):
+            what = f"{count:,} of {rows:,} rows split off leave a part without one of the {len(found)} classes"
+            raise AttireError(name, what, do="split off more or fewer, or split without stratifying")
+    options = {"test_size": count, "random_state": seed, "stratify": labels if stratify else None}
+    rest, chosen = train_test_split(np.arange(rows), **options)
+    return np.sort(rest), np.sort(chosen)
+
+
+def count_shared(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:
+    """How many images of `b` stand in `a` too, byte for byte."""
+    known = {image.tobytes() for image in a}
+    return sum(image.tobytes() in known for image in b)

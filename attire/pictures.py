@@ -1,0 +1,166 @@
+"""Any picture file becomes 28x28 grey, safely; and folders of pictures, one folder per class."""
+
+import io
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from attire.errors import AttireError, one_line
+from attire.formats import is_text, name_format, opened
+
+SIDE = 28
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MAX_BYTES = 256 << 20  # a file of 50 megapixels at 4 uncompressed bytes each, and its metadata
+MAX_PIXELS = 50_000_000  # above what phones and most cameras take; 200 MB in memory
+MIN_SIDE = 2
+MAX_RATIO = 20  # longer side to shorter: beyond it, less than 2 of 28 rows would be left of the picture
+SHOULD = "expected a PNG, JPEG, WebP or BMP picture"
+
+_warnings = threading.Lock()  # the list of warning filters belongs to the process, and a server decodes in threads
+
+
+def read_image(source: str | Path | bytes, name: str = "picture") -> NDArray[np.uint8]:
+    """One picture as (28, 28) uint8 grey; `name` stands for it in errors when `source` is its bytes.
+
+    Turned as EXIF says; transparency becomes black, the background of Fashion-MNIST; 16-bit grey keeps its high byte,
+    rounded; colour becomes luma by ITU-R BT.601 (Pillow's "L"). 28x28 is taken as it is; any other size is
+    resized to fit (Lanczos, ratio kept) and centred on black.
+
+    Raises AttireError for what is damaged, cut off, animated, of another format, or of a size out of bounds; sizes are
+    refused from the header, before anything is decoded.
+    """
+    image = decode(source, name)
+    if image.size == (SIDE, SIDE):
+        return np.array(image)
+    return np.array(ImageOps.pad(image, (SIDE, SIDE), Image.Resampling.LANCZOS, color=0))
+
+
+def decode(source: str | Path | bytes, name: str = "picture") -> Image.Image:
+    """The whole picture as grey (Pillow mode L), upright, at its own size; checked as `read_image` says."""
+    data, name = (source, name) if isinstance(source, bytes) else (read_bytes(Path(source)), str(source))
+    if not data:
+        raise AttireError(name, "empty file", do=SHOULD)
+    with damage(name, data), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        check(name, image)
+        if image.format == "PNG":  # load() leaves the checksums of pixel data alone, verify() leaves nothing else
+            image.verify()
+    with damage(name, data), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        image.load()
+        return grey(ImageOps.exif_transpose(image))
+
+
+def read_bytes(path: Path) -> bytes:
+    with opened(path) as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise AttireError(path, f"larger than {MAX_BYTES >> 20} MB", do=SHOULD)
+    return data
+
+
+@contextmanager
+def damage(name: str, data: bytes) -> Iterator[None]:
+    """Whatever Pillow raises or warns about while it reads `data` becomes one AttireError."""
+    with _warnings, warnings.catch_warnings():
+        warnings.filterwarnings("error", module=r"PIL\.")
+        try:
+            yield
+        except AttireError:
+            raise
+        except UnidentifiedImageError as error:
+            found = name_format(data[:4096]) or ("text" if is_text(data[:4096]) else "of no known format")
+            if found in ("a PNG picture", "a JPEG picture", "a WebP picture"):
+                raise AttireError(name, f"{found}, damaged or cut off", do="get the file again") from error
+            raise AttireError(name, f"{found}, not a picture that can be read", do=SHOULD) from error
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise too_large(name, "") from error
+        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+            raise AttireError(name, "damaged or cut off", one_line(str(error))[:80], "get the file again") from error
+
+
+def check(name: str, image: Image.Image) -> None:
+    """Raises AttireError for what the header alone rules out."""
+    width, height = image.size
+    size = f"{width:,} x {height:,} pixels"
+    if min(width, height) < MIN_SIDE:
+        raise AttireError(name, f"{size}, too small", do=f"each side needs at least {MIN_SIDE}")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise AttireError(name, f"{size}, too narrow", do=f"one side may be {MAX_RATIO} times the other at most")
+    if width * height > MAX_PIXELS:
+        raise too_large(name, f"{size}, ")
+    frames = getattr(image, "n_frames", 1)
+    if frames != 1:
+        raise AttireError(name, f"{frames} pictures in one file, expected one", do="save one of them by itself")
+
+
+def too_large(name: str, size: str) -> AttireError:
+    return AttireError(name, f"{size}more than {MAX_PIXELS // 1_000_000} megapixels", do="make it smaller first")
+
+
+def grey(image: Image.Image) -> Image.Image:
+    """Any mode of the allowed formats as L."""
+    if image.mode.startswith("I"):  # 16 bits
+        levels = np.asarray(image).astype(np.uint32)
+        if isinstance(clear := image.info.get("transparency"), int):
+            levels[levels == clear] = 0
+        return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    if image.mode not in ("1", "L", "RGB"):
+        image = image.convert("RGB")
+    return image.convert("L")
+
+
+def read_folder(
+    folder: str | Path, classes: Sequence[str] | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], tuple[str, ...]]:
+    """Images (N, 28, 28), labels (N,) and class names of `<folder>/<class>/<picture>`, in the order of the names.
+
+    Classes are the sub-folders' names, sorted; with `classes` given, those in that order, a "/" in a name standing as
+    "_" on disk. Hidden files are passed over; any other file that is not a picture is an AttireError.
+    """
+    folder = Path(folder)
+    found = [entry.name for entry in visible(folder)]
+    for entry in visible(folder):
+        if not entry.is_dir():
+            raise AttireError(entry, "lies outside the class folders", do="put it into the folder of its class")
+    names = tuple(classes or found)
+    if len(names) < 2:
+        raise AttireError(folder, f"{len(names)} class folder{'s' if not names else ''}, expected at least two")
+    folders = [name.replace("/", "_") for name in names]
+    if missing := sorted(set(folders) - set(found)):
+        raise AttireError(folder, f"no folder for the class {one_line(missing[0])}", do="each class needs its folder")
+    if extra := sorted(set(found) - set(folders)):
+        raise AttireError(folder, f"{one_line(extra[0])} is none of the {len(names)} classes")
+    paths = [(path, label) for label, name in enumerate(folders) for path in pictures(folder / name)]
+    images = np.stack([read_image(path) for path, _ in paths])
+    return images, np.array([label for _, label in paths], np.int64), names
+
+
+def pictures(folder: Path) -> list[Path]:
+    paths = visible(folder)
+    if not paths:
+        raise AttireError(folder, "no pictures in this class", do=f"{SHOULD} or more")
+    for path in paths:
+        if path.is_dir():
+            raise AttireError(path, "a folder inside a class folder", do="pictures lie directly in their class folder")
+        if path.suffix.lower() not in SUFFIXES:
+            raise AttireError(path, "not a picture by its name", do=SHOULD)
+    return paths
+
+
+def visible(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted by name, without hidden entries."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except FileNotFoundError as error:
+        raise AttireError(folder, "no such folder") from error
+    except OSError as error:
+        raise AttireError(folder, "cannot read the folder", error.strerror or "") from error

@@ -1,0 +1,208 @@
+"""The CSV form of Fashion-MNIST, `label,pixel1,...,pixel784`: read fast, and precise about what is wrong."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyarrow import csv
+
+from attire.errors import AttireError, one_line
+from attire.files import atomic
+from attire.formats import name_format, opened
+
+COLUMNS = ("label", *(f"pixel{i}" for i in range(1, 785)))
+HEADER = ",".join(COLUMNS).encode()
+BOM = b"\xef\xbb\xbf"
+PLAIN = b"0123456789,\r\n"
+SEPARATORS = {b";": "semicolons", b"\t": "tabs", b"|": "bars", b" ": "spaces"}
+LINE = re.compile(rb"([^\r\n]*)(\r\n|\r|\n|\Z)")
+PIXELS = frozenset(str(i).encode() for i in range(256))
+HEAD = 1 << 16  # bytes; the header line needs 6,949 of them
+BLOCK = 1 << 23  # bytes that Arrow parses at a time; with its own 1 MB, 785 columns become 100,000 tiny arrays
+
+
+def read_frame(path: str | Path, class_count: int = 10) -> pd.DataFrame:
+    """The table as a DataFrame: `label` int64 in 0..class_count-1, `pixel1` .. `pixel784` uint8; one row per line.
+
+    Raises AttireError with the 1-based line of the first fault; no cell is ever filled in, rounded or stripped.
+    """
+    path = Path(path)
+    text = read_text(path)
+    start, end = body(path, text)
+    frame = parse(text, start, end)
+    if frame is None or not frame["label"].between(0, class_count - 1).all():
+        diagnose(path, text, start, end, class_count)
+    return frame
+
+
+def read_text(path: Path) -> bytes:
+    with opened(path) as file:
+        head = file.read(HEAD)
+        if not head:
+            raise AttireError(path, "empty file", do="expected a CSV file with the header label,pixel1,...,pixel784")
+        check_kind(path, head)
+        check_header(path, next(lines(head))[1].removeprefix(BOM))
+        if not file.seekable():  # a pipe
+            return head + file.read()
+        file.seek(0)
+        return file.read()  # in one piece: joining two would take the file's size twice
+
+
+def check_kind(path: Path, head: bytes) -> None:
+    found = name_format(head) or ("binary data" if b"\x00" in head else "")
+    if not found:
+        return
+    do = "unpack it first" if "compressed" in found or "archive" in found else ""
+    if found == "UTF-16 text":
+        do = "save it as UTF-8"
+    elif "Excel" in found:
+        do = "export the sheet as CSV"
+    elif "IDX" in found:
+        do = "name the pair ...-images-idx3-ubyte and ...-labels-idx1-ubyte"
+    raise AttireError(path, f"{found}, expected CSV text", do=do)
+
+
+def body(path: Path, text: bytes) -> tuple[int, int]:
+    """Where the rows start and end: after the header line, and before trailing line ends."""
+    header = LINE.match(text)
+    start, end = (header.end() if header else 0), len(text)
+    while end > start and text[end - 1] in b"\r\n":
+        end -= 1
+    if start >= end:
+        raise AttireError(path, "only a header, no rows", do="the file may be cut off there")
+    return start, end
+
+
+def parse(text: bytes, start: int, end: int) -> pd.DataFrame | None:
+    """The frame, or None when any cell is not a plain number of its column's range.
+
+    Arrow forgives blanks around numbers and reads 0x1F; the byte check keeps such cells from passing.
+    """
+    if text.translate(None, PLAIN) != text[:start].translate(None, PLAIN):
+        return None
+    try:
+        table = csv.read_csv(
+            pa.BufferReader(pa.py_buffer(text).slice(start, end - start)),
+            read_options=csv.ReadOptions(column_names=COLUMNS, block_size=BLOCK),
+            parse_options=csv.ParseOptions(quote_char=False, escape_char=False, ignore_empty_lines=False),
+            convert_options=csv.ConvertOptions(
+                column_types={name: pa.uint8() for name in COLUMNS[1:]} | {"label": pa.int64()},
+                null_values=[],
+                strings_can_be_null=False,
+            ),
+        )
+    except (pa.ArrowInvalid, pa.ArrowKeyError):
+        return None
+    return table.to_pandas(self_destruct=True)
+
+
+def check_header(path: Path, line: bytes) -> None:
+    """Raises AttireError that tells a missing, quoted, misspelt, doubled or reordered header apart."""
+    if line == HEADER:
+        return
+    expected = "expected label,pixel1,...,pixel784"
+    check_separator(path, line, 1)
+    names = [show(name) for name in line.split(b",")]
+    bare = [name.strip("\"' ") for name in names]
+    if re.fullmatch(rb"[-+.\d,eE\s]+", line):
+        raise AttireError(path, "no header", "line 1", f"{expected} above the rows")
+    if not line.strip():
+        raise AttireError(path, "empty line in place of the header", "line 1", expected)
+    if tuple(bare) == COLUMNS:
+        raise AttireError(path, "column names with quotes or spaces", "line 1", f"{expected}, without them")
+    seen: set[str] = set()
+    for place, name in enumerate(names, 1):
+        if name in seen:
+            raise AttireError(path, f"column {name} stands twice", f"line 1, column {place}", expected)
+        seen.add(name)
+    missing = [name for name in COLUMNS if name not in seen]
+    if not missing and len(names) == len(COLUMNS):
+        place = next(i for i, name in enumerate(names) if name != COLUMNS[i])
+        what = f"columns in another order: {names[place]} where {COLUMNS[place]} belongs"
+        raise AttireError(path, what, f"line 1, column {place + 1}", expected)
+    if missing:
+        found = f"{len(names):,} columns" if len(names) != 1 else f"one column, {names[0]}"
+        raise AttireError(path, f"no column {missing[0]} among {found}", "line 1", expected)
+    extra = next(name for name in names if name not in COLUMNS)
+    raise AttireError(path, f"{len(names)} columns, expected 785; {extra} is not one of them", "line 1", expected)
+
+
+def check_separator(path: Path, line: bytes, number: int) -> None:
+    for mark, name in SEPARATORS.items():
+        if line.count(mark) > max(line.count(b","), 99):
+            raise AttireError(path, f"values separated by {name}, expected commas", f"line {number:,}")
+
+
+def diagnose(path: Path, text: bytes, start: int, end: int, class_count: int) -> NoReturn:
+    """Raises AttireError for the first line that is not 785 whole numbers within their ranges."""
+    for number, line, last in lines(text, start, end):
+        cells = line.split(b",")
+        if len(cells) != len(COLUMNS):
+            check_separator(path, line, number + 1)
+            wrong_count(path, line, len(cells), number + 1, last)
+        top = class_count - 1
+        if not (cells[0].isdigit() and int(cells[0][-9:]) <= top and len(cells[0]) <= 9):
+            wrong_label(path, cells[0], number + 1, top)
+        if set(cells[1:]) <= PIXELS:
+            continue
+        for name, cell in zip(COLUMNS[1:], cells[1:], strict=True):
+            if not cell.isdigit() or cell.lstrip(b"0") not in PIXELS | {b""}:
+                wrong_pixel(path, name, cell, number + 1, last and name == COLUMNS[-1])
+    raise AttireError(path, "cannot be read as CSV", do="write it again as plain comma-separated whole numbers")
+
+
+def lines(text: bytes, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes, bool]]:
+    """(1, first line, whether it is the last), ... without their ends: \\n, \\r\\n or \\r, as Arrow has it."""
+    end = len(text) if end is None else end
+    for number, found in enumerate(LINE.finditer(text, start, end), 1):
+        if number > 1 and found.start() == end:
+            return
+        yield number, found[1], found.end() == end
+
+
+def wrong_count(path: Path, line: bytes, count: int, number: int, last: bool) -> NoReturn:
+    if not line.strip():
+        raise AttireError(path, "empty line between rows", f"line {number:,}", "take it out, or put the row back")
+    do = "the file may be cut off there" if last and count < len(COLUMNS) else "a row is one label and 784 pixels"
+    values = f"{count:,} value{'s' if count != 1 else ''}"
+    raise AttireError(path, f"{values}, expected 785", f"line {number:,}", do)
+
+
+def wrong_label(path: Path, cell: bytes, number: int, top: int) -> NoReturn:
+    expected = f"expected a whole number from 0 to {top}"
+    do = "name the classes with --classes when they are not these" if cell.isdigit() else ""
+    raise AttireError(path, f"label {quote(cell)}, {expected}", f"line {number:,}", do)
+
+
+def wrong_pixel(path: Path, name: str, cell: bytes, number: int, last: bool) -> NoReturn:
+    do = "" if cell.strip() else "put the true value there, or take the row out; gaps are never filled"
+    if last and not cell:
+        do = "the file may be cut off there"
+    expected = "expected a whole number from 0 to 255"
+    raise AttireError(path, f"{name} {quote(cell)}, {expected}", f"line {number:,}", do)
+
+
+def quote(cell: bytes) -> str:
+    text = show(cell)
+    return "is empty" if not text else f"is {text}" if re.fullmatch(r"[-+.\w]+", text) else f"is '{text}'"
+
+
+def show(cell: bytes) -> str:
+    text = cell.decode("utf-8", "backslashreplace")
+    return one_line(text if len(text) <= 24 else text[:20] + "...")
+
+
+def write_table(path: str | Path, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+    """Write images (N, 28, 28) uint8 and labels (N,) in the form that `read_frame` reads, atomically."""
+    with atomic(Path(path)) as file:
+        file.write(HEADER + b"\n")
+        options = csv.WriteOptions(include_header=False, quoting_style="none", batch_size=2048)
+        for start in range(0, len(images), 8192):
+            pixels = np.ascontiguousarray(images[start : start + 8192].reshape(-1, 784).T)  # (784, n)
+            columns = [pa.array(labels[start : start + 8192]), *(pa.array(column) for column in pixels)]
+            csv.write_csv(pa.table(columns, names=COLUMNS), file, options)
