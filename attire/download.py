@@ -72,13 +72,17 @@ def pull(url: str, part: Path, limit: int, progress: Progress | None) -> bool:
         try:
             with part.open("ab" if done else "wb") as file:
                 for block in blocks(response):
-                    done += file.write(block)
+                    done += len(block)
                     if done > limit:
-                        raise MirrorError(f"sends more than the {human_size(limit)} expected")
+                        break
+                    file.write(block)
                     if progress:
                         progress(url.rsplit("/", 1)[-1], done, total or limit)
         except OSError as error:
             raise cannot("write", part, error) from error
+    if done > limit:
+        part.unlink()
+        raise MirrorError(f"sends more than the {human_size(limit)} expected")
     return total is None or done >= total
 
 
@@ -151,7 +155,7 @@ def reason(error: object) -> str:
     for kind, words in known.items():
         if isinstance(error, kind):
             return words
-    return one_line(str(getattr(error, "strerror", None) or error or type(error).__name__))[:80]
+    return one_line(getattr(error, "strerror", None) or str(error) or type(error).__name__)[:80]
 
 
 def size(path: Path) -> int:

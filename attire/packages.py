@@ -117,6 +117,9 @@ def data_tar(path: Path) -> bytes:
             if header.startswith(b"data.tar.zst"):  # Ubuntu's; Python reads zstd from 3.14 on
                 return call(["dpkg-deb", "--fsys-tarfile", str(path)], path.parent)
             if header.startswith(b"data.tar"):
-                return file.read(length)
+                data = file.read(length)
+                if len(data) < length:
+                    raise ValueError("cut off")
+                return data
             file.seek(length + length % 2, os.SEEK_CUR)
     raise ValueError("no data.tar")
