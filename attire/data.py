@@ -123,12 +123,25 @@ class ImageDataset:
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """The training set, from which validation is split off later, and the test set, which is read once at the end."""
+    """Which rows of `data` train (validation is split off them later), and which of `test_data` test, once, at the end.
 
-    train: ImageDataset
-    test: ImageDataset
+    Rows, not copies: features are kept for the whole of `data`, so that another split finds them in the cache.
+    """
+
+    data: ImageDataset
+    train_rows: NDArray[np.int64]
+    test_data: ImageDataset  # `data` itself where the test part was split off it
+    test_rows: NDArray[np.int64]
     shared: int  # test images that stand in the training set too, byte for byte
     how: Mapping[str, Any]  # {"test": "own"}, or test_size, seed and stratify when it was split off
+
+    @cached_property
+    def train(self) -> ImageDataset:
+        return self.data.subset(self.train_rows)
+
+    @cached_property
+    def test(self) -> ImageDataset:
+        return self.test_data.subset(self.test_rows)
 
     def describe(self) -> dict[str, Any]:
         """What `data.json` records."""
@@ -167,26 +180,28 @@ def load_splits(
     """
     readers = find_readers(data)
     how: dict[str, Any] = {"test": "own"}
+    everything = readers.get("train", next(iter(readers.values())))(classes)
+    rows = np.arange(len(everything))
     if test is not None or len(readers) == 2:
-        train = readers.get("train", next(iter(readers.values())))(classes)
         if test is None:
-            held_out = readers["test"](train.classes)
+            held_out = readers["test"](everything.classes)
         else:
-            held_out = load_dataset(test, part="test", classes=train.classes)
+            held_out = load_dataset(test, part="test", classes=everything.classes)
+        test_rows = np.arange(len(held_out))
     else:
-        everything = next(iter(readers.values()))(classes)
-        rest, split_off = split_indices(everything.labels, test_size, seed, stratify, name=everything.source)
-        train, held_out = everything.subset(rest), everything.subset(split_off)
+        held_out = everything
+        rows, test_rows = split_indices(everything.labels, test_size, seed, stratify, name=everything.source)
         how = {"test": "split off", "test_size": test_size, "seed": seed, "stratify": stratify}
-    if not np.ptp(train.labels):
-        what = f"every training image has the label {train.labels[0]}, {train.classes[train.labels[0]]}"
-        raise AttireError(train.source, what, do="training needs at least two classes")
-    shared = count_shared(train.images, held_out.images)
+    found = everything.labels[rows]
+    if not np.ptp(found):
+        what = f"every training image has the label {found[0]}, {everything.classes[found[0]]}"
+        raise AttireError(everything.source, what, do="training needs at least two classes")
+    shared = count_shared(everything.images[rows], held_out.images[test_rows])
     if shared:
-        what = f"{shared:,} of {len(held_out):,} test images also stand in the training set"
+        what = f"{shared:,} of {len(test_rows):,} test images also stand in the training set"
         line = f"{one_line(held_out.source)}: {what}; the measured accuracy will be too high"
         warnings.warn(line, AttireWarning, stacklevel=2)
-    return Splits(train, held_out, shared, how)
+    return Splits(everything, rows, held_out, test_rows, shared, how)
 
 
 def find_readers(data: str | Path | None) -> dict[str, Reader]:

@@ -24,7 +24,7 @@ class UsageError(AttireError):
     status = 2
 
 
-class Stopped(AttireError):
+class Stopped(AttireError):  # noqa: N818  (not a fault)
     """Ctrl-C, after everything that must be kept has been written; status 130."""
 
     status = 130

@@ -57,8 +57,8 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(part, 0o666 & ~umask())
-        os.replace(part, path)
+        part.chmod(0o666 & ~umask())
+        part.replace(path)
         sync_dir(path.parent)
     except OSError as error:
         raise cannot("write", path, error) from error

@@ -1,0 +1,23 @@
+"""VGG16's five blocks as freeze boundaries: where each ends, how wide it is, what it leaves of a picture. No torch."""
+
+from attire.errors import UsageError
+
+# Where each block of torchvision's `vgg16().features` ends, its max pooling included.
+BLOCKS = {"block1": 5, "block2": 10, "block3": 17, "block4": 24, "block5": 31}
+CHANNELS = {"block1": 64, "block2": 128, "block3": 256, "block4": 512, "block5": 512}
+
+
+def map_side(freeze_to: str, size: int) -> int:
+    """Side of the feature map that a `size` x `size` picture leaves at the boundary: halved by each block."""
+    return size >> (list(BLOCKS).index(freeze_to) + 1)
+
+
+def feature_shape(freeze_to: str, size: int, pool: int) -> tuple[int, int, int]:
+    """(channels, side, side) of one picture's features. Raises UsageError where nothing would be left."""
+    if freeze_to not in BLOCKS:
+        raise UsageError("--freeze-to", f"expected one of {', '.join(BLOCKS)}, found {freeze_to!r}")
+    if map_side(freeze_to, size) < 1:
+        least = 2 << list(BLOCKS).index(freeze_to)
+        raise UsageError("--image-size", f"{size} px leaves no feature at {freeze_to}", do=f"use {least} px or more")
+    side = pool or map_side(freeze_to, size)
+    return CHANNELS[freeze_to], side, side

@@ -1,0 +1,218 @@
+"""Classifier: a frozen trunk, a trained head and the classes, complete enough to predict, save and load."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from numpy.typing import ArrayLike, NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from attire import calibration, devices, files, vgg
+from attire.blocks import BLOCKS, feature_shape
+from attire.data import check_classes
+from attire.errors import AttireError
+from attire.pictures import read_image
+
+SCHEMA = 1
+BATCH_PIXELS = 400_000  # pictures a forward pass: bounded memory for any number of images
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What decides the network's shape. Its fields stand in `model.json`."""
+
+    freeze_to: str
+    image_size: int
+    pool: int
+    hidden: tuple[int, ...]
+    dropout: float
+
+    def build(self, classes: int) -> nn.Sequential:
+        """A new classifier for the features of this trunk, initialised from torch's random state."""
+        inputs = math.prod(feature_shape(self.freeze_to, self.image_size, self.pool))
+        return vgg.build_classifier(inputs, self.hidden, classes, self.dropout)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one image: the likeliest class first, with its calibrated probability, then the others."""
+
+    label: str
+    probability: float
+    ranking: tuple[tuple[str, float], ...]
+
+    def __str__(self) -> str:
+        return f"{self.label} {self.probability:.3f}"
+
+
+class Classifier:
+    """VGG16 cut at the freeze boundary with its new classifier, from uint8 images to calibrated probabilities.
+
+    model: torchvision's VGG with `features`, `avgpool` and `classifier`; temperature divides the logits (Guo et al.
+    2017), 1 for none; facts: what the bundle says of itself besides (metrics, recipe, digests), plain JSON.
+    """
+
+    def __init__(
+        self,
+        model: torchvision.models.VGG,
+        architecture: Architecture,
+        classes: Sequence[str],
+        temperature: float = 1.0,
+        facts: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.architecture, self.classes = architecture, tuple(classes)
+        self.temperature, self.facts = temperature, dict(facts or {})
+        self.device = device or torch.device("cpu")
+        self.model = model.to(self.device, memory_format=torch.channels_last).eval()
+
+    def logits(self, images: NDArray[np.uint8]) -> Tensor:
+        """(n, K) float32 on the CPU, for (n, 28, 28) uint8 images with a black background."""
+        step = max(1, BATCH_PIXELS // self.architecture.image_size**2)
+        with torch.inference_mode():
+            parts = [self._forward(images[i : i + step]) for i in range(0, len(images), step)]
+        return torch.cat(parts) if parts else torch.empty(0, len(self.classes))
+
+    def _forward(self, images: NDArray[np.uint8]) -> Tensor:
+        x = vgg.preprocess(images, self.architecture.image_size).to(self.device, memory_format=torch.channels_last)
+        logits: Tensor = self.model(x)
+        return logits.float().cpu()
+
+    def predict_proba(self, images: ArrayLike) -> NDArray[np.float32]:
+        """Calibrated probabilities (n, K) float32, rows summing to 1, columns in the order of `classes`.
+
+        images: (n, 28, 28) or (n, 784) uint8, garments light on a black background. Raises AttireError for any
+        other shape or type.
+        """
+        probabilities = calibration.softmax(self.logits(as_images(images)).numpy(), self.temperature)
+        return np.asarray(probabilities, dtype=np.float32)
+
+    def predict(self, what: str | Path | ArrayLike) -> Any:
+        """A Prediction for a picture file or one (28, 28) image; a list of them for (n, 28, 28) or (n, 784)."""
+        single = isinstance(what, str | Path)
+        images = read_image(what)[None] if isinstance(what, str | Path) else np.asarray(what)
+        if images.shape in ((28, 28), (784,)):
+            images, single = images[None], True
+        found = [self.ranked(row) for row in self.predict_proba(images)]
+        return found[0] if single else found
+
+    def ranked(self, probabilities: NDArray[np.floating[Any]]) -> Prediction:
+        """One row of `predict_proba` as a Prediction."""
+        order = np.argsort(-probabilities, kind="stable")
+        ranking = tuple((self.classes[i], float(probabilities[i])) for i in order)
+        return Prediction(*ranking[0], ranking)
+
+    def save(self, folder: Path) -> None:
+        """Write the bundle: `model.safetensors`, then `model.json`, which holds its digest and is written last."""
+        tensors = {name: value.detach().float().cpu().contiguous() for name, value in self.model.state_dict().items()}
+        body = save(tensors, {"format": "pt"})
+        about = {
+            "schema": SCHEMA,
+            "classes": list(self.classes),
+            "architecture": {**self.architecture.__dict__, "hidden": list(self.architecture.hidden)},
+            "preprocess": {"version": vgg.PREPROCESS_VERSION, "mean": vgg.MEAN, "std": vgg.STD},
+            "temperature": self.temperature,
+            "sha256": files.sha256(body),
+            "facts": self.facts,
+        }
+        sealed = {**about, "seal": files.sha256(files.canonical_json(about))}
+        (folder / "model.json").unlink(missing_ok=True)
+        files.write_bytes(folder / "model.safetensors", body)
+        files.write_json(folder / "model.json", sealed)
+
+
+def as_images(images: ArrayLike) -> NDArray[np.uint8]:
+    """(n, 28, 28) uint8 of (n, 28, 28) or (n, 784) uint8; other types are refused, never silently scaled."""
+    found = np.asarray(images)
+    if found.ndim == 2 and found.shape[1] == 784:
+        found = found.reshape(-1, 28, 28)
+    if found.dtype != np.uint8 or found.shape[1:] != (28, 28):
+        what = f"expected (n, 28, 28) or (n, 784) uint8 from 0 to 255, found {found.shape} {found.dtype}"
+        raise AttireError("images", what)
+    return found
+
+
+def load_bundle(folder: str | Path, device: str = "auto") -> Classifier:
+    """The classifier that `save` wrote; needs no download. Raises AttireError for anything that is not sound."""
+    folder = Path(folder)
+    if folder.name == "model.json":
+        folder = folder.parent
+    if not (folder / "model.json").exists() and (folder / "model" / "model.json").exists():
+        folder = folder / "model"  # a run's folder is as good as its bundle's
+    if not (folder / "model.json").exists():
+        what = "not a bundle: it holds no model.json" if folder.is_dir() else "no such bundle"
+        raise AttireError(folder, what, do="give a folder such as runs/1/model")
+    about = read_about(folder / "model.json")
+    tensors = read_tensors(folder / "model.safetensors", about["sha256"])
+    architecture = Architecture(**{**about["architecture"], "hidden": tuple(about["architecture"]["hidden"])})
+    model = assemble(architecture, len(about["classes"]), tensors, folder)
+    where = devices.choose_device(device)
+    return Classifier(model, architecture, about["classes"], about["temperature"], about["facts"], where)
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """`model.json`, checked: its seal, its schema, its preprocessing."""
+    about = files.read_json(path)
+    schema = about.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise AttireError(
+            path, f"made by a newer Attire (schema {schema}, this one reads {SCHEMA})", do="update attire"
+        )
+    body = {key: value for key, value in about.items() if key != "seal"}
+    if about.get("seal") != files.sha256(files.canonical_json(json.loads(json.dumps(body)))):
+        raise AttireError(path, "not one of ours, or changed after it was written", do="use a fresh copy")
+    if about["preprocess"]["version"] != vgg.PREPROCESS_VERSION:
+        raise AttireError(path, "its preprocessing is of another version than this Attire's", do="train it again")
+    check_classes(about["classes"])
+    return about
+
+
+def read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise files.cannot("read", path, error) from error
+    if files.sha256(data) != digest:
+        raise AttireError(path, "damaged: its digest is not the one in model.json", do="use a fresh copy")
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise AttireError(path, "not a safetensors file", str(error)[:80]) from error
+
+
+def assemble(architecture: Architecture, classes: int, tensors: dict[str, Tensor], where: Path) -> Any:
+    """The network around these tensors. Names a tensor that is missing, extra, misshapen or not finite."""
+    with torch.device("meta"):
+        model = torchvision.models.vgg16(weights=None)
+        model.features = model.features[: BLOCKS[architecture.freeze_to]]
+        model.avgpool = nn.AdaptiveAvgPool2d(architecture.pool) if architecture.pool else nn.Identity()
+        model.classifier = architecture.build(classes)
+    wanted = model.state_dict()
+    for name in sorted(set(wanted) ^ set(tensors)):
+        raise AttireError(where, f"tensor {name} is {'missing' if name in wanted else 'not part of this model'}")
+    for name, value in tensors.items():
+        if value.shape != wanted[name].shape:
+            raise AttireError(where, f"tensor {name} is {tuple(value.shape)}, expected {tuple(wanted[name].shape)}")
+        if not torch.isfinite(value).all():
+            raise AttireError(where, f"tensor {name} holds NaN or infinity", do="use a fresh copy")
+    model.load_state_dict(tensors, assign=True)
+    vgg.freeze(model.features)
+    return model.eval()
+
+
+def fold_standardisation(classifier: nn.Sequential, mean: Tensor, scale: Tensor) -> None:
+    """Move (x - mean) / scale into the first Linear: W' = W / scale, b' = b - W' mean. The function stays the same."""
+    first = next(layer for layer in classifier if isinstance(layer, nn.Linear))
+    with torch.no_grad():
+        weight = first.weight.double().cpu() / scale.double()  # (H, D)
+        bias = first.bias.double().cpu() - weight @ mean.double()
+        first.weight.copy_(weight)
+        first.bias.copy_(bias)

@@ -1,0 +1,124 @@
+"""Which device computes, and in which precision: chosen by measurement, never at import."""
+
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import nn
+
+from attire import files
+from attire.errors import AttireError, UsageError
+
+Precision = Literal["fp32", "bf16"]
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """CUDA where there is one, else MPS, else the CPU; a name other than `auto` is taken at its word.
+
+    Raises UsageError for a device that this machine does not have.
+    """
+    if name not in DEVICES:
+        raise UsageError("--device", f"expected one of {', '.join(DEVICES)}, found {name!r}")
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in found.items() if there))
+    if not found[name]:
+        raise UsageError("--device", f"{name} was asked for, but PyTorch finds none here", do="try --device auto")
+    return torch.device(name)
+
+
+def choose_precision(name: str = "auto", device: torch.device | None = None) -> Precision:
+    """The faster of fp32 and bf16 for convolutions on this device.
+
+    On a CPU the instruction set does not settle it: processors with AVX512_BF16 were measured to run bf16 twice as
+    fast as fp32 (one kind) and half as fast (another). So both are timed once, on one VGG16 layer, and the answer
+    is kept in the cache folder under the processor's name.
+    """
+    if name in ("fp32", "bf16"):
+        return cast(Precision, name)
+    if name != "auto":
+        raise UsageError("--precision", f"expected one of {', '.join(PRECISIONS)}, found {name!r}")
+    device = device or choose_device()
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if device.type != "cpu" or not has_bf16():
+        return "fp32"
+    return measured_precision(files.cache_dir() / "precision.json")
+
+
+def has_bf16() -> bool:
+    """Whether oneDNN has native bf16 kernels on this processor, not an emulation."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def measured_precision(path: Path) -> Precision:
+    here = f"{processor()}, torch {torch.__version__}"
+    known: dict[str, object] = {}
+    if path.exists():
+        try:
+            known = files.read_json(path)
+        except AttireError:
+            known = {}  # only a note of a measurement that takes a second: make it again
+    answer = known.get(here)
+    if answer not in ("fp32", "bf16"):
+        answer = "bf16" if seconds_per_layer(torch.bfloat16) < seconds_per_layer(torch.float32) else "fp32"
+        files.write_json(path, {**known, here: answer})
+    return "bf16" if answer == "bf16" else "fp32"
+
+
+def seconds_per_layer(dtype: torch.dtype) -> float:
+    """The fastest of five passes of a 128-channel VGG16 layer over a (8, 128, 56, 56) input."""
+    layer = nn.Conv2d(128, 128, 3, padding=1).to(dtype).to(memory_format=torch.channels_last)
+    x = torch.ones(8, 128, 56, 56, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    times = []
+    with torch.inference_mode():
+        for _ in range(6):
+            start = time.perf_counter()
+            layer(x)
+            times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}{model_number(info)}"
+    return platform.processor() or platform.machine()
+
+
+def model_number(info: Path) -> str:
+    """Cloud machines hide the name ("Xeon Processor"); family and model tell the kinds apart."""
+    fields = dict(
+        line.split(":", 1) for line in info.read_text(errors="replace").split("\n\n")[0].splitlines() if ":" in line
+    )
+    numbers = {key.strip(): value.strip() for key, value in fields.items()}
+    family, model = numbers.get("cpu family"), numbers.get("model")
+    return f" (family {family} model {model})" if family and model else ""
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """What a figure depends on besides the code: versions, processor, cores, device."""
+    import numpy
+    import sklearn
+    import torchvision
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "scikit-learn": sklearn.__version__,
+        "system": platform.platform(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+    }

@@ -1,0 +1,257 @@
+"""Extraction and the feature cache: what lies below the freeze boundary is computed once per image."""
+
+import io
+import mmap
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from attire import files, vgg
+from attire.blocks import feature_shape
+from attire.errors import AttireError, AttireWarning
+
+SHARD_BYTES = 16 * 2**20  # a stopped extraction redoes at most one shard: 2,048 rows of 4,096 features
+BATCH_PIXELS = 1_700_000  # pictures a forward pass: 1,660 of 32 px, 415 of 64, 33 of 224
+RESIDENT_BYTES = 256 * 2**20  # mapped pages kept resident while rows are gathered at random
+VIEWS = ("plain", "flip")
+
+Trunk = Callable[[Tensor], Tensor]  # (n, 3, S, S) normalised pictures to (n, D) float features
+Progress = Callable[[int, int], None]  # (rows done, rows in all)
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """All that decides a feature besides the image itself: with the images' digest it is the cache key."""
+
+    freeze_to: str
+    image_size: int
+    pool: int
+    weights: str  # SHA-256 over the trunk's tensors
+    precision: str = "fp32"
+    view: str = "plain"
+    dtype: str = "float16"
+    backend: str = "torch"
+    preprocess: int = vgg.PREPROCESS_VERSION
+
+    @property
+    def width(self) -> int:
+        return int(np.prod(feature_shape(self.freeze_to, self.image_size, self.pool)))
+
+    @property
+    def shard_rows(self) -> int:
+        """The largest power of two whose rows fit SHARD_BYTES."""
+        return 1 << max(0, (SHARD_BYTES // (2 * self.width)).bit_length() - 1)
+
+    def key(self, images_digest: str) -> str:
+        return files.sha256(files.canonical_json({"images": images_digest, **asdict(self)}))[:32]
+
+
+class Features:
+    """A finished cache entry: (N, D) float16 in memory-mapped shards, verified against the manifest's digests."""
+
+    def __init__(self, folder: Path, rows: int, width: int, shard_rows: int) -> None:
+        self.folder, self.shape, self.shard_rows = folder, (rows, width), shard_rows
+        self._touched = 0
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @cached_property
+    def shards(self) -> list[NDArray[np.float16]]:
+        count = -(-len(self) // self.shard_rows)
+        return [np.load(shard_path(self.folder, i), mmap_mode="r") for i in range(count)]
+
+    def gather(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
+        """Rows in the order asked for, (n, D) float16, copied out of the map."""
+        out = np.empty((len(rows), self.shape[1]), np.float16)
+        shard = rows // self.shard_rows
+        for i in np.unique(shard):
+            here = shard == i
+            out[here] = self.shards[i][rows[here] - i * self.shard_rows]
+        self._touched += out.nbytes
+        if self._touched > RESIDENT_BYTES:
+            self.release()
+        return out
+
+    def blocks(self, rows: int = 2048) -> Iterator[NDArray[np.float16]]:
+        """All rows in order, a block at a time."""
+        for start in range(0, len(self), rows):
+            yield self.gather(np.arange(start, min(start + rows, len(self))))
+
+    def release(self) -> None:
+        """Give mapped pages back: they stay in the system's page cache but leave this process's resident memory."""
+        for shard in self.shards:
+            mapped = getattr(shard, "_mmap", None)
+            if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+        self._touched = 0
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index:05d}.npy"
+
+
+def cache_folder() -> Path:
+    return files.cache_dir() / "features"
+
+
+def extract(
+    images: NDArray[np.uint8],
+    images_digest: str,
+    spec: FeatureSpec,
+    load_trunk: Callable[[], Trunk],
+    progress: Progress | None = None,
+) -> Features:
+    """Features of all images, from the cache where it has them.
+
+    images: (N, 28, 28) uint8. Missing shards are computed, present ones verified; a damaged shard is set aside and
+    made again with one warning. Two processes that want the same entry take turns; the trunk is loaded only when
+    something is missing.
+    """
+    folder = cache_folder() / spec.key(images_digest)
+    with files.lock(folder.with_suffix(".lock")):
+        ledger = verified_shards(folder, len(images), spec)
+        starts = range(0, len(images), spec.shard_rows)
+        missing = [i for i in range(len(starts)) if i not in ledger]
+        report = progress or (lambda done, total: None)
+        if missing:
+            trunk = load_trunk()
+            for i in missing:
+                part = images[starts[i] : starts[i] + spec.shard_rows]
+                done = sum(line["rows"] for line in ledger.values())
+                ledger[i] = extract_shard(part, spec, trunk, folder, i, lambda n, d=done: report(d + n, len(images)))  # type: ignore[misc]
+        if missing or not (folder / "MANIFEST.json").exists():
+            write_manifest(folder, images_digest, spec, ledger)
+    report(len(images), len(images))
+    return Features(folder, len(images), spec.width, spec.shard_rows)
+
+
+def extract_shard(
+    images: NDArray[np.uint8],
+    spec: FeatureSpec,
+    trunk: Trunk,
+    folder: Path,
+    index: int,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> dict[str, Any]:
+    """Compute one shard and commit it by itself: pure and idempotent. Returns its ledger line (rows, sha256)."""
+    out = np.empty((len(images), spec.width), np.float16)
+    step = batch_rows(spec.image_size)
+    for start in range(0, len(images), step):
+        out[start : start + step] = compute(images[start : start + step], spec, trunk)
+        progress(min(start + step, len(images)))
+    buffer = io.BytesIO()
+    np.save(buffer, out)
+    line = {"rows": len(out), "sha256": files.sha256(buffer.getbuffer())}
+    files.write_bytes(shard_path(folder, index), buffer.getbuffer())
+    files.write_json(shard_path(folder, index).with_suffix(".json"), line)
+    return line
+
+
+def batch_rows(image_size: int) -> int:
+    return max(1, BATCH_PIXELS // image_size**2)
+
+
+def compute(images: NDArray[np.uint8], spec: FeatureSpec, trunk: Trunk) -> NDArray[np.float16]:
+    """(n, D) float16 features of (n, 28, 28) uint8 images, by the one path of cache, prediction and training."""
+    if spec.view == "flip":
+        images = images[:, :, ::-1].copy()
+    with torch.inference_mode():
+        features = trunk(vgg.preprocess(images, spec.image_size))
+        return features.half().cpu().numpy()
+
+
+def verified_shards(folder: Path, rows: int, spec: FeatureSpec) -> dict[int, dict[str, Any]]:
+    """Ledger lines of the shards on disk whose bytes are what their digests say; the rest is set aside."""
+    ledger, damaged = {}, 0
+    for i, start in enumerate(range(0, rows, spec.shard_rows)):
+        path = shard_path(folder, i)
+        if not path.exists():
+            continue
+        line = ledger_line(folder, i)
+        expected = min(spec.shard_rows, rows - start)
+        if line and line["rows"] == expected and files.sha256_file(path) == line["sha256"]:
+            ledger[i] = line
+        else:
+            path.replace(path.with_suffix(".damaged"))
+            damaged += 1
+    if damaged:
+        warnings.warn(
+            f"{folder}: {damaged} damaged shard{'s' if damaged > 1 else ''} set aside as *.damaged and made again",
+            AttireWarning,
+            stacklevel=3,
+        )
+    return ledger
+
+
+def ledger_line(folder: Path, index: int) -> dict[str, Any] | None:
+    """The line from the manifest, else from the shard's own file; None where neither is sound."""
+    for path, pick in ((folder / "MANIFEST.json", True), (shard_path(folder, index).with_suffix(".json"), False)):
+        try:
+            value = files.read_json(path) if path.exists() else {}
+            line = value["shards"][index] if pick and value else value
+            if isinstance(line, dict) and isinstance(line.get("rows"), int) and isinstance(line.get("sha256"), str):
+                return line
+        except (AttireError, KeyError, IndexError, TypeError):
+            continue
+    return None
+
+
+def write_manifest(folder: Path, images_digest: str, spec: FeatureSpec, ledger: dict[int, dict[str, Any]]) -> None:
+    """Written last; the shards' own ledger files have then done their work."""
+    lines = [ledger[i] for i in sorted(ledger)]
+    rows = sum(line["rows"] for line in lines)
+    made_by = {"images": images_digest, "rows": rows, "width": spec.width, **asdict(spec)}
+    manifest = {"schema": 1, **made_by, "shards": lines}
+    files.write_json(folder / "MANIFEST.json", manifest)
+    for i in ledger:
+        shard_path(folder, i).with_suffix(".json").unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One line of `attire cache`: what made the entry, how large it is, whether it is finished."""
+
+    key: str
+    size: int  # bytes
+    rows: int
+    finished: bool
+    made_by: dict[str, Any]
+
+
+def cache_entries() -> list[CacheEntry]:
+    entries = []
+    for folder in sorted(path for path in cache_folder().glob("*") if path.is_dir()):
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        try:
+            manifest = files.read_json(folder / "MANIFEST.json")
+        except AttireError:
+            manifest = {}
+        entries.append(CacheEntry(folder.name, size, int(manifest.get("rows", 0)), bool(manifest), manifest))
+    return entries
+
+
+def delete_entry(key: str) -> int:
+    """Remove one entry by its key or a unique beginning of it; returns the bytes freed."""
+    found = [entry for entry in cache_entries() if key and entry.key.startswith(key)]
+    if len(found) != 1:
+        raise AttireError("cache", f"{len(found) or 'no'} entries begin with {key!r}", do="see: attire cache")
+    folder = cache_folder() / found[0].key
+    with files.lock(folder.with_suffix(".lock")):
+        for path in sorted(folder.iterdir(), key=lambda path: path.name != "MANIFEST.json"):  # the manifest first
+            path.unlink()
+        folder.rmdir()
+    folder.with_suffix(".lock").unlink(missing_ok=True)
+    return found[0].size
+
+
+def with_view(spec: FeatureSpec, view: str) -> FeatureSpec:
+    return replace(spec, view=view)

@@ -1,0 +1,75 @@
+"""The optional int8 trunk: OpenVINO, quantised by NNCF on training images. The only code that knows OpenVINO."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from attire import files, vgg
+from attire.errors import AttireError
+
+BACKEND = "openvino-int8"
+CALIBRATION_IMAGES = 128  # of the official training set, never of a test set
+
+
+class Int8Trunk:
+    """Callable like a torch trunk: (n, 3, S, S) float32 normalised pictures to (n, D) float32 features.
+
+    Built once per boundary, size and weights, then kept in the cache folder with its digest, so that every row of
+    training and test data passes through the very same quantised network.
+    """
+
+    def __init__(self, trunk: nn.Module, name: str, image_size: int, calibration: NDArray[np.uint8]) -> None:
+        folder = files.cache_dir() / "backends" / f"{BACKEND}-{name}"
+        with files.lock(folder.with_suffix(".lock")):
+            if not (folder / "MANIFEST.json").exists():
+                quantise(trunk, image_size, calibration, folder)
+            self.network = compile_network(folder)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(np.array(self.network(x.numpy())[0]))
+
+
+def quantise(trunk: nn.Module, image_size: int, calibration: NDArray[np.uint8], folder: Path) -> None:
+    """NNCF post-training quantisation: int8 weights per channel, int8 activations per tensor."""
+    nncf, openvino = backend()
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's own deprecation notices
+        network = openvino.convert_model(
+            trunk, example_input=torch.zeros(1, 3, image_size, image_size), input=[-1, 3, image_size, image_size]
+        )
+        pictures = [vgg.preprocess(image[None], image_size).numpy() for image in calibration[:CALIBRATION_IMAGES]]
+        network = nncf.quantize(network, nncf.Dataset(pictures), subset_size=len(pictures))
+    files.make_dir(folder)
+    part = folder / "network.part.xml"  # OpenVINO writes two files of its own; they are moved when both are whole
+    openvino.save_model(network, part, compress_to_fp16=False)
+    digests = {}
+    for suffix in (".xml", ".bin"):
+        data = part.with_suffix(suffix).read_bytes()
+        files.write_bytes(folder / f"network{suffix}", data)
+        digests[f"network{suffix}"] = files.sha256(data)
+        part.with_suffix(suffix).unlink()
+    files.write_json(folder / "MANIFEST.json", {"schema": 1, "sha256": digests, "nncf": nncf.__version__})
+
+
+def compile_network(folder: Path) -> Any:
+    _, openvino = backend()
+    for name, digest in files.read_json(folder / "MANIFEST.json")["sha256"].items():
+        if files.sha256_file(folder / Path(name).name) != digest:
+            raise AttireError(folder / name, "damaged: its digest does not match", do=f"delete {folder} and try again")
+    return openvino.Core().compile_model(folder / "network.xml", "CPU", {"NUM_STREAMS": 1})
+
+
+def backend() -> tuple[Any, Any]:
+    try:
+        import nncf
+        import openvino
+    except ImportError as error:
+        raise AttireError("openvino", "not installed", do="pip install 'attire[openvino]'") from error
+    return nncf, openvino

@@ -1,0 +1,107 @@
+"""Where `fit` gets its feature rows: from the cache, or on the fly from the images through the frozen trunk."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from attire.features import Features
+from attire.training import Rows
+from attire.vgg import GarmentDataset
+
+IN_MEMORY = 1_200 * 2**20  # bytes of cached features that are read into memory once; above it rows are read as needed
+SPREAD = 0.05  # of the mean deviation, added to each: features that hardly vary are not blown up
+
+
+class Standardiser:
+    """(x - mean) / scale with the training rows' moments; or, when made from none, no change."""
+
+    def __init__(self, mean: Tensor | None = None, scale: Tensor | None = None) -> None:
+        self.mean, self.scale = mean, scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.mean is None or self.scale is None:
+            return x
+        return x.sub_(self.mean).div_(self.scale)
+
+
+def measure(blocks: Iterator[Tensor]) -> Standardiser:
+    """Mean and deviation of each feature (D,), in float64 over the blocks (n, D), the plain view of training rows."""
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for block in blocks:
+        x = block.double()
+        count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
+    mean = total / count
+    deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
+    return Standardiser(mean.float(), (deviation + SPREAD * deviation.mean() + 1e-6).float())
+
+
+class CachedSource:
+    """Rows of finished cache entries: the plain view, and the mirrored one where the recipe uses it."""
+
+    def __init__(self, plain: Features, mirrored: Features | None = None) -> None:
+        self.standardise = Standardiser()
+        self.views = [plain] + ([mirrored] if mirrored else [])
+        small = sum(2 * len(view) * view.shape[1] for view in self.views) <= IN_MEMORY
+        self.tables = [whole(view) for view in self.views] if small else None
+
+    def batches(self, order: Rows, batch_size: int, views: NDArray[np.bool_] | None) -> Iterator[Tensor]:
+        """(b, D) float32; see `training.Source`."""
+        for start in range(0, len(order), batch_size):
+            part = slice(start, start + batch_size)
+            yield self.standardise(self._rows(order[part], None if views is None else views[part]))
+
+    def _rows(self, rows: Rows, mirrored: NDArray[np.bool_] | None) -> Tensor:
+        if mirrored is None or len(self.views) == 1:
+            return self._view(0, rows)
+        out = torch.empty(len(rows), self.views[0].shape[1])
+        for view, mask in enumerate((~mirrored, mirrored)):
+            out[torch.from_numpy(mask)] = self._view(view, rows[mask])
+        return out
+
+    def _view(self, view: int, rows: Rows) -> Tensor:
+        if self.tables is not None:
+            return self.tables[view][torch.from_numpy(rows)].float()
+        return torch.from_numpy(self.views[view].gather(rows)).float()
+
+
+def whole(features: Features) -> Tensor:
+    """All rows in memory, (N, D) float16."""
+    table = torch.empty(features.shape, dtype=torch.float16)
+    start = 0
+    for block in features.blocks():
+        table[start : start + len(block)] = torch.from_numpy(block)
+        start += len(block)
+    features.release()
+    return table
+
+
+class OnTheFlySource:
+    """`--no-cache`: each batch goes from rows of pixels through `GarmentDataset` and the frozen trunk, every epoch.
+
+    Features are rounded to 16 bits as the cache rounds them, so that both ways train on the same numbers.
+    """
+
+    def __init__(self, dataset: GarmentDataset, trunk: Callable[[Tensor], Tensor], forward_rows: int) -> None:
+        self.dataset, self.trunk, self.forward_rows = dataset, trunk, forward_rows
+        self.standardise = Standardiser()
+
+    def batches(self, order: Rows, batch_size: int, views: NDArray[np.bool_] | None) -> Iterator[Tensor]:
+        """(b, D) float32; see `training.Source`."""
+        loader: DataLoader[Any] = DataLoader(Subset(self.dataset, order.tolist()), batch_size=batch_size)
+        start = 0
+        for x, _ in loader:
+            if views is not None:
+                mirrored = torch.from_numpy(views[start : start + len(x)])
+                x[mirrored] = x[mirrored].flip(-1)
+            start += len(x)
+            yield self.standardise(self._features(x))
+
+    def _features(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            parts = [self.trunk(part).half().float().cpu() for part in torch.split(x, self.forward_rows)]
+        return torch.cat(parts).clone()

@@ -1,0 +1,335 @@
+"""`fit`: the loop over cached or on-the-fly features, with history, checkpoints, exact resume and guards."""
+
+import csv
+import io
+import json
+import math
+import re
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from attire import files
+from attire.errors import AttireError, AttireWarning, Stopped
+from attire.recipes import Recipe
+
+CHECKPOINT_SECONDS = 300.0  # inside a long epoch; every epoch ends with one anyway
+SCHEMA = 1
+KEPT_CHECKPOINTS = 2  # the newest, and the one to fall back on
+WARM_UP = 0.1  # share of the steps of a cosine schedule that rise to the full learning rate
+
+Rows = NDArray[np.int64]
+
+
+class Source(Protocol):
+    """Where feature rows come from: the cache, or the trunk on the fly."""
+
+    def batches(self, order: Rows, batch_size: int, views: NDArray[np.bool_] | None) -> Iterator[Tensor]:
+        """Feature rows (b, D) float in this order; where `views` is true the row of the mirrored picture."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of `history.csv`. Losses are averages over rows; seconds exclude validation."""
+
+    epoch: int
+    train_loss: float
+    val_loss: float | None
+    val_accuracy: float | None
+    seconds: float
+
+
+@dataclass
+class State:
+    """All that a checkpoint restores besides the tensors: where the run stands."""
+
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps of the next epoch
+    loss_sum: float = 0.0  # over the rows of those steps
+    seconds: float = 0.0  # spent on those steps
+    history: list[Epoch] = field(default_factory=list)
+    resumed: bool = False  # whether it came from a checkpoint
+
+
+Report = Callable[[State, int, int], None]  # (state, rows done in this epoch, rows in an epoch)
+
+
+def fit(
+    classifier: nn.Sequential,
+    source: Source,
+    labels: NDArray[np.int64],
+    train: Rows,
+    val: Rows,
+    recipe: Recipe,
+    folder: Path,
+    report: Report = lambda state, done, total: None,
+) -> list[Epoch]:
+    """Train `classifier` on the rows `train` of `source`, measuring it on the rows `val` after each epoch.
+
+    Continues from the newest sound checkpoint in `folder`, bit for bit as if it had not been stopped (same machine,
+    same thread count). Ctrl-C and SIGTERM end it with a checkpoint and `Stopped`. Only the classifier's parameters
+    are given to Adam; `labels` is (N,) over all rows of the source.
+    """
+    optimiser = make_optimiser(classifier, recipe)
+    state = resume(classifier, optimiser, folder)
+    with stop_requests() as stop:
+        while state.epoch < recipe.epochs:
+            before = {name: value.clone() for name, value in classifier.named_parameters()} if not state.history else {}
+            run_epoch(
+                classifier, optimiser, source, torch.from_numpy(labels), train, recipe, state, folder, stop, report
+            )
+            if before and not state.resumed:
+                check_all_changed(before, classifier)
+            end_epoch(classifier, source, torch.from_numpy(labels), val, state, len(train))
+            save_checkpoint(classifier, optimiser, state, folder)
+            write_history(folder.parent / "history.csv", state.history)
+            report(state, 0, len(train))
+    check_loss_fell(state.history)
+    classifier.eval()
+    return state.history
+
+
+def run_epoch(
+    classifier: nn.Sequential,
+    optimiser: torch.optim.Adam,
+    source: Source,
+    targets: Tensor,
+    train: Rows,
+    recipe: Recipe,
+    state: State,
+    folder: Path,
+    stop: list[int],
+    report: Report,
+) -> None:
+    """The steps of one epoch that are still to do, each followed by a look at the clock and at `stop`."""
+    classifier.train()
+    order, mirrored = epoch_order(train, recipe, state.epoch)
+    steps = math.ceil(len(train) / recipe.batch_size)
+    position = state.step * recipe.batch_size
+    views = mirrored[position:] if mirrored is not None else None
+    device = next(classifier.parameters()).device
+    start, saved = time.perf_counter() - state.seconds, time.perf_counter()
+    for x in source.batches(order[position:], recipe.batch_size, views):
+        set_learning_rate(optimiser, recipe, state.epoch * steps + state.step, recipe.epochs * steps)
+        y = targets[order[position : position + len(x)]].to(device)
+        loss = train_step(classifier, optimiser, x.to(device), y, recipe.label_smoothing)
+        if state.epoch == state.step == 0:
+            check_first_loss(loss, classes_of(classifier))
+        position, state.step = position + len(x), state.step + 1
+        state.loss_sum += loss * len(x)
+        state.seconds = time.perf_counter() - start
+        report(state, position, len(train))
+        if stop or time.perf_counter() - saved > CHECKPOINT_SECONDS:
+            save_checkpoint(classifier, optimiser, state, folder)
+            saved = time.perf_counter()
+        if stop:
+            raise Stopped(folder.parent, f"stopped in epoch {state.epoch + 1} after step {state.step} of {steps}")
+    if position != len(train):
+        raise AttireError("training", f"an epoch saw {position:,} rows, expected {len(train):,}")
+
+
+def make_optimiser(classifier: nn.Module, recipe: Recipe) -> torch.optim.Adam:
+    """Adam over the classifier's weights only; AdamW's decoupled decay where the recipe asks for decay."""
+    parameters = list(classifier.parameters())
+    if recipe.weight_decay:
+        return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    return torch.optim.Adam(parameters, lr=recipe.lr, fused=True)
+
+
+def train_step(classifier: nn.Module, optimiser: torch.optim.Adam, x: Tensor, y: Tensor, smoothing: float) -> float:
+    optimiser.zero_grad(set_to_none=True)
+    loss = F.cross_entropy(classifier(x), y, label_smoothing=smoothing)
+    torch.autograd.backward(loss)
+    optimiser.step()
+    return loss.item()
+
+
+def epoch_order(train: Rows, recipe: Recipe, epoch: int) -> tuple[Rows, NDArray[np.bool_] | None]:
+    """A permutation of the training rows, and which of them are mirrored, from the seed and the epoch alone."""
+    rng = np.random.default_rng([recipe.seed, epoch])
+    order = rng.permutation(train)
+    if not np.array_equal(np.sort(order), np.sort(train)):
+        raise AttireError("training", "an epoch's order does not hold each row once")
+    return order, rng.random(len(order)) < 0.5 if recipe.flips else None
+
+
+def set_learning_rate(optimiser: torch.optim.Adam, recipe: Recipe, step: int, total: int) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = recipe.lr * learning_rate_factor(recipe.schedule, step, total)
+
+
+def learning_rate_factor(schedule: str, step: int, total: int) -> float:
+    """Constant, or a linear warm-up followed by half a cosine (Loshchilov and Hutter, 2017)."""
+    if schedule == "constant":
+        return 1.0
+    warm = max(1, round(WARM_UP * total))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def end_epoch(classifier: nn.Sequential, source: Source, targets: Tensor, val: Rows, state: State, rows: int) -> None:
+    val_loss = val_accuracy = None
+    if len(val):
+        logits = predict_logits(classifier, source, val)
+        val_loss = F.cross_entropy(logits, targets[val]).item()
+        val_accuracy = (logits.argmax(1) == targets[val]).double().mean().item()
+    state.history.append(Epoch(state.epoch + 1, state.loss_sum / rows, val_loss, val_accuracy, round(state.seconds, 3)))
+    state.epoch, state.step, state.loss_sum, state.seconds = state.epoch + 1, 0, 0.0, 0.0
+
+
+def predict_logits(classifier: nn.Sequential, source: Source, rows: Rows, batch_size: int = 1024) -> Tensor:
+    """Logits (n, K) float32 on the CPU of the plain view of these rows, in their order, without dropout."""
+    classifier.eval()
+    device = next(classifier.parameters()).device
+    with torch.inference_mode():
+        parts = [classifier(x.to(device)).float().cpu() for x in source.batches(rows, batch_size, None)]
+    return torch.cat(parts)
+
+
+# Guards against the classic blunders.
+
+
+def check_first_loss(loss: float, classes: int) -> None:
+    """An untrained classifier guesses, so its loss is near ln(classes); far from it, inputs or labels are wrong."""
+    if not 0.5 * math.log(classes) < loss < 2 * math.log(classes):
+        warnings.warn(
+            f"the first loss is {loss:.2f}, expected about ln({classes}) = {math.log(classes):.2f}: "
+            "are the features normalised, and do the labels belong to the images?",
+            AttireWarning,
+            stacklevel=3,
+        )
+
+
+def check_all_changed(before: dict[str, Tensor], classifier: nn.Module) -> None:
+    for name, parameter in classifier.named_parameters():
+        if torch.equal(before[name], parameter):
+            raise AttireError("training", f"classifier.{name} did not change in an epoch; it is not being trained")
+        if not torch.isfinite(parameter).all():
+            raise AttireError("training", f"classifier.{name} is no longer finite", do="lower --lr")
+
+
+def check_loss_fell(history: list[Epoch]) -> None:
+    if len(history) > 1 and not history[-1].train_loss < history[0].train_loss:
+        first, last = history[0].train_loss, history[-1].train_loss
+        warnings.warn(f"the loss did not fall ({first:.3f} to {last:.3f}): lower --lr", AttireWarning, stacklevel=3)
+
+
+# Stopping, checkpoints, history.
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """A list that fills when Ctrl-C or SIGTERM comes, so that a step is never cut in two. Outside the main thread
+    signals cannot be caught, and it stays empty."""
+    asked: list[int] = []
+    previous: dict[signal.Signals, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, lambda number, frame: asked.append(number))
+    except ValueError:  # not the main thread
+        pass
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def save_checkpoint(classifier: nn.Module, optimiser: torch.optim.Adam, state: State, folder: Path) -> None:
+    """One safetensors file: weights, Adam's moments, the random state; the rest as JSON in its metadata."""
+    tensors = {f"classifier.{name}": value.detach().cpu() for name, value in classifier.state_dict().items()}
+    for i, moments in optimiser.state_dict()["state"].items():
+        tensors |= {f"adam.{i}.{name}": torch.as_tensor(value).cpu() for name, value in moments.items()}
+    tensors["random.cpu"] = torch.get_rng_state()
+    if next(classifier.parameters()).is_cuda:
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    body = save({name: value.contiguous() for name, value in tensors.items()})
+    metadata = files.canonical_json({**asdict(state), "schema": SCHEMA})
+    sealed = len(metadata).to_bytes(8, "little") + metadata + body
+    path = folder / f"epoch-{state.epoch:03d}-step-{state.step:06d}.ckpt"
+    files.write_bytes(path, bytes.fromhex(files.sha256(sealed)) + sealed)
+    for old in checkpoints(folder)[KEPT_CHECKPOINTS:]:
+        old.unlink()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Newest first, by the epoch and step in the name."""
+    return sorted((p for p in folder.glob("*.ckpt") if re.fullmatch(r"epoch-\d+-step-\d+\.ckpt", p.name)), reverse=True)
+
+
+def resume(classifier: nn.Module, optimiser: torch.optim.Adam, folder: Path) -> State:
+    """Restore the newest sound checkpoint; a damaged one is passed over with a warning. A fresh state without any."""
+    for path in checkpoints(folder):
+        try:
+            state, tensors = read_checkpoint(path)
+        except AttireError as error:
+            warnings.warn(f"{error}; going on from the one before", AttireWarning, stacklevel=3)
+            continue
+        restore(classifier, optimiser, tensors, path)
+        return state
+    return State()
+
+
+def read_checkpoint(path: Path) -> tuple[State, dict[str, Tensor]]:
+    """The parts of a checkpoint. Raises AttireError where a byte is not what was written."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise files.cannot("read", path, error) from error
+    if bytes.fromhex(files.sha256(memoryview(data)[32:])) != data[:32]:
+        raise AttireError(path, "not a whole Attire checkpoint: its digest does not match")
+    end = 40 + int.from_bytes(data[32:40], "little")
+    values = json.loads(data[40:end])
+    if values.pop("schema") != SCHEMA:
+        raise AttireError(path, f"a checkpoint of another schema version than {SCHEMA}")
+    values["history"] = [Epoch(**line) for line in values["history"]]
+    return State(**{**values, "resumed": True}), load(data[end:])
+
+
+def restore(classifier: nn.Module, optimiser: torch.optim.Adam, tensors: dict[str, Tensor], path: Path) -> None:
+    """Put weights, moments and the random state back. Raises AttireError where one does not fit the classifier."""
+    wanted = {f"classifier.{name}": value for name, value in classifier.state_dict().items()}
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "classifier" and (name not in wanted or wanted[name].shape != value.shape):
+            raise AttireError(
+                path, f"{name} does not fit the recipe's classifier", do="resume with the run's own recipe"
+            )
+        if kind == "adam":
+            index, _, moment = rest.partition(".")
+            moments.setdefault(int(index), {})[moment] = value
+    if missing := sorted(set(wanted) - set(tensors)):
+        raise AttireError(path, f"{missing[0]} is missing", do="resume with the run's own recipe")
+    classifier.load_state_dict({name.removeprefix("classifier."): tensors[name] for name in wanted})
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+
+
+def write_history(path: Path, history: list[Epoch]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(Epoch.__dataclass_fields__), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(epoch) for epoch in history)
+    files.write_text(path, text.getvalue())
+
+
+def classes_of(classifier: nn.Sequential) -> int:
+    last = classifier[-1]
+    assert isinstance(last, nn.Linear)
+    return last.out_features

@@ -1,0 +1,105 @@
+"""VGG16's convolutions with torchvision's names, its blocks as freeze boundaries, and the one preprocessing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from attire.blocks import BLOCKS
+from attire.errors import AttireError
+
+# ImageNet's channel means and deviations, as VGG16_Weights.IMAGENET1K_V1.transforms() normalises.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+PREPROCESS_VERSION = 1  # part of every cache key: raise it when `preprocess` changes a single bit
+
+
+def preprocess(images: NDArray[np.uint8] | Tensor, size: int) -> Tensor:
+    """Grey images as VGG16 wants them: scaled to 0..1, resized, stacked to three channels, normalised.
+
+    images: (n, H, W) uint8, black background. Returns (n, 3, size, size) float32. The three channels are equal
+    before normalisation, so the resize is done once, on one channel: bilinear, antialiased where it shrinks.
+    """
+    grey = torch.tensor(images)[:, None].float() / 255  # (n, 1, H, W), 0..1
+    if grey.shape[-2:] != (size, size):
+        grey = F.interpolate(grey, size=(size, size), mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(v, device=grey.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return (grey.expand(-1, 3, -1, -1) - mean) / std  # (n, 3, size, size), normalised
+
+
+class GarmentDataset(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """The on-the-fly path: each row of 784 pixels becomes a normalised picture when it is asked for.
+
+    rows: (N, 784) or (N, 28, 28) uint8, labels: (N,) integers. Item i is ((3, size, size) float32, label).
+    """
+
+    def __init__(self, rows: NDArray[np.uint8], labels: NDArray[np.int64], size: int = 224) -> None:
+        self.rows, self.labels, self.size = rows, labels, size
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = np.array(self.rows[index]).reshape(1, 28, 28)
+        return preprocess(image, self.size)[0], int(self.labels[index])
+
+
+def build_classifier(inputs: int, hidden: Sequence[int], classes: int, dropout: float) -> nn.Sequential:
+    """Linear, ReLU, Dropout for each hidden width, then a Linear to the classes; PyTorch's default initialisation."""
+    layers: list[nn.Module] = []
+    for width in hidden:
+        layers += [nn.Linear(inputs, width), nn.ReLU(), nn.Dropout(dropout)]
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, classes))
+
+
+def vgg16(weights: Path, freeze_to: str, pool: int, classifier: nn.Sequential) -> torchvision.models.VGG:
+    """torchvision's VGG16 cut at the freeze boundary, its `features` frozen, its `classifier` replaced.
+
+    weights: safetensors with torchvision's names (`features.0.weight` ...); pool: side that `avgpool` averages the
+    feature map to, 0 to leave it as it is. Built without allocating the 123 million weights of the original
+    classifier. Raises AttireError where a tensor is missing or misshapen.
+    """
+    with torch.device("meta"):
+        model = torchvision.models.vgg16(weights=None)
+    model.features = model.features[: BLOCKS[freeze_to]]
+    tensors = load_file(weights)
+    wanted = {f"features.{name}": value for name, value in model.features.state_dict().items()}
+    for name, value in wanted.items():
+        if name not in tensors or tensors[name].shape != value.shape:
+            found = tuple(tensors[name].shape) if name in tensors else "nothing"
+            raise AttireError(weights, f"expected {name} of shape {tuple(value.shape)}, found {found}")
+    model.features.load_state_dict({k.removeprefix("features."): tensors[k].float() for k in wanted}, assign=True)
+    model.avgpool = nn.AdaptiveAvgPool2d(pool) if pool else nn.Identity()
+    model.classifier = classifier
+    freeze(model.features)
+    return cast(torchvision.models.VGG, model.eval())
+
+
+def freeze(trunk: nn.Module) -> None:
+    for parameter in trunk.parameters():
+        parameter.requires_grad = False
+
+
+class Trunk(nn.Module):
+    """`features`, `avgpool` and flatten of a frozen VGG16, on its device and in its precision.
+
+    (n, 3, S, S) normalised pictures to (n, D) float32 features in torchvision's C, H, W order.
+    """
+
+    def __init__(self, model: torchvision.models.VGG, device: torch.device, precision: str) -> None:
+        super().__init__()
+        self.device, self.dtype = device, torch.bfloat16 if precision == "bf16" else torch.float32
+        self.features = model.features.to(device, self.dtype, memory_format=torch.channels_last)
+        self.avgpool = model.avgpool
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.device, self.dtype, memory_format=torch.channels_last)
+        return cast(Tensor, self.avgpool(self.features(x).float()).flatten(1))
