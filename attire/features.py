@@ -226,6 +226,18 @@ class CacheEntry:
     finished: bool
     made_by: dict[str, Any]
 
+    def describe(self) -> str:
+        if not self.finished:
+            return "unfinished: an extraction was stopped, and goes on when it is asked for again"
+        made = self.made_by
+        pool = f" pooled to {made['pool']}" if made["pool"] else ""
+        kind = f"{made['view']}, {made['precision']} {made['backend']}"
+        return f"{self.rows:,} images, {made['freeze_to']} at {made['image_size']} px{pool}, {kind}"
+
+    def to_json(self) -> dict[str, Any]:
+        made = {key: value for key, value in self.made_by.items() if key != "shards"}
+        return {"key": self.key, "bytes": self.size, "rows": self.rows, "finished": self.finished, "made_by": made}
+
 
 def cache_entries() -> list[CacheEntry]:
     entries = []

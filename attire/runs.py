@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 from attire import calibration, devices, features, fetch, files, recipes, results, training, vgg
 from attire.card import write_model_card
 from attire.classifier import Architecture, Classifier, fold_standardisation, load_bundle
-from attire.data import OFFICIAL, ImageDataset, Splits, load_splits, split_indices
+from attire.data import OFFICIAL, ImageDataset, Part, Splits, load_dataset, load_splits, split_indices
 from attire.errors import AttireError, one_line
 from attire.evaluation import Evaluation, Interval, evaluate
 from attire.features import FeatureSpec
@@ -246,13 +246,7 @@ class Stage:
 
     def load_trunk(self) -> features.Trunk:
         """The frozen part alone, on the device and in the precision of the run."""
-        if self.recipe.backend == "torch":
-            return vgg.Trunk(self.model(nn.Sequential()), self.device, self.spec.precision)
-        from attire.quantised import Int8Trunk  # an optional extra, imported only where it is used
-
-        trunk = vgg.Trunk(self.model(nn.Sequential()), torch.device("cpu"), "fp32")
-        name = f"{self.spec.freeze_to}-{self.spec.image_size}-{self.spec.pool}-{self.digest[:8]}"
-        return Int8Trunk(trunk, name, self.spec.image_size, self.splits.data.images)
+        return open_trunk(self.model(nn.Sequential()), self.spec, self.device)
 
     def extract(self, data: ImageDataset, view: str, what: str) -> features.Features:
         def progress(done: int, total: int) -> None:
@@ -376,6 +370,70 @@ class Stage:
         model = self.model(head.cpu())
         Classifier(model, self.architecture, self.splits.data.classes, temperature, facts).save(folder / "model")
         write_model_card(folder / "model", result)
+
+
+def evaluate_bundle(
+    bundle: str | Path,
+    data: str | Path | None = None,
+    part: Part = "test",
+    classes: Sequence[str] | None = None,
+    backend: str = "torch",
+    device: str = "auto",
+    watcher: Watcher | None = None,
+) -> results.RunResult:
+    """Measure a bundle on labelled images, the features taken from the cache where it has them.
+
+    data: as for `train`; None is the official set, of which `part` is read. Raises AttireError where the data's
+    classes are not the bundle's.
+    """
+    began = time.perf_counter()
+    classifier = load_bundle(bundle, device)
+    labelled = load_dataset(data, part=part, classes=classes or (classifier.classes if data else None))
+    if labelled.classes != classifier.classes:
+        raise AttireError(labelled.source, f"its classes are not the bundle's ({', '.join(classifier.classes)})")
+    source = CachedSource(bundle_features(classifier, labelled, backend, watcher or Silent()))
+    head = cast(nn.Sequential, classifier.model.classifier)
+    logits = training.predict_logits(head, source, np.arange(len(labelled))).numpy()
+    probabilities = calibration.softmax(logits, classifier.temperature)
+    recipe = classifier.facts.get("recipe", {})
+    return results.RunResult(
+        title=f"{classifier.facts.get('name', 'bundle')}, measured on {labelled.source}",
+        recipe=str(recipe.get("name", "unknown")),
+        seed=int(recipe.get("seed", 0)),
+        command=f"attire evaluate {shlex.quote(str(bundle))}",
+        test=evaluate(probabilities, labelled.labels, labelled.classes),
+        predictions=results.predictions(labelled.labels, probabilities, labelled.images),
+        seconds={"total": time.perf_counter() - began},
+    )
+
+
+def bundle_features(classifier: Classifier, data: ImageDataset, backend: str, watcher: Watcher) -> features.Features:
+    """Features of all images by the bundle's own trunk."""
+    about, model = classifier.architecture, classifier.model
+    tensors = {name: value.float().cpu().numpy() for name, value in model.features.state_dict().items()}
+    whole = {f"features.{name}": value for name, value in tensors.items()}
+    digest = classifier.facts.get("trunk", "") or files.sha256(b"".join(v.tobytes() for v in whole.values()))
+    precision = devices.choose_precision("auto", classifier.device) if backend == "torch" else "int8"
+    spec = FeatureSpec(about.freeze_to, about.image_size, about.pool, digest, precision, backend=backend)
+
+    def load_trunk() -> features.Trunk:
+        return open_trunk(model, spec, classifier.device)
+
+    def progress(done: int, total: int) -> None:
+        watcher.advance("Features", done, total)
+
+    return features.extract(data.images, data.image_digest, spec, load_trunk, progress)
+
+
+def open_trunk(model: torchvision.models.VGG, spec: FeatureSpec, device: torch.device) -> features.Trunk:
+    """The frozen part of a model as the function that extraction calls, on the backend that the spec names."""
+    if spec.backend == "torch":
+        return vgg.Trunk(model, device, spec.precision)
+    from attire.quantised import CALIBRATION_IMAGES, Int8Trunk  # an optional extra, imported only where it is used
+
+    name = f"{spec.freeze_to}-{spec.image_size}-{spec.pool}-{spec.weights[:8]}"
+    images = load_dataset().images[:CALIBRATION_IMAGES]
+    return Int8Trunk(vgg.Trunk(model, torch.device("cpu"), "fp32"), name, spec.image_size, images)
 
 
 def validation_rows(splits: Splits, recipe: Recipe) -> tuple[training.Rows, training.Rows]:

@@ -1,0 +1,428 @@
+"""The command line: one short function per command. The only code that knows argv."""
+
+import json
+import shlex
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from attire import __version__
+from attire.errors import AttireError, AttireWarning, Stopped, UsageError, one_line
+from attire.recipes import RECIPES, Recipe
+
+if TYPE_CHECKING:
+    from attire.classifier import Classifier
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# What a recipe's field is, and why its value is what it is. The figures are docs/results.md's.
+FIELD_HELP = {
+    "freeze_to": "VGG16 block up to which everything is frozen and cached: block1..block5.",
+    "image_size": "Side in px of the picture VGG16 sees.",
+    "pool": "Average the feature map to this side; 0 leaves it as it is.",
+    "flips": "Also cache mirrored pictures and train on either.",
+    "standardise": "Scale each feature to mean 0, deviation 1.",
+    "hidden": "Widths of the classifier's hidden layers, such as 1024,512.",
+    "dropout": "Share of hidden values dropped in training.",
+    "lr": "Adam's learning rate.",
+    "schedule": "cosine (with warm-up) or constant.",
+    "weight_decay": "Decoupled weight decay.",
+    "label_smoothing": "Share of each label spread over all classes.",
+    "batch_size": "Rows a step.",
+    "epochs": "Passes over the training rows.",
+    "val_size": "Rows cut from the training part for validation.",
+    "stratify": "Keep each class's share when splitting.",
+    "precision": "Of the frozen trunk: auto (measured once), fp32 or bf16.",
+    "backend": "What runs the trunk during extraction: torch, or openvino-int8 (extra).",
+    "seed": "Of initialisation, order and dropout.",
+    "split_seed": "Decides which rows are validation, and test when one file is split.",
+}
+
+
+class Commands(click.Group):
+    """A group that suggests the near command for an unknown one."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        from difflib import get_close_matches
+
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = get_close_matches(args[0], self.list_commands(ctx), n=1)
+            hint = f"did you mean: attire {near[0]}" if near else "see: attire --help"
+            raise UsageError(f"attire {args[0]}", "no such command", do=hint) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="attire")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Garment classification by transfer learning with VGG16, measured honestly.
+
+    \b
+    attire train                       the official Fashion-MNIST, recipe fast
+    attire train --data mine.csv       your own labelled images
+    attire predict runs/1/model a.png  the answer for a picture
+    """
+
+
+def recipe_options(command: Command) -> Command:
+    """A flag for each field of Recipe; the effective default is the named recipe's."""
+    for field in reversed([field for field in fields(Recipe) if field.name != "name"]):
+        flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
+        values = ", ".join(f"{name} {shown(getattr(recipe, field.name))}" for name, recipe in RECIPES.items())
+        told = f"{FIELD_HELP[field.name]}  [{values}]"
+        if kind is bool:
+            command = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=told)(command)
+        else:
+            converted = str if kind is tuple else kind
+            command = click.option(flag, field.name, type=converted, default=None, help=told)(command)
+    return command
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(str(item) for item in value)
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else f"{value}"
+
+
+def data_options(command: Command) -> Command:
+    for option in (
+        click.option("--classes", help="Class names in the order of their labels, separated by commas."),
+        click.option("--test", metavar="FILE", help="This file or folder is the test set."),
+        click.option(
+            "--data",
+            metavar="PATH",
+            help="CSV, IDX file or folder, folder of class folders; default: the official set.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def source_options(command: Command) -> Command:
+    command = click.option(
+        "--weights-from", type=click.Path(path_type=Path), help="VGG16 weights from this .pth or .safetensors."
+    )(command)
+    return click.option(
+        "--data-from", type=click.Path(path_type=Path), help="The official IDX files from this folder."
+    )(command)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
+
+
+@cli.command()
+@source_options
+@json_option
+def fetch(data_from: Path | None, weights_from: Path | None, as_json: bool) -> None:
+    """Fetch and verify the official data and VGG16's weights; what is there already is only verified."""
+    from attire import fetch as fetching
+    from attire.terminal import Terminal, print_result
+
+    watch = Terminal(as_json)
+    data = fetching.official_data(data_from, watch.advance)
+    weights = fetching.vgg16_weights(weights_from, watch.advance)
+    watch.close()
+    if as_json:
+        click.echo(json.dumps({"data": str(data), "weights": str(weights)}))
+    else:
+        print_result(f"Data      {data}   verified\nWeights   {weights}   verified")
+
+
+@cli.command()
+@click.option("--recipe", "recipe_name", default=None, help=f"{' or '.join(RECIPES)}.  [default: fast]")
+@click.option("--config", type=click.Path(path_type=Path), help="A run's config.json: its recipe and data again.")
+@click.option("--resume", "resumed", metavar="RUN", help="Go on with a run that was stopped.")
+@data_options
+@click.option(
+    "--test-size", type=float, default=None, help="Share of one file that becomes the test set.  [default: 0.2]"
+)
+@click.option("--out", metavar="FOLDER", help="The run's folder.  [default: runs/1, runs/2 ...]")
+@device_option
+@click.option("--cache/--no-cache", default=None, help="Train from cached features, or through VGG16 in every epoch.")
+@click.option("--claim", type=float, default=None, help="Accuracy in % to check.  [default: 98]")
+@source_options
+@json_option
+@recipe_options
+def train(
+    recipe_name: str | None, config: Path | None, resumed: str | None, out: str | None, as_json: bool, **options: Any
+) -> None:
+    """Train a classifier and measure it once on the test set.
+
+    \b
+    attire train                                          official data, recipe fast
+    attire train --recipe classic --data train.csv        the frozen VGG16 as it was asked for
+    attire train --seed 1                                 seconds: features are cached
+    """
+    from attire import runs
+    from attire.report import terminal_summary
+    from attire.terminal import Terminal, print_result
+
+    get_sources(options.pop("data_from"), options.pop("weights_from"))
+    watch = Terminal(as_json)
+    try:
+        if resumed:
+            given = [name for name, value in options.items() if value is not None and name != "device"]
+            if given or recipe_name or config or out:
+                raise UsageError("--resume", "goes on with the run's own settings", do="leave the other options out")
+            run = runs.resume(resumed, watch)
+        else:
+            run = runs.train(run_dir=out, watcher=watch, **train_arguments(recipe_name, config, options))
+    except Stopped as stop:
+        again = f"go on with: attire train --resume {shlex.quote(stop.subject)}"
+        raise Stopped(stop.subject, stop.what, do=again) from None
+    finally:
+        watch.close()
+    if as_json:
+        click.echo(json.dumps({"run": str(run.folder), **runs.results.metrics(run.result)}))
+        return
+    print_result(terminal_summary(run.result))
+    click.echo(next_steps(run.folder))
+
+
+def train_arguments(name: str | None, config: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+    """What `runs.train` takes: the named or stored recipe, changed by the flags that were given."""
+    from attire import files, recipes
+
+    stored = files.read_json(config) if config else {}
+    if name and stored:
+        raise UsageError("--recipe", "given together with --config", do="give one of them")
+    recipe = recipes.from_json(stored.get("recipe", {}), str(config)) if stored else recipes.named(name or "fast")
+    names = {field.name for field in fields(Recipe)}
+    changes = {key: value for key, value in options.items() if key in names and value is not None}
+    if "hidden" in changes:
+        changes["hidden"] = widths(changes["hidden"])
+    data = stored.get("data", {})
+    given = {key: options[key] if options[key] is not None else data.get(key) for key in ("data", "test", "classes")}
+    size = options["test_size"] if options["test_size"] is not None else data.get("test_size", 0.2)
+    claim = options["claim"] / 100 if options["claim"] is not None else stored.get("claimed", 0.98)
+    if not 0 < claim <= 1:
+        raise UsageError("--claim", f"expected a percentage above 0, at most 100, found {options['claim']}")
+    return {
+        "recipe": replace(recipe, **changes),
+        "data": given["data"],
+        "test": given["test"],
+        "classes": class_names(given["classes"]),
+        "test_size": int(size) if size >= 1 and float(size).is_integer() else size,
+        "device": options["device"],
+        "cache": options["cache"] if options["cache"] is not None else stored.get("cache", True),
+        "claimed": claim,
+    }
+
+
+def widths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(width) for width in text.split(",") if width.strip())
+    except ValueError:
+        raise UsageError("--hidden", f"expected widths such as 1024,512, found {text!r}") from None
+
+
+def class_names(value: Any) -> list[str] | None:
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
+def get_sources(data_from: Path | None, weights_from: Path | None) -> None:
+    """Local files named on the command line are taken into the cache first, verified."""
+    if data_from or weights_from:
+        from attire import fetch as fetching
+
+        if data_from:
+            fetching.official_data(data_from)
+        if weights_from:
+            fetching.vgg16_weights(weights_from)
+
+
+def next_steps(folder: Path) -> str:
+    run = shlex.quote(str(folder))
+    return (
+        f"\nRun             {run}\n"
+        f"Report          {run}/report.html\n"
+        f"Next            attire predict {run}/model picture.png\n"
+        f"                attire evaluate {run}/model\n"
+        f"                attire train --seed 1          (features are cached)"
+    )
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@data_options
+@click.option(
+    "--part", type=click.Choice(["train", "test"]), default="test", show_default=True, help="Of data that has both."
+)
+@click.option("--backend", default="torch", show_default=True, help="torch, or openvino-int8 (extra).")
+@click.option("--out", type=click.Path(path_type=Path), help="Write tables and pictures into this new folder.")
+@device_option
+@json_option
+def evaluate(
+    bundle: Path,
+    data: str | None,
+    test: str | None,
+    classes: str | None,
+    part: Any,
+    backend: str,
+    out: Path | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure a bundle on labelled images: by default the official 10,000 test images."""
+    from attire import runs
+    from attire.report import class_table
+    from attire.results import metrics, write_evaluation
+    from attire.terminal import Terminal, print_result
+
+    watch = Terminal(as_json)
+    try:
+        result = runs.evaluate_bundle(bundle, test or data, part, class_names(classes), backend, device, watch)
+    finally:
+        watch.close()
+    if out:
+        write_evaluation(runs.new_folder(out), result)
+    if as_json:
+        click.echo(json.dumps(metrics(result)))
+        return
+    print_result(f"Accuracy        {result.test.accuracy}\nClaim check     {result.claim}\n")
+    print_result(class_table(result.test, 100))
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
+@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="How many classes to show.")
+@device_option
+@json_option
+def predict(bundle: Path, paths: tuple[Path, ...], top: int, device: str, as_json: bool) -> None:
+    """Name the garment in pictures, or in each row of a CSV file.
+
+    \b
+    attire predict runs/1/model shoe.png
+    attire predict runs/1/model --json fashion-mnist_test.csv
+
+    A bad file is one line on stderr; the others are answered, and the exit status is 1.
+    """
+    from attire.classifier import load_bundle
+
+    classifier, failed = load_bundle(bundle, device), 0
+    for path in paths:
+        try:
+            predict_file(classifier, path, top, as_json)
+        except AttireError as error:
+            click.echo(f"error: {error}", err=True)
+            failed += 1
+    if failed:
+        raise SystemExit(1)
+
+
+def predict_file(classifier: "Classifier", path: Path, top: int, as_json: bool) -> None:
+    from attire.data import read_csv
+    from attire.pictures import read_image
+
+    csv = path.suffix.lower() == ".csv"
+    images = read_csv(path, classifier.classes).images if csv else read_image(path)[None]
+    for start in range(0, len(images), 1024):
+        for i, row in enumerate(classifier.predict_proba(images[start : start + 1024]), start):
+            name = f"{path}:{i + 2}" if csv else str(path)  # the line in the file, after the header
+            found = classifier.ranked(row)
+            if as_json:
+                click.echo(json.dumps({"file": name, "label": found.label, "probabilities": dict(found.ranking[:top])}))
+            else:
+                rest = "   ".join(f"{label} {p:.3f}" for label, p in found.ranking[1:top])
+                click.echo(f"{one_line(name):24} {found.label:12} {found.probability:.3f}   {rest}".rstrip())
+
+
+@cli.command("export-csv")
+@click.argument("folder", type=click.Path(path_type=Path))
+@source_options
+def export_csv(folder: Path, data_from: Path | None, weights_from: Path | None) -> None:
+    """Write the official sets in Kaggle's form: fashion-mnist_train.csv and fashion-mnist_test.csv."""
+    from attire import files
+    from attire.data import load_dataset, write_csv
+
+    get_sources(data_from, weights_from)
+    files.make_dir(folder)
+    for part in ("train", "test"):
+        path = folder / f"fashion-mnist_{part}.csv"
+        dataset = load_dataset(None, part=part)  # type: ignore[arg-type]
+        write_csv(dataset, path)
+        click.echo(f"{path}   {len(dataset):,} rows")
+
+
+@cli.command()
+@click.option("--delete", "keys", metavar="KEY", multiple=True, help="Delete the entry whose key begins so.")
+@click.option("--clear", is_flag=True, help="Delete every entry of features.")
+@json_option
+def cache(keys: tuple[str, ...], clear: bool, as_json: bool) -> None:
+    """List the cached features with their size and what made them, or delete them."""
+    from attire import features
+    from attire.files import human_size
+
+    if clear:
+        keys = tuple(entry.key for entry in features.cache_entries())
+    freed = sum(features.delete_entry(key) for key in keys)
+    entries = features.cache_entries()
+    if as_json:
+        click.echo(json.dumps({"freed": freed, "entries": [entry.to_json() for entry in entries]}))
+        return
+    if keys:
+        click.echo(f"freed {human_size(freed)}")
+    for entry in entries:
+        click.echo(f"{entry.key[:12]}  {human_size(entry.size):>9}  {entry.describe()}")
+    click.echo(f"{len(entries)} entries, {human_size(sum(e.size for e in entries))} in {features.cache_folder()}")
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def report(run: Path) -> None:
+    """Write a finished run's report.html again, from the run's own files."""
+    from attire.report import write_report
+    from attire.results import load_result
+
+    click.echo(write_report(run, load_result(run)))
+
+
+def main() -> NoReturn:
+    """The one place where errors become a line and an exit status."""
+    debug = "--debug" in sys.argv
+    warnings.showwarning = show_warning
+    try:
+        cli.main(standalone_mode=False)
+        sys.stdout.flush()
+        status = 0
+    except AttireError as error:
+        status = fail(str(error), error.status, debug)
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "attire"
+        status = fail(f"{where}: {one_line(error.format_message())}; see: {where} --help", 2, debug)
+    except click.ClickException as error:
+        status = fail(one_line(error.format_message()), 1, debug)
+    except (KeyboardInterrupt, click.Abort):
+        status = fail("stopped; what was finished is kept", 130, debug)
+    except BrokenPipeError:  # `attire ... | head`
+        sys.stderr.close()
+        status = 0
+    except MemoryError:
+        status = fail("out of memory; try a smaller --image-size or --batch-size", 1, debug)
+    except OSError as error:
+        status = fail(f"{one_line(str(error.filename or 'attire'))}: {error.strerror or error}", 1, debug)
+    sys.exit(status)
+
+
+def fail(line: str, status: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    click.echo(f"error: {line}" if status != 130 else line, err=True)
+    return status
+
+
+def show_warning(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+    """Ours as one line; a library's in its own words, shortened to one."""
+    text = str(message) if issubclass(category, AttireWarning) else f"{category.__name__}: {message}"
+    click.echo(f"warning: {one_line(text.splitlines()[0] if text else '')}", err=True)

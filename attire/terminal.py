@@ -1,0 +1,97 @@
+"""What a person sees while work goes on: bars on a terminal, plain lines where output is piped, nothing when quiet."""
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from attire.training import Epoch
+
+
+class Rate(ProgressColumn):
+    """Rows a second so far, `553 /s`."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f}/s" if speed else "", style="progress.data.speed")
+
+
+class Terminal:
+    """Implements `runs.Watcher`. Bars go to stderr, so that stdout holds results alone."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.quiet = quiet
+        self.bars: Progress | None = None
+        self.tasks: dict[str, Any] = {}
+        self.began: dict[str, float] = {}
+
+    def note(self, name: str, text: str) -> None:
+        if not self.quiet:
+            self.console.print(f"{name:9} {text}", markup=False, soft_wrap=True)
+
+    def advance(self, stage: str, done: int, total: int, text: str = "") -> None:
+        if self.quiet:
+            return
+        if not self.console.is_terminal:
+            self._plain(stage, done, total)
+            return
+        bars = self._started()
+        if stage not in self.tasks:
+            self.tasks[stage] = bars.add_task(stage, total=total, text="")
+        bars.update(self.tasks[stage], completed=done, total=total, text=text)
+        if done >= total:
+            bars.stop_task(self.tasks[stage])
+
+    def epoch(self, line: "Epoch") -> None:
+        if self.quiet:
+            return
+        text = f"epoch {line.epoch:3}   average loss {line.train_loss:.4f}"
+        if line.val_accuracy is not None:
+            text += f"   val loss {line.val_loss:.4f}   val {100 * line.val_accuracy:.2f} %"
+        self.console.print(f"{text}   {line.seconds:.1f} s", markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self.bars:
+            self.bars.stop()
+            self.bars = None
+        self.tasks.clear()
+
+    def _started(self) -> Progress:
+        if self.bars is None:
+            self.bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                Rate(),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                TextColumn("{task.fields[text]}"),
+                console=self.console,
+            )
+            self.bars.start()
+        return self.bars
+
+    def _plain(self, stage: str, done: int, total: int) -> None:
+        """Piped: one line when a long stage begins and one when it ends."""
+        if stage.startswith("Training"):
+            return
+        if stage not in self.began:
+            self.began[stage] = time.perf_counter()
+            if done < total:
+                self.console.print(f"{stage:28} {total:,} to do", markup=False, soft_wrap=True)
+            else:
+                self.console.print(f"{stage:28} {total:,} cached", markup=False, soft_wrap=True)
+        elif done >= total and self.began[stage]:
+            seconds = time.perf_counter() - self.began[stage]
+            self.console.print(f"{stage:28} {total:,} in {seconds:.0f} s", markup=False, soft_wrap=True)
+            self.began[stage] = 0.0
+
+
+def print_result(renderable: Any) -> None:
+    """A result on stdout: colour only on a terminal, as wide as the terminal, 100 columns when piped."""
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=100)
+    console.print(renderable)
