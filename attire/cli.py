@@ -163,6 +163,7 @@ def train(
     """
     from attire import runs
     from attire.report import terminal_summary
+    from attire.results import metrics
     from attire.terminal import Terminal, print_result
 
     get_sources(options.pop("data_from"), options.pop("weights_from"))
@@ -181,7 +182,7 @@ def train(
     finally:
         watch.close()
     if as_json:
-        click.echo(json.dumps({"run": str(run.folder), **runs.results.metrics(run.result)}))
+        click.echo(json.dumps({"run": str(run.folder), **metrics(run.result)}))
         return
     print_result(terminal_summary(run.result))
     click.echo(next_steps(run.folder))
@@ -246,7 +247,7 @@ def next_steps(folder: Path) -> str:
         f"Report          {run}/report.html\n"
         f"Next            attire predict {run}/model picture.png\n"
         f"                attire evaluate {run}/model\n"
-        f"                attire train --seed 1          (features are cached)"
+        f"                attire train --config {run}/config.json --seed 1   (features are cached)"
     )
 
 
@@ -348,7 +349,7 @@ def export_csv(folder: Path, data_from: Path | None, weights_from: Path | None) 
     files.make_dir(folder)
     for part in ("train", "test"):
         path = folder / f"fashion-mnist_{part}.csv"
-        dataset = load_dataset(None, part=part)  # type: ignore[arg-type]
+        dataset = load_dataset(None, part=part)
         write_csv(dataset, path)
         click.echo(f"{path}   {len(dataset):,} rows")
 

@@ -123,6 +123,7 @@ def extract(
         missing = [i for i in range(len(starts)) if i not in ledger]
         report = progress or (lambda done, total: None)
         if missing:
+            report(sum(line["rows"] for line in ledger.values()), len(images))
             trunk = load_trunk()
             for i in missing:
                 part = images[starts[i] : starts[i] + spec.shard_rows]

@@ -1,0 +1,37 @@
+# Two commands: `make train`, `make test`. Both set up what they need, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: train test check cover clean help
+
+help:
+	@echo "make train   data, weights, features, a trained classifier and its report"
+	@echo "make test    all tests, the real ones included"
+	@echo "make check   lint, format, types"
+	@echo "make cover   all tests with the share of lines they run"
+
+train: $(READY)
+	@$(BIN)/attire train $(ARGS)
+
+test: $(READY)
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+cover: $(READY)
+	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than 3.11; name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@printf 'Setting up .venv: PyTorch and the rest, a few minutes the first time ... '
+	@start=$$(date +%s); $(PYTHON) -m venv $(VENV) && \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' 2>$(VENV)/pip.log || \
+		{ echo failed; tail -n 5 $(VENV)/pip.log >&2; exit 1; }; \
+		touch $@; echo "done ($$(( $$(date +%s) - start )) s)"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

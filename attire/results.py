@@ -1,0 +1,242 @@
+"""A finished run as a value, and as files: everything the report, the model card and `compare` need."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from attire import figures
+from attire.errors import AttireError
+from attire.evaluation import Claim, Evaluation, check_claim
+from attire.files import cannot, read_json, write_bytes, write_json, write_text
+
+HISTORY = ("epoch", "train_loss", "val_loss", "val_accuracy", "seconds")
+SETS = ("test", "train", "val")
+SHOWN = 24  # images in each gallery: three lines on a desktop screen, eight on a telephone
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The test set as the model saw it: labels (n,), probabilities (n, K), and some or all of the images.
+
+    `images` is (m, 28, 28) uint8; image i is test row `image_rows[i]`. A run folder keeps only the images that its
+    galleries show.
+    """
+
+    labels: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+    images: NDArray[np.uint8]
+    image_rows: NDArray[np.int64]
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        return np.asarray(self.probabilities.argmax(axis=1))
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        return np.asarray(self.predicted == self.labels)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run found. `history` holds rows of HISTORY; `seconds` where the time went, with a "total".
+
+    `config`, `environment` and `data` are plain JSON and are shown as they are; `data["name"]` names the data set.
+    `galleries` maps a title to test rows and is chosen here when left out.
+    """
+
+    title: str
+    recipe: str
+    seed: int
+    command: str
+    test: Evaluation
+    predictions: Predictions
+    train: Evaluation | None = None
+    val: Evaluation | None = None
+    history: Sequence[Mapping[str, Any]] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    claimed: float = 0.98
+    galleries: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.galleries:
+            object.__setattr__(self, "galleries", choose_galleries(self.predictions))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.test.classes
+
+    @property
+    def claim(self) -> Claim:
+        return check_claim(self.test.correct, self.test.n, self.claimed)
+
+
+def predictions(labels: Any, probabilities: Any, images: NDArray[np.uint8]) -> Predictions:
+    """All test rows with all their images (n, 28, 28), as training has them."""
+    if images.dtype != np.uint8 or images.shape[1:] != (28, 28) or len(images) != len(labels):
+        expected = f"({len(labels)}, 28, 28) uint8"
+        raise AttireError("test images", f"expected {expected}, found {images.shape} {images.dtype}")
+    rows = np.arange(len(labels), dtype=np.int64)
+    return Predictions(np.asarray(labels, np.int64), np.asarray(probabilities, np.float64), images, rows)
+
+
+def choose_galleries(found: Predictions) -> dict[str, list[int]]:
+    """The test rows worth a look. Ties keep the order of the rows, the sample has a fixed seed: same run, same page."""
+    top_two = np.sort(found.probabilities, axis=1)[:, -2:]
+    wrong = np.flatnonzero(~found.correct)
+    n = len(found.labels)
+    sample = np.random.default_rng(0).permutation(n)[:SHOWN]
+    return {
+        "Most confident errors": wrong[np.argsort(-top_two[wrong, 1], kind="stable")][:SHOWN].tolist(),
+        "Least certain": np.argsort(top_two[:, 1] - top_two[:, 0], kind="stable")[:SHOWN].tolist(),
+        "A random sample": sorted(sample.tolist()),
+    }
+
+
+def save_result(run_dir: Path, result: RunResult) -> None:
+    """Every file that `load_result` reads."""
+    write_json(run_dir / "config.json", dict(result.config))
+    write_json(run_dir / "environment.json", dict(result.environment))
+    write_json(run_dir / "data.json", dict(result.data))
+    write_text(run_dir / "history.csv", table_text(HISTORY, [[row[key] for key in HISTORY] for row in result.history]))
+    write_evaluation(run_dir / "evaluation", result)
+
+
+def write_evaluation(folder: Path, result: RunResult) -> None:
+    """predictions.csv, the galleries, per_class.csv, confusion.csv/.svg/.png, the other drawings; metrics.json last."""
+    test = result.test
+    write_predictions(folder / "predictions.csv", result)
+    write_gallery(folder, result)
+    write_text(folder / "per_class.csv", per_class_csv(test))
+    rows = [[name, *counts] for name, counts in zip(test.classes, test.confusion.tolist(), strict=True)]
+    write_text(folder / "confusion.csv", table_text(["true / predicted", *test.classes], rows))
+    drawings = {"confusion": figures.confusion(test.confusion, test.classes)}
+    drawings["reliability"] = figures.reliability(test.reliability)
+    if result.history:
+        drawings["loss"] = figures.loss_curves(result.history)
+        drawings["accuracy"] = figures.accuracy_curve(result.history)
+    for name, figure in drawings.items():
+        write_bytes(folder / f"{name}.svg", figures.svg(figure))
+        write_bytes(folder / f"{name}.png", figures.png(figure))
+    write_json(folder / "metrics.json", metrics(result))
+
+
+def metrics(result: RunResult) -> dict[str, Any]:
+    return {
+        "title": result.title,
+        "recipe": result.recipe,
+        "seed": result.seed,
+        "command": result.command,
+        "seconds": dict(result.seconds),
+        "claim": result.claim.to_json(),
+        **{name: found.to_json() if (found := getattr(result, name)) else None for name in SETS},
+    }
+
+
+def per_class_csv(found: Evaluation) -> str:
+    names = ("precision", "recall", "f1")
+    header = ["class", "support", *(f"{name}{part}" for name in names for part in ("", "_low", "_high"))]
+    rows = []
+    for score in found.per_class:
+        figures_of = (getattr(score, name) for name in names)
+        rows.append([score.name, score.support, *(v for f in figures_of for v in (f.value, f.low, f.high))])
+    return table_text(header, [["" if value != value else value for value in row] for row in rows])
+
+
+def write_predictions(path: Path, result: RunResult) -> None:
+    """One line per test row. Nine digits: a float32 probability survives the journey exactly."""
+    found, names = result.predictions, np.array(result.classes, dtype=object)
+    columns = {"row": np.arange(len(found.labels)), "label": names[found.labels], "predicted": names[found.predicted]}
+    columns["probability"] = found.probabilities.max(axis=1)
+    columns |= {f"p_{name}": found.probabilities[:, c] for c, name in enumerate(result.classes)}
+    write_text(path, pd.DataFrame(columns).to_csv(index=False, float_format="%.9g", lineterminator="\n"))
+
+
+def write_gallery(folder: Path, result: RunResult) -> None:
+    """gallery.png, one 28x28 tile for each line of gallery.csv, in that order from left to right, top to bottom."""
+    lines = [(title, row) for title, rows in result.galleries.items() for row in rows]
+    write_bytes(folder / "gallery.png", figures.tile(shown_images(result, [row for _, row in lines]), SHOWN))
+    write_text(folder / "gallery.csv", table_text(["gallery", "row"], lines))
+
+
+def shown_images(result: RunResult, rows: Sequence[int]) -> NDArray[np.uint8]:
+    """The images (m, 28, 28) of these test rows."""
+    place = {int(row): i for i, row in enumerate(result.predictions.image_rows)}
+    return result.predictions.images[[place[row] for row in rows]]
+
+
+def load_result(run_dir: Path) -> RunResult:
+    """A finished run from its folder alone. Raises AttireError where a file is missing or damaged."""
+    folder = run_dir / "evaluation"
+    lines = read_table(folder / "gallery.csv")
+    galleries: dict[str, list[int]] = {}
+    for line in lines:
+        galleries.setdefault(line["gallery"], []).append(int(line["row"]))
+    stored = read_json(folder / "metrics.json")
+    try:
+        test, train, val = (Evaluation.from_json(stored[name]) if stored[name] else None for name in SETS)
+        claim = Claim.from_json(stored["claim"])
+        told: dict[str, Any] = {name: stored[name] for name in ("title", "recipe", "seed", "command", "seconds")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(folder / "metrics.json", error) from error
+    if test is None:
+        raise AttireError(folder / "metrics.json", "the run has no test set")
+    return RunResult(
+        **told,
+        test=test,
+        train=train,
+        val=val,
+        claimed=claim.claimed,
+        galleries=galleries,
+        predictions=read_predictions(folder, test.classes, [int(line["row"]) for line in lines]),
+        history=[history_row(line) for line in read_table(run_dir / "history.csv")],
+        config=read_json(run_dir / "config.json"),
+        environment=read_json(run_dir / "environment.json"),
+        data=read_json(run_dir / "data.json"),
+    )
+
+
+def read_predictions(folder: Path, classes: Sequence[str], rows: Sequence[int]) -> Predictions:
+    path = folder / "predictions.csv"
+    try:
+        table = pd.read_csv(path, keep_default_na=False)
+        labels = table["label"].astype(str).map({name: c for c, name in enumerate(classes)}).to_numpy(np.int64)
+        probabilities = table[[f"p_{name}" for name in classes]].to_numpy(np.float64)
+        images = figures.untile((folder / "gallery.png").read_bytes(), len(rows))
+    except OSError as error:
+        raise cannot("read", Path(error.filename or path), error) from error
+    except (KeyError, ValueError) as error:
+        raise damaged(path, error) from error
+    return Predictions(labels, probabilities, images, np.array(rows, dtype=np.int64))
+
+
+def history_row(line: Mapping[str, str]) -> dict[str, Any]:
+    row: dict[str, Any] = {key: float(line[key]) if line[key] else None for key in HISTORY}
+    return {**row, "epoch": int(line["epoch"])}
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    try:
+        return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
+    except OSError as error:
+        raise cannot("read", path, error) from error
+
+
+def table_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+    return buffer.getvalue()
+
+
+def damaged(path: Path, error: Exception) -> AttireError:
+    what = f"not what a finished run writes: {type(error).__name__} {error}"
+    return AttireError(path, what[:120], do="run `attire train` again")
