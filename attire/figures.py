@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from attire.calibration import Bin, Ints
+from attire.errors import one_line
 
 INK, BLUE, ORANGE = "#1b1c20", "#2f6fb3", "#c4661f"  # the two lines differ in lightness too, for colour-blind readers
 HEAT = LinearSegmentedColormap.from_list("attire", ["#ffffff", BLUE])
@@ -58,6 +59,8 @@ def inline(drawing: bytes, label: str) -> str:
     text = re.sub(r"<(style|metadata)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
     used = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", text))
     text = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", text)
+    own = re.sub(r"\W", "", label).lower()  # two drawings may hold the same marker
+    text = re.sub(r'(url\(#|href="#| id=")', rf"\g<1>{own}-", text)
     text = re.sub(r'<svg\b[^>]*?(viewBox="[^"]+")[^>]*>', _opening(label), text, count=1)
     return text.replace(INK, "currentColor")
 
@@ -135,8 +138,8 @@ def confusion(table: Ints, classes: Sequence[str]) -> Figure:
 
 
 def plain(name: str) -> str:
-    """A class called '$x$' is a name, not mathematics."""
-    return name.replace("$", r"\$")
+    """A class called '$x$' is a name, not mathematics, and control characters have no shape."""
+    return one_line(name).replace("$", r"\$")
 
 
 def tile(images: NDArray[np.uint8], across: int) -> bytes:

@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from PIL import UnidentifiedImageError
 
 from attire import figures
 from attire.errors import AttireError
@@ -86,7 +88,12 @@ def predictions(labels: Any, probabilities: Any, images: NDArray[np.uint8]) -> P
         expected = f"({len(labels)}, 28, 28) uint8"
         raise AttireError("test images", f"expected {expected}, found {images.shape} {images.dtype}")
     rows = np.arange(len(labels), dtype=np.int64)
-    return Predictions(np.asarray(labels, np.int64), np.asarray(probabilities, np.float64), images, rows)
+    return Predictions(np.asarray(labels, np.int64), single(probabilities), images, rows)
+
+
+def single(probabilities: Any) -> NDArray[np.float64]:
+    """Probabilities to the precision that predictions.csv keeps, so that a stored run equals the one just made."""
+    return np.asarray(probabilities, np.float32).astype(np.float64)
 
 
 def choose_galleries(found: Predictions) -> dict[str, list[int]]:
@@ -163,33 +170,30 @@ def write_predictions(path: Path, result: RunResult) -> None:
 
 def write_gallery(folder: Path, result: RunResult) -> None:
     """gallery.png, one 28x28 tile for each line of gallery.csv, in that order from left to right, top to bottom."""
-    lines = [(title, row) for title, rows in result.galleries.items() for row in rows]
-    write_bytes(folder / "gallery.png", figures.tile(shown_images(result, [row for _, row in lines]), SHOWN))
+    rows = [row for rows in result.galleries.values() for row in rows]
+    write_bytes(folder / "gallery.png", figures.tile(shown_images(result, rows), SHOWN))
+    lines: list[tuple[str, int | str]] = []
+    for title, found in result.galleries.items():
+        lines += [(title, row) for row in found] or [(title, "")]  # an empty gallery keeps its line
     write_text(folder / "gallery.csv", table_text(["gallery", "row"], lines))
 
 
 def shown_images(result: RunResult, rows: Sequence[int]) -> NDArray[np.uint8]:
     """The images (m, 28, 28) of these test rows."""
     place = {int(row): i for i, row in enumerate(result.predictions.image_rows)}
-    return result.predictions.images[[place[row] for row in rows]]
+    return result.predictions.images[np.array([place[row] for row in rows], dtype=np.int64)]
 
 
 def load_result(run_dir: Path) -> RunResult:
     """A finished run from its folder alone. Raises AttireError where a file is missing or damaged."""
     folder = run_dir / "evaluation"
-    lines = read_table(folder / "gallery.csv")
-    galleries: dict[str, list[int]] = {}
-    for line in lines:
-        galleries.setdefault(line["gallery"], []).append(int(line["row"]))
-    stored = read_json(folder / "metrics.json")
-    try:
-        test, train, val = (Evaluation.from_json(stored[name]) if stored[name] else None for name in SETS)
+    with reading(folder / "metrics.json") as path:
+        stored = read_json(path)
+        test = Evaluation.from_json(stored["test"])
+        train, val = (Evaluation.from_json(stored[name]) if stored[name] else None for name in ("train", "val"))
         claim = Claim.from_json(stored["claim"])
         told: dict[str, Any] = {name: stored[name] for name in ("title", "recipe", "seed", "command", "seconds")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise damaged(folder / "metrics.json", error) from error
-    if test is None:
-        raise AttireError(folder / "metrics.json", "the run has no test set")
+    galleries = read_galleries(folder / "gallery.csv")
     return RunResult(
         **told,
         test=test,
@@ -197,8 +201,8 @@ def load_result(run_dir: Path) -> RunResult:
         val=val,
         claimed=claim.claimed,
         galleries=galleries,
-        predictions=read_predictions(folder, test.classes, [int(line["row"]) for line in lines]),
-        history=[history_row(line) for line in read_table(run_dir / "history.csv")],
+        predictions=read_predictions(folder, test.classes, [row for rows in galleries.values() for row in rows]),
+        history=read_history(run_dir / "history.csv"),
         config=read_json(run_dir / "config.json"),
         environment=read_json(run_dir / "environment.json"),
         data=read_json(run_dir / "data.json"),
@@ -206,27 +210,40 @@ def load_result(run_dir: Path) -> RunResult:
 
 
 def read_predictions(folder: Path, classes: Sequence[str], rows: Sequence[int]) -> Predictions:
-    path = folder / "predictions.csv"
-    try:
+    with reading(folder / "predictions.csv") as path:
         table = pd.read_csv(path, keep_default_na=False)
-        labels = table["label"].astype(str).map({name: c for c, name in enumerate(classes)}).to_numpy(np.int64)
-        probabilities = table[[f"p_{name}" for name in classes]].to_numpy(np.float64)
-        images = figures.untile((folder / "gallery.png").read_bytes(), len(rows))
-    except OSError as error:
-        raise cannot("read", Path(error.filename or path), error) from error
-    except (KeyError, ValueError) as error:
-        raise damaged(path, error) from error
+        index = {name: c for c, name in enumerate(classes)}
+        labels = np.array([index[str(name)] for name in table["label"]], dtype=np.int64)
+        probabilities = single(table[[f"p_{name}" for name in classes]])
+    with reading(folder / "gallery.png") as path:
+        images = figures.untile(path.read_bytes(), len(rows))
     return Predictions(labels, probabilities, images, np.array(rows, dtype=np.int64))
 
 
-def history_row(line: Mapping[str, str]) -> dict[str, Any]:
-    row: dict[str, Any] = {key: float(line[key]) if line[key] else None for key in HISTORY}
-    return {**row, "epoch": int(line["epoch"])}
+def read_galleries(path: Path) -> dict[str, list[int]]:
+    galleries: dict[str, list[int]] = {}
+    with reading(path), path.open(encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            rows = galleries.setdefault(line["gallery"], [])
+            rows += [int(line["row"])] if line["row"] else []
+    return galleries
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
+def read_history(path: Path) -> list[dict[str, Any]]:
+    with reading(path), path.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+        rows = [{key: float(line[key]) if line[key] else None for key in HISTORY} for line in lines]
+        return [{**row, "epoch": int(line["epoch"])} for row, line in zip(rows, lines, strict=True)]
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Path]:
+    """Whatever is wrong with the file inside the block becomes one AttireError that names it."""
     try:
-        return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
+        yield path
+    except (KeyError, TypeError, ValueError, UnidentifiedImageError) as error:
+        what = f"not what a finished run writes: {type(error).__name__} {error}"
+        raise AttireError(path, what[:120], do="run `attire train` again") from error
     except OSError as error:
         raise cannot("read", path, error) from error
 
@@ -235,8 +252,3 @@ def table_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     buffer = io.StringIO(newline="")
     csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
     return buffer.getvalue()
-
-
-def damaged(path: Path, error: Exception) -> AttireError:
-    what = f"not what a finished run writes: {type(error).__name__} {error}"
-    return AttireError(path, what[:120], do="run `attire train` again")
