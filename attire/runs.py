@@ -185,6 +185,7 @@ def carry_out(
 ) -> Run:
     """The stages, in order. Each leaves on disk what the next start of the same run will not do again."""
     began = time.perf_counter()
+    devices.keep_freed_memory()
     stage = Stage(recipe, source, devices.choose_device(device), watcher)
     files.write_json(folder / "data.json", stage.describe_data())
     files.write_json(folder / "environment.json", stage.environment())
@@ -387,6 +388,7 @@ def evaluate_bundle(
     classes are not the bundle's.
     """
     began = time.perf_counter()
+    devices.keep_freed_memory()
     classifier = load_bundle(bundle, device)
     labelled = load_dataset(data, part=part, classes=classes or (classifier.classes if data else None))
     if labelled.classes != classifier.classes:
