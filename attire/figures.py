@@ -3,7 +3,9 @@
 import base64
 import io
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
@@ -40,7 +42,7 @@ STYLE: dict[Any, Any] = {
 def svg(figure: Figure) -> bytes:
     """The figure as SVG without date or random ids: equal figures give equal bytes."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "attire"}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "attire"}), any_script():
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     return buffer.getvalue()
@@ -48,9 +50,17 @@ def svg(figure: Figure) -> bytes:
 
 def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), any_script():
         figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
     return buffer.getvalue()
+
+
+@contextmanager
+def any_script() -> Iterator[None]:
+    """A class name in a script that matplotlib's font lacks is drawn as boxes; that is no reason to warn or stop."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        yield
 
 
 def inline(drawing: bytes, label: str) -> str:
@@ -100,7 +110,7 @@ def line(plot: Axes, history: Sequence[Mapping[str, Any]], key: str, label: str,
     if points:
         x, y = zip(*points, strict=True)
         plot.plot(x, y, dashes, color=colour, label=label, marker="o" if len(points) < 40 else None, markersize=3)
-        plot.xaxis.set_major_locator(MaxNLocator(integer=True))
+        plot.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 @matplotlib.rc_context(STYLE)

@@ -212,6 +212,14 @@ def test_a_class_that_never_occurs_is_shown_as_undefined(tmp_path: Path) -> None
     assert "undefined" in model_card(result)
 
 
+def test_class_names_in_any_script_survive(tmp_path: Path) -> None:
+    result = made(("ドレス", "コート", "ערב"))
+    save_result(tmp_path, result)
+    assert load_result(tmp_path).classes == ("ドレス", "コート", "ערב")
+    assert "ドレス" in Page(page(result)).words
+    assert "ドレス" in (tmp_path / "evaluation/confusion.svg").read_text(encoding="utf-8")
+
+
 def test_galleries_choose_what_they_are_named_for() -> None:
     p = np.array([[0.99, 0.01], [0.6, 0.4], [0.51, 0.49], [0.2, 0.8]])
     found = predictions(np.array([1, 1, 0, 1]), p, np.zeros((4, 28, 28), np.uint8))
