@@ -1,6 +1,6 @@
 """Where `fit` gets its feature rows: from the cache, or on the fly from the images through the frozen trunk."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,8 +46,9 @@ class CachedSource:
     def __init__(self, plain: Features, mirrored: Features | None = None) -> None:
         self.standardise = Standardiser()
         self.views = [plain] + ([mirrored] if mirrored else [])
+        self.rows = len(plain)
         small = sum(2 * len(view) * view.shape[1] for view in self.views) <= IN_MEMORY
-        self.tables = [whole(view) for view in self.views] if small else None
+        self.table = whole(self.views) if small else None  # (views * N, D): view after view
 
     def batches(self, order: Rows, batch_size: int, views: NDArray[np.bool_] | None) -> Iterator[Tensor]:
         """(b, D) float32; see `training.Source`."""
@@ -57,26 +58,25 @@ class CachedSource:
 
     def _rows(self, rows: Rows, mirrored: NDArray[np.bool_] | None) -> Tensor:
         if mirrored is None or len(self.views) == 1:
-            return self._view(0, rows)
+            mirrored = np.zeros(len(rows), np.bool_)
+        if self.table is not None:
+            return self.table[torch.from_numpy(rows + self.rows * mirrored)].float()
         out = torch.empty(len(rows), self.views[0].shape[1])
-        for view, mask in enumerate((~mirrored, mirrored)):
-            out[torch.from_numpy(mask)] = self._view(view, rows[mask])
+        for view, mask in zip(self.views, (~mirrored, mirrored), strict=False):
+            if mask.any():
+                out[torch.from_numpy(mask)] = torch.from_numpy(view.gather(rows[mask])).float()
         return out
 
-    def _view(self, view: int, rows: Rows) -> Tensor:
-        if self.tables is not None:
-            return self.tables[view][torch.from_numpy(rows)].float()
-        return torch.from_numpy(self.views[view].gather(rows)).float()
 
-
-def whole(features: Features) -> Tensor:
-    """All rows in memory, (N, D) float16."""
-    table = torch.empty(features.shape, dtype=torch.float16)
+def whole(views: Sequence[Features]) -> Tensor:
+    """All rows of all views in memory, (views * N, D) float16."""
+    table = torch.empty(sum(len(view) for view in views), views[0].shape[1], dtype=torch.float16)
     start = 0
-    for block in features.blocks():
-        table[start : start + len(block)] = torch.from_numpy(block)
-        start += len(block)
-    features.release()
+    for view in views:
+        for block in view.blocks():
+            table[start : start + len(block)] = torch.from_numpy(block)
+            start += len(block)
+        view.release()
     return table
 
 
