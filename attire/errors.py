@@ -12,10 +12,10 @@ class AttireError(Exception):
 
     def __init__(self, subject: object, what: str, where: str = "", do: str = "") -> None:
         self.subject, self.what, self.where, self.do = str(subject), what, where, do
-        line = f"{one_line(self.subject)}: {what}"
+        line = f"{self.subject}: {what}"
         line += f" ({where})" if where else ""
         line += f"; {do}" if do else ""
-        super().__init__(line)
+        super().__init__(one_line(line))
 
 
 class UsageError(AttireError):

@@ -1,0 +1,229 @@
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from attire import files
+from attire.errors import AttireError
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from attire.files import lock
+with lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_bytes_text_and_json_arrive_whole_in_folders_made_for_them(tmp_path: Path) -> None:
+    files.write_bytes(tmp_path / "a" / "b" / "bytes", memoryview(b"\x00\xff"))
+    files.write_text(tmp_path / "text", "Größe\n")
+    files.write_json(tmp_path / "json", {"b": [1, 2.5, None], "a": "ü"})
+    assert (tmp_path / "a" / "b" / "bytes").read_bytes() == b"\x00\xff"
+    assert (tmp_path / "text").read_bytes() == "Größe\n".encode()
+    assert (tmp_path / "json").read_text().endswith("}\n")
+    assert files.read_json(tmp_path / "json") == {"b": [1, 2.5, None], "a": "ü"}
+
+
+def test_an_exception_inside_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "kept"
+    path.write_text("old")
+
+    def fail_half_way() -> None:
+        with files.atomic(path) as file:
+            file.write(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]
+    assert path.read_text() == "old"
+
+
+def test_the_new_name_appears_only_when_all_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "new"
+    with files.atomic(path) as file:
+        file.write(b"all of it")
+        assert not path.exists()
+    assert path.read_bytes() == b"all of it"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_text("old")
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(AttireError) as caught:
+        files.write_bytes(path, b"new")
+    assert str(caught.value) == f"{path}: cannot write (No space left on device)"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
+    assert path.read_text() == "old"
+
+
+def test_a_file_where_the_folder_should_be_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AttireError, match=r"file: cannot make the folder \("):
+        files.write_text(tmp_path / "file" / "inside", "text")
+
+
+def test_a_folder_in_place_of_the_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(AttireError, match=r"taken: cannot write \("):
+        files.write_text(tmp_path / "taken", "text")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_read_only_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:  # what a read-only folder does to everyone but root
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(files.tempfile, "mkstemp", refuse)
+    with pytest.raises(AttireError, match=r"a\.json: cannot write \(Permission denied\)"):
+        files.write_json(tmp_path / "a.json", {})
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_follow_the_umask(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        files.write_text(tmp_path / "file", "text")
+        assert files.umask() == mask
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_long_name_still_has_room_for_its_temporary_one(tmp_path: Path) -> None:
+    name = "n" * 250
+    files.write_text(tmp_path / name, "text")
+    assert (tmp_path / name).read_text() == "text"
+
+
+def test_nan_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(tmp_path / "json", {"accuracy": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_held_lock_is_refused_in_time_and_freed_when_its_holder_dies(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / ".lock"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"held\n"
+            began = time.monotonic()
+            with pytest.raises(TimeoutError, match="held by another process"), files.lock(path, wait=0.3):
+                pytest.fail("two processes held one lock")
+            assert 0.2 < time.monotonic() - began < 10
+        finally:
+            holder.kill()
+    with files.lock(path, wait=10):
+        assert path.exists()
+
+
+def test_a_timeout_inside_the_lock_is_not_mistaken_for_its_own(tmp_path: Path) -> None:
+    with pytest.raises(TimeoutError, match="mine"), files.lock(tmp_path / ".lock"):
+        raise TimeoutError("mine")
+    with files.lock(tmp_path / ".lock", wait=0):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not valid JSON (Expecting value: line 1 column 1 (char 0)); the file may be damaged"),
+        (b'{"a": 1', "not valid JSON (Expecting ',' delimiter: line 1 column 8 (char 7)); the file may be damaged"),
+        (b"\xff\xfe", "not valid JSON ("),
+        (b"[" * 100_000, "not valid JSON ("),
+        (b"[1]", "expected a JSON object, found list"),
+        (b"null", "expected a JSON object, found NoneType"),
+    ],
+)
+def test_what_is_not_a_json_object_is_named(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(data)
+    with pytest.raises(AttireError) as caught:
+        files.read_json(path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+    assert str(caught.value).isprintable()
+
+
+def test_json_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AttireError, match=r"absent\.json: cannot read \(No such file or directory\)"):
+        files.read_json(tmp_path / "absent.json")
+    with pytest.raises(AttireError, match=r": cannot read \(Is a directory\)"):
+        files.read_json(tmp_path)
+
+
+def test_the_cache_is_where_the_variable_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTIRE_CACHE", str(tmp_path / "mine"))
+    assert files.cache_dir() == tmp_path / "mine"
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_the_cache_variable_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ATTIRE_CACHE", "~/here")
+    assert files.cache_dir() == tmp_path / "here"
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_the_cache_is_the_user_s_own_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
+    monkeypatch.setattr(files.platformdirs, "user_cache_dir", lambda name, appauthor: str(tmp_path / name))
+    if value is None:
+        monkeypatch.delenv("ATTIRE_CACHE", raising=False)
+    else:
+        monkeypatch.setenv("ATTIRE_CACHE", value)
+    assert files.cache_dir() == tmp_path / "attire"
+
+
+def test_a_relative_cache_stays_where_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ATTIRE_CACHE", "near")
+    assert files.cache_dir() == tmp_path / "near"
+
+
+def test_a_file_in_the_cache_s_place_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ATTIRE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(AttireError, match="file: cannot make the folder"):
+        files.cache_dir()
+
+
+def test_digests_are_sha256(tmp_path: Path) -> None:
+    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    (tmp_path / "empty").touch()
+    assert files.sha256(b"") == files.sha256_file(tmp_path / "empty") == empty
+
+
+def test_equal_values_have_one_canonical_form() -> None:
+    assert files.canonical_json({"b": 1, "a": [1.5, "ü"]}) == b'{"a":[1.5,"\\u00fc"],"b":1}'
+    assert files.canonical_json({"a": 1, "b": 2}) == files.canonical_json({"b": 2, "a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.canonical_json(float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 kB"),
+        (58_866_625, "58.9 MB"),
+        (3_500_000_000, "3.5 GB"),
+        (5_000_000_000_000, "5000.0 GB"),
+    ],
+)
+def test_sizes_as_people_say_them(count: int, text: str) -> None:
+    assert files.human_size(count) == text

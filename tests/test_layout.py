@@ -1,0 +1,98 @@
+"""The rooms of docs/design.md: what each file may import, and what none of them may do."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "attire"
+SOURCES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
+ROOMS = {name: tree for name, tree in SOURCES.items() if name != "__init__"}
+UNPICKLER = "weights"  # the one file that reads a pickle, whose every byte is pinned
+SLOW = ("matplotlib", "numpy", "pandas", "pyarrow", "rich", "sklearn", "torch", "torchvision")
+
+
+def listed_rooms() -> list[str]:
+    """The first column of the table under "Rooms", in its order."""
+    text = (ROOT / "docs" / "design.md").read_text().partition("## Rooms")[2].partition("\n## ")[0]
+    return re.findall(r"^\| `(\w+)\.py` \|", text, re.M)
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Modules of this package that a file imports, at its top, inside functions, or for types alone."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("attire.") for alias in node.names if alias.name.startswith("attire.")}
+        elif isinstance(node, ast.ImportFrom) and node.module == "attire":
+            found |= {alias.name for alias in node.names if alias.name in SOURCES}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("attire."):
+            found.add(str(node.module).removeprefix("attire."))
+    return found
+
+
+def calls(tree: ast.AST) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def test_every_file_is_one_room_of_the_table() -> None:
+    assert sorted(listed_rooms()) == sorted(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_from_rooms_above_it(room: str) -> None:
+    above = listed_rooms()
+    assert imports(ROOMS[room]) <= set(above[: above.index(room)])
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_within_the_package_are_written_in_full(room: str) -> None:
+    assert not [node for node in ast.walk(ROOMS[room]) if isinstance(node, ast.ImportFrom) and node.level]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_has_a_name_of_its_own_and_says_what_it_is(room: str) -> None:
+    assert room not in ("utils", "util", "common", "helpers", "misc", "base", "manager")
+    assert ast.get_docstring(ROOMS[room])
+
+
+def test_the_readme_s_tree_names_every_file() -> None:
+    blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    tree = next((block for block in blocks if "attire/\n" in block), "")
+    told = dict(re.findall(r"^\W*(\w+\.(?:py|html)) +(\S.*)$", tree.partition("attire/\n")[2], re.M))
+    there = {path.name for path in (*PACKAGE.glob("*.py"), *PACKAGE.glob("*.html"))} - {"__init__.py"}
+    assert there <= set(told)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"], ["evalute"]], ids=" ".join)
+def test_nothing_slow_is_imported_before_it_is_needed(arguments: list[str]) -> None:
+    run = f"import attire, sys\nsys.argv[1:] = {arguments}\n"
+    if arguments:
+        run += "from attire.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    run += f"print('\\nslow:', *[name for name in {SLOW} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", run], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["slow:"], done
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_room_evaluates_text_or_opens_a_shell(room: str) -> None:
+    for call in calls(ROOMS[room]):
+        name = ast.unparse(call.func)
+        assert name not in ("eval", "exec", "os.system", "os.popen", "yaml.load", "marshal.loads"), name
+        for keyword in call.keywords:
+            given = ast.unparse(keyword.value)
+            assert (keyword.arg, given) not in (("shell", "True"), ("allow_pickle", "True")), ast.unparse(call)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_room_unpickles_but_the_one_that_pins_the_bytes(room: str) -> None:
+    text = {ast.unparse(node) for node in ast.walk(ROOMS[room]) if isinstance(node, ast.Attribute | ast.Name)}
+    pickles = {name for name in text if name.split(".")[0] in ("pickle", "joblib", "dill", "cloudpickle", "shelve")}
+    assert pickles <= ({"pickle", "pickle.Unpickler", "pickle.UnpicklingError"} if room == UNPICKLER else set())
+    for call in calls(ROOMS[room]):
+        if ast.unparse(call.func) == "torch.load":
+            assert "weights_only=True" in [ast.unparse(keyword) for keyword in call.keywords]
