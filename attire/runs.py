@@ -439,11 +439,15 @@ def open_trunk(model: torchvision.models.VGG, spec: FeatureSpec, device: torch.d
 
 
 def validation_rows(splits: Splits, recipe: Recipe) -> tuple[training.Rows, training.Rows]:
-    """The training rows, and the rows cut from them for validation: as many as the recipe says, at most a tenth."""
+    """The training rows, and the rows cut from them for validation: as many as the recipe says, at most a tenth.
+
+    A tenth of a small set may be too few for a row of each class: then that many, where the split is stratified.
+    """
     if not recipe.val_size:
         return splits.train_rows, np.empty(0, np.int64)
-    count = min(recipe.val_size, max(1, len(splits.train_rows) // 10))
     labels = splits.data.labels[splits.train_rows]
+    least = len(np.unique(labels)) if recipe.stratify else 1
+    count = min(recipe.val_size, max(least, len(labels) // 10))
     rest, part = split_indices(labels, count, recipe.split_seed, recipe.stratify, name=splits.data.source)
     return splits.train_rows[rest], splits.train_rows[part]
 

@@ -1,0 +1,88 @@
+"""A cache of its own for every test, random weights of VGG16's true shapes, and sixty images that can be learnt."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from attire import fetch
+from attire.data import FASHION_CLASSES, ImageDataset, write_csv
+from attire.files import cache_dir
+from attire.recipes import Recipe
+from attire.weights import SHAPES, Tensors, write_weights
+
+
+@pytest.fixture(autouse=True)
+def cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache folder; for tests marked `real` one that holds the official data and weights, and no features."""
+    folder = tmp_path / "cache"
+    if request.node.get_closest_marker("real"):
+        fetch.official_data(), fetch.vgg16_weights()
+        folder.mkdir()
+        for part in ("data", "weights"):
+            (folder / part).symlink_to(cache_dir() / part)
+        if (cache_dir() / "precision.json").exists():
+            shutil.copy(cache_dir() / "precision.json", folder)
+    monkeypatch.setenv("ATTIRE_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_tensors() -> Tensors:
+    """He initialisation, so that features stay of order one through all thirteen layers; small biases."""
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for name, shape in SHAPES.items():
+        scale = np.float32(np.sqrt(2 / np.prod(shape[1:])) if len(shape) > 1 else 0.1)
+        tensors[name] = rng.standard_normal(shape, np.float32) * scale
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def random_weights(tmp_path_factory: pytest.TempPathFactory, random_tensors: Tensors) -> Iterator[Path]:
+    """A safetensors file of 59 MB, made once, removed at the end."""
+    path = tmp_path_factory.mktemp("weights") / "vgg16-features-random.safetensors"
+    write_weights(path, random_tensors, "random")
+    yield path
+    path.unlink()
+
+
+@pytest.fixture
+def weights(random_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`random_weights`, given to whoever asks for VGG16's: no network."""
+    monkeypatch.setattr(fetch, "vgg16_weights", lambda source=None, progress=None: random_weights)
+    return random_weights
+
+
+def blocks_and_noise(rows: int, seed: int = 0) -> ImageDataset:
+    """Each class in turn is a bright block at a place of its own on noise; all images differ."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 60, (rows, 28, 28), np.uint8)
+    labels = np.arange(rows, dtype=np.int64) % 10
+    for image, label in zip(images, labels, strict=True):
+        top, left = 2 + 13 * (label // 5), 1 + 5 * (label % 5)
+        image[top : top + 11, left : left + 5] += 180
+    return ImageDataset(images, labels, FASHION_CLASSES, "synthetic")
+
+
+@pytest.fixture
+def synthetic() -> ImageDataset:
+    return blocks_and_noise(60)
+
+
+@pytest.fixture
+def small_csv(synthetic: ImageDataset, tmp_path: Path) -> Path:
+    """The sixty images in the Kaggle format: split 80/20, every class is in both parts."""
+    path = tmp_path / "small.csv"
+    write_csv(synthetic, path)
+    return path
+
+
+@pytest.fixture
+def tiny() -> Recipe:
+    """The default recipe in miniature: a run on `small_csv` takes about a second."""
+    return Recipe(
+        name="tiny", freeze_to="block2", image_size=16, hidden=(16,), epochs=3, batch_size=16, precision="fp32"
+    )
