@@ -86,7 +86,7 @@ def test_a_read_only_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     def refuse(**_: object) -> None:  # what a read-only folder does to everyone but root
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(files.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr("attire.files.tempfile.mkstemp", refuse)
     with pytest.raises(AttireError, match=r"a\.json: cannot write \(Permission denied\)"):
         files.write_json(tmp_path / "a.json", {})
 
@@ -180,7 +180,7 @@ def test_the_cache_variable_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: 
 def test_the_cache_is_the_user_s_own_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
 ) -> None:
-    monkeypatch.setattr(files.platformdirs, "user_cache_dir", lambda name, appauthor: str(tmp_path / name))
+    monkeypatch.setattr("attire.files.platformdirs.user_cache_dir", lambda name, appauthor: str(tmp_path / name))
     if value is None:
         monkeypatch.delenv("ATTIRE_CACHE", raising=False)
     else:
