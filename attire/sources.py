@@ -92,7 +92,9 @@ class OnTheFlySource:
 
     def batches(self, order: Rows, batch_size: int, views: NDArray[np.bool_] | None) -> Iterator[Tensor]:
         """(b, D) float32; see `training.Source`."""
-        loader: DataLoader[Any] = DataLoader(Subset(self.dataset, order.tolist()), batch_size=batch_size)
+        # A generator of its own: a loader draws from torch's global one, which would shift the dropout that follows.
+        own = torch.Generator().manual_seed(0)
+        loader: DataLoader[Any] = DataLoader(Subset(self.dataset, order.tolist()), batch_size=batch_size, generator=own)
         start = 0
         for x, _ in loader:
             if views is not None:
