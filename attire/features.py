@@ -20,7 +20,7 @@ from attire.errors import AttireError, AttireWarning
 
 SHARD_BYTES = 16 * 2**20  # a stopped extraction redoes at most one shard: 2,048 rows of 4,096 features
 BATCH_PIXELS = 1_700_000  # pictures a forward pass: 1,660 of 32 px, 415 of 64, 33 of 224
-RESIDENT_BYTES = 256 * 2**20  # mapped pages kept resident while rows are gathered at random
+RESIDENT_BYTES = 64 * 2**20  # mapped pages kept resident while rows are gathered at random
 VIEWS = ("plain", "flip")
 
 Trunk = Callable[[Tensor], Tensor]  # (n, 3, S, S) normalised pictures to (n, D) float features

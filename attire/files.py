@@ -71,6 +71,43 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
         file.write(data)
 
 
+class DigestWriter:
+    """A file to write into that cannot seek, so that every byte passes through the digest once and in order."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._sum = file, hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._sum.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def digest(self) -> bytes:
+        return self._sum.digest()
+
+
+@contextmanager
+def sealed(path: Path) -> Iterator[DigestWriter]:
+    """As `atomic`, for a file that ends with the SHA-256 of all that was written into it."""
+    with atomic(path) as file:
+        writer = DigestWriter(file)
+        yield writer
+        file.write(writer.digest())
+
+
+def is_sound(path: Path) -> bool:
+    """Whether a file that `sealed` wrote is whole."""
+    with path.open("rb") as file:
+        left = max(0, path.stat().st_size - hashlib.sha256().digest_size)
+        found = hashlib.sha256()
+        while left and (block := file.read(min(left, 2**20))):
+            found.update(block)
+            left -= len(block)
+        return file.read() == found.digest()
+
+
 def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 

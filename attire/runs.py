@@ -185,8 +185,8 @@ def carry_out(
 ) -> Run:
     """The stages, in order. Each leaves on disk what the next start of the same run will not do again."""
     began = time.perf_counter()
-    devices.keep_freed_memory()
     stage = Stage(recipe, source, devices.choose_device(device), watcher)
+    devices.keep_freed_memory()  # from here on: what reading a CSV took goes back to the system
     files.write_json(folder / "data.json", stage.describe_data())
     files.write_json(folder / "environment.json", stage.environment())
     sources = stage.cached() if cache else stage.on_the_fly()
@@ -388,9 +388,9 @@ def evaluate_bundle(
     classes are not the bundle's.
     """
     began = time.perf_counter()
-    devices.keep_freed_memory()
     classifier = load_bundle(bundle, device)
     labelled = load_dataset(data, part=part, classes=classes or (classifier.classes if data else None))
+    devices.keep_freed_memory()
     if labelled.classes != classifier.classes:
         raise AttireError(labelled.source, f"its classes are not the bundle's ({', '.join(classifier.classes)})")
     source = CachedSource(bundle_features(classifier, labelled, backend, watcher or Silent()))

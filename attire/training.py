@@ -8,17 +8,17 @@ import re
 import signal
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from attire import files
@@ -86,7 +86,7 @@ def fit(
     state = resume(classifier, optimiser, folder)
     with stop_requests() as stop:
         while state.epoch < recipe.epochs:
-            before = {name: value.clone() for name, value in classifier.named_parameters()} if not state.history else {}
+            before = {} if state.history else digests(classifier)
             run_epoch(
                 classifier, optimiser, source, torch.from_numpy(labels), train, recipe, state, folder, stop, report
             )
@@ -97,6 +97,7 @@ def fit(
             write_history(folder.parent / "history.csv", state.history)
             report(state, 0, len(train))
     check_loss_fell(state.history)
+    optimiser.zero_grad(set_to_none=True)
     classifier.eval()
     return state.history
 
@@ -213,9 +214,18 @@ def check_first_loss(loss: float, classes: int) -> None:
         )
 
 
-def check_all_changed(before: dict[str, Tensor], classifier: nn.Module) -> None:
+def digests(classifier: nn.Module) -> dict[str, str]:
+    """A digest of each parameter: to see that it changed takes no second copy of 100 MB."""
+    return {
+        name: files.sha256(memoryview(parameter.detach().cpu().contiguous().numpy()).cast("B"))
+        for name, parameter in classifier.named_parameters()
+    }
+
+
+def check_all_changed(before: dict[str, str], classifier: nn.Module) -> None:
+    after = digests(classifier)
     for name, parameter in classifier.named_parameters():
-        if torch.equal(before[name], parameter):
+        if before[name] == after[name]:
             raise AttireError("training", f"classifier.{name} did not change in an epoch; it is not being trained")
         if not torch.isfinite(parameter).all():
             raise AttireError("training", f"classifier.{name} is no longer finite", do="lower --lr")
@@ -249,18 +259,23 @@ def stop_requests() -> Iterator[list[int]]:
 
 
 def save_checkpoint(classifier: nn.Module, optimiser: torch.optim.Adam, state: State, folder: Path) -> None:
-    """One safetensors file: weights, Adam's moments, the random state; the rest as JSON in its metadata."""
-    tensors = {f"classifier.{name}": value.detach().cpu() for name, value in classifier.state_dict().items()}
+    """One .npz: weights, Adam's moments, the random state, the rest as JSON; then the SHA-256 of all that.
+
+    Array by array, so that 315 MB of `classic` are never copied whole.
+    """
+    arrays = {f"classifier.{name}": value for name, value in classifier.state_dict().items()}
     for i, moments in optimiser.state_dict()["state"].items():
-        tensors |= {f"adam.{i}.{name}": torch.as_tensor(value).cpu() for name, value in moments.items()}
-    tensors["random.cpu"] = torch.get_rng_state()
+        arrays |= {f"adam.{i}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+    arrays["random.cpu"] = torch.get_rng_state()
     if next(classifier.parameters()).is_cuda:
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    body = save({name: value.contiguous() for name, value in tensors.items()})
-    metadata = files.canonical_json({**asdict(state), "schema": SCHEMA})
-    sealed = len(metadata).to_bytes(8, "little") + metadata + body
+        arrays["random.cuda"] = torch.cuda.get_rng_state()
+    about = files.canonical_json({**asdict(state), "schema": SCHEMA})
     path = folder / f"epoch-{state.epoch:03d}-step-{state.step:06d}.ckpt"
-    files.write_bytes(path, bytes.fromhex(files.sha256(sealed)) + sealed)
+    with files.sealed(path) as file, zipfile.ZipFile(cast(IO[bytes], file), "w") as archive:
+        archive.writestr("about.json", about)
+        for name, value in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, value.detach().cpu().numpy(), allow_pickle=False)
     for old in checkpoints(folder)[KEPT_CHECKPOINTS:]:
         old.unlink()
 
@@ -286,17 +301,21 @@ def resume(classifier: nn.Module, optimiser: torch.optim.Adam, folder: Path) -> 
 def read_checkpoint(path: Path) -> tuple[State, dict[str, Tensor]]:
     """The parts of a checkpoint. Raises AttireError where a byte is not what was written."""
     try:
-        data = path.read_bytes()
+        if not files.is_sound(path):
+            raise AttireError(path, "not a whole Attire checkpoint: its digest does not match")
+        with zipfile.ZipFile(path) as archive:
+            values = json.loads(archive.read("about.json"))
+            if values.pop("schema") != SCHEMA:
+                raise AttireError(path, f"a checkpoint of another schema version than {SCHEMA}")
+            tensors = {}
+            for name in archive.namelist()[1:]:
+                with archive.open(name) as member:
+                    array = np.lib.format.read_array(member, allow_pickle=False)
+                tensors[name.removesuffix(".npy")] = torch.from_numpy(array)
     except OSError as error:
         raise files.cannot("read", path, error) from error
-    if bytes.fromhex(files.sha256(memoryview(data)[32:])) != data[:32]:
-        raise AttireError(path, "not a whole Attire checkpoint: its digest does not match")
-    end = 40 + int.from_bytes(data[32:40], "little")
-    values = json.loads(data[40:end])
-    if values.pop("schema") != SCHEMA:
-        raise AttireError(path, f"a checkpoint of another schema version than {SCHEMA}")
     values["history"] = [Epoch(**line) for line in values["history"]]
-    return State(**{**values, "resumed": True}), load(data[end:])
+    return State(**{**values, "resumed": True}), tensors
 
 
 def restore(classifier: nn.Module, optimiser: torch.optim.Adam, tensors: dict[str, Tensor], path: Path) -> None:
