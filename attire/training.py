@@ -217,7 +217,7 @@ def check_first_loss(loss: float, classes: int) -> None:
 def digests(classifier: nn.Module) -> dict[str, str]:
     """A digest of each parameter: to see that it changed takes no second copy of 100 MB."""
     return {
-        name: files.sha256(memoryview(parameter.detach().cpu().contiguous().numpy()).cast("B"))
+        name: files.sha256(parameter.detach().cpu().numpy().tobytes())
         for name, parameter in classifier.named_parameters()
     }
 
