@@ -6,7 +6,8 @@ from typing import Any
 
 from attire.evaluation import Evaluation
 from attire.files import write_text
-from attire.report import FIGURES, cell, flat, hardest, percent
+from attire.pages import percent
+from attire.report import FIGURES, cell, flat, hardest
 from attire.results import RunResult
 
 TAGS = ("image-classification", "fashion", "garments", "vgg16", "transfer-learning")

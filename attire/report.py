@@ -1,11 +1,9 @@
 """What people read at the end of a run: the HTML page and the terminal summary. The files are written by results.py."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 from rich.console import Group, RenderableType
@@ -16,6 +14,7 @@ from attire import figures
 from attire.errors import one_line
 from attire.evaluation import Claim, Evaluation, Interval, p_text
 from attire.files import write_text
+from attire.pages import percent, render
 from attire.results import RunResult, shown_images
 
 # name on the page, attribute of Evaluation, shown in percent
@@ -40,14 +39,12 @@ def write_report(run_dir: Path, result: RunResult) -> Path:
 
 def page(result: RunResult) -> str:
     """The report as HTML; equal results give equal pages."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(files("attire").joinpath("report.html").read_text(encoding="utf-8"))
     test = result.test
     sets = [found for found in (test, result.val, result.train) if found]
-    return template.render(
+    return render(
+        "report.html",
         r=result,
         sets=sets,
-        percent=percent,
         bare=lambda share: "-" if share != share else f"{100 * share:.1f}",
         claim_meaning=claim_meaning(result.claim),
         hardest=hardest(test),
@@ -61,10 +58,6 @@ def page(result: RunResult) -> str:
         facts=[("Recipe", flat(result.config)), ("Data", flat(result.data)), ("Environment", flat(result.environment))],
         times=times(result.seconds),
     )
-
-
-def percent(share: float) -> str:
-    return "undefined" if share != share else f"{100 * share:.1f} %"
 
 
 def cell(found: Interval, share: bool) -> tuple[str, str]:
