@@ -258,7 +258,7 @@ def next_steps(folder: Path) -> str:
     "--part", type=click.Choice(["train", "test"]), default="test", show_default=True, help="Of data that has both."
 )
 @click.option("--backend", default="torch", show_default=True, help="torch, or openvino-int8 (extra).")
-@click.option("--out", type=click.Path(path_type=Path), help="Write tables and pictures into this new folder.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write report, tables and pictures into this new folder.")
 @device_option
 @json_option
 def evaluate(
@@ -274,8 +274,8 @@ def evaluate(
 ) -> None:
     """Measure a bundle on labelled images: by default the official 10,000 test images."""
     from attire import runs
-    from attire.report import class_table
-    from attire.results import metrics, write_evaluation
+    from attire.report import class_table, write_report
+    from attire.results import metrics, save_result
     from attire.terminal import Terminal, print_result
 
     watch = Terminal(as_json)
@@ -284,7 +284,9 @@ def evaluate(
     finally:
         watch.close()
     if out:
-        write_evaluation(runs.new_folder(out), result)
+        folder = runs.new_folder(out)
+        save_result(folder, result)
+        write_report(folder, result)
     if as_json:
         click.echo(json.dumps(metrics(result)))
         return
@@ -385,6 +387,34 @@ def report(run: Path) -> None:
     from attire.results import load_result
 
     click.echo(write_report(run, load_result(run)))
+
+
+@cli.command()
+@click.argument("compared", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN RUN...")
+@click.option("--out", type=click.Path(path_type=Path), help="The page.  [default: compare-A-B.html beside the first]")
+@json_option
+def compare(compared: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+    """Compare runs on the same test images: paired test, interval of the difference, where they disagree.
+
+    \b
+    attire compare runs/1 runs/2
+    attire compare runs/1 measured          a folder that `attire evaluate --out` wrote
+    """
+    from attire.compare import compare as paired
+    from attire.compare import write_comparison
+    from attire.report import comparison_table
+    from attire.terminal import print_result
+
+    found = paired(compared)
+    page = out or compared[0].parent / f"compare-{'-'.join(path.name for path in compared)}.html"
+    write_comparison(found, page)
+    if as_json:
+        click.echo(json.dumps({"page": str(page), **found.to_json()}))
+        return
+    print_result(comparison_table(found.names, found.results))
+    for pair in found.pairs:
+        click.echo(f"{pair}")
+    click.echo(f"\nReport          {page}")
 
 
 def main() -> NoReturn:

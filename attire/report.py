@@ -192,6 +192,19 @@ def terminal_summary(result: RunResult, width: int = 80) -> RenderableType:
     return Group(*parts)
 
 
+def comparison_table(names: Sequence[str], results: Sequence[RunResult]) -> Table:
+    """One line a run: accuracy beside what it cost."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in ("Run", "recipe", "seed", "accuracy, %", "training", "in all"):
+        table.add_column(name, justify="left" if name in ("Run", "recipe") else "right", no_wrap=name != "Run")
+    for name, result in zip(names, results, strict=True):
+        found, spent = result.test.accuracy, result.seconds
+        cells = [f"{100 * found.value:.2f} ({found.span()})"]
+        cells += [duration(spent[key]) if key in spent else "-" for key in ("fit", "total")]
+        table.add_row(Text(name), Text(one_line(result.recipe)), str(result.seed), *cells)
+    return table
+
+
 def class_table(found: Evaluation, width: int) -> Table:
     """Every score with its interval; on a narrow terminal only recall keeps one."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)

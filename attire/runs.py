@@ -398,14 +398,19 @@ def evaluate_bundle(
     logits = training.predict_logits(head, source, np.arange(len(labelled))).numpy()
     probabilities = calibration.softmax(logits, classifier.temperature)
     recipe = classifier.facts.get("recipe", {})
+    where = None if data is None else str(data)
+    choice = {"data": where, "part": part, "classes": None if classes is None else list(classes)}
     return results.RunResult(
         title=f"{classifier.facts.get('name', 'bundle')}, measured on {labelled.source}",
         recipe=str(recipe.get("name", "unknown")),
         seed=int(recipe.get("seed", 0)),
-        command=f"attire evaluate {shlex.quote(str(bundle))}",
+        command=f"attire evaluate {shlex.quote(str(bundle))}" + (f" --data {shlex.quote(where)}" if where else ""),
         test=evaluate(probabilities, labelled.labels, labelled.classes),
         predictions=results.predictions(labelled.labels, probabilities, labelled.images),
         seconds={"total": time.perf_counter() - began},
+        config={"schema": 1, "bundle": str(bundle), "backend": backend, "data": choice},
+        environment={**devices.environment(classifier.device), "backend": backend},
+        data={"name": labelled.source, "rows": {"test": len(labelled)}, "test": labelled.describe()},
     )
 
 
