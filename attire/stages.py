@@ -1,0 +1,254 @@
+"""The stages of a run, in memory: rows, features, fit, evaluation. What `runs` puts in order and on disk."""
+
+import shlex
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from numpy.typing import NDArray
+from torch import nn
+
+from attire import calibration, devices, features, fetch, files, results, training, vgg
+from attire.card import write_model_card
+from attire.classifier import Architecture, Classifier, fold_standardisation
+from attire.data import OFFICIAL, ImageDataset, Splits, load_dataset, load_splits, split_indices
+from attire.errors import one_line
+from attire.evaluation import Evaluation, evaluate
+from attire.features import FeatureSpec
+from attire.recipes import Recipe
+from attire.report import write_report
+from attire.sources import CachedSource, OnTheFlySource, Standardiser, measure
+from attire.watching import Watcher
+from attire.weights import read_weights, tensor_digest
+
+BOUNDS = ("accuracy_low", "accuracy_high")
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Where the images come from, in words that can be written to `config.json` and given back."""
+
+    data: str | None = None  # None: the official set
+    test: str | None = None
+    test_size: float | int = 0.2
+    classes: tuple[str, ...] | None = None
+
+    def load(self, recipe: Recipe) -> Splits:
+        return load_splits(
+            self.data,
+            test=self.test,
+            test_size=self.test_size,
+            seed=recipe.split_seed,
+            stratify=recipe.stratify,
+            classes=self.classes,
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the trained head says of each set; test probabilities (n, K) are calibrated with `temperature`."""
+
+    temperature: float
+    test: Evaluation
+    train: Evaluation
+    val: Evaluation | None
+    probabilities: NDArray[np.float64]
+
+
+Source = CachedSource | OnTheFlySource
+Sources = tuple[Source, Source]  # of the training data and of the test data; one and the same after a split
+
+
+class Stage:
+    """What the stages of one run share: recipe, rows, weights, device."""
+
+    def __init__(self, recipe: Recipe, source: DataChoice, device: torch.device, watcher: Watcher) -> None:
+        self.recipe, self.device, self.watcher = recipe, device, watcher
+        self.splits = source.load(recipe)
+        watcher.note("Data", describe_data(self.splits))
+        self.train, self.val = validation_rows(self.splits, recipe)
+        self.weights = fetch.vgg16_weights(progress=watcher.advance)
+        watcher.note("Weights", "VGG16 ImageNet, 13 convolutions   verified")
+        watcher.note("Recipe", recipe.describe())
+        widths = (recipe.freeze_to, recipe.image_size, recipe.pool)
+        self.architecture = Architecture(*widths, recipe.hidden, recipe.dropout)
+        int8 = recipe.backend != "torch"
+        precision = "int8" if int8 else devices.choose_precision(recipe.precision, device)
+        self.digest = tensor_digest(read_weights(self.weights))
+        self.spec = FeatureSpec(*widths, self.digest, precision, backend=recipe.backend)
+
+    def describe_data(self) -> dict[str, Any]:
+        rows = {"train": len(self.train), "val": len(self.val), "test": len(self.splits.test_rows)}
+        name = self.splits.data.source
+        return {"name": "Fashion-MNIST" if name == OFFICIAL else name, "rows": rows, **self.splits.describe()}
+
+    def environment(self) -> dict[str, Any]:
+        return {**devices.environment(self.device), "precision": self.spec.precision, "backend": self.spec.backend}
+
+    def model(self, classifier: nn.Sequential) -> torchvision.models.VGG:
+        return vgg.vgg16(self.weights, self.recipe.freeze_to, self.recipe.pool, classifier)
+
+    def load_trunk(self) -> features.Trunk:
+        """The frozen part alone, on the device and in the precision of the run."""
+        return open_trunk(self.model(nn.Sequential()), self.spec, self.device)
+
+    def extract(self, data: ImageDataset, view: str, what: str) -> features.Features:
+        def progress(done: int, total: int) -> None:
+            self.watcher.advance(f"Features  {what}", done, total)
+
+        return features.extract(
+            data.images, data.image_digest, replace(self.spec, view=view), self.load_trunk, progress
+        )
+
+    def cached(self) -> Sources:
+        """Features of every row, extracted once; the mirrored view for the training data only."""
+        data, test = self.splits.data, self.splits.test_data
+        plain = self.extract(data, "plain", "train" if test is not data else "all")
+        mirrored = self.extract(data, "flip", "train, mirrored") if self.recipe.flips else None
+        trained = CachedSource(plain, mirrored)
+        if self.recipe.standardise:
+            trained.standardise = measure(
+                torch.from_numpy(plain.gather(rows)) for rows in np.array_split(self.train, blocks_of(len(self.train)))
+            )
+        if test is data:
+            return trained, trained
+        tested = CachedSource(self.extract(test, "plain", "test"))
+        tested.standardise = trained.standardise
+        return trained, tested
+
+    def on_the_fly(self) -> Sources:
+        """No cache: every epoch sends every picture through the trunk again."""
+        trunk, size = self.load_trunk(), self.recipe.image_size
+
+        def source(data: ImageDataset) -> OnTheFlySource:
+            return OnTheFlySource(vgg.GarmentDataset(data.images, data.labels, size), trunk, features.batch_rows(size))
+
+        trained = source(self.splits.data)
+        if self.recipe.standardise:
+            trained.standardise = measure(trained.batches(self.train, 2048, None))
+        tested = trained if self.splits.test_data is self.splits.data else source(self.splits.test_data)
+        tested.standardise = trained.standardise
+        return trained, tested
+
+    def fit(self, source: Source, folder: Path) -> tuple[nn.Sequential, list[training.Epoch]]:
+        """A new classifier from the seed, trained; the global random state is left as it was."""
+        labels = self.splits.data.labels
+        with torch.random.fork_rng(devices=[0] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.recipe.seed)
+            head = self.architecture.build(len(self.splits.data.classes)).to(self.device)
+            checkpoints = folder / "checkpoints"
+            rows = (self.train, self.val)
+            history = training.fit(head, source, labels, *rows, self.recipe, checkpoints, self.report_epoch)
+        return head, history
+
+    def report_epoch(self, state: training.State, done: int, total: int) -> None:
+        epochs = self.recipe.epochs
+        text = f"epoch {min(state.epoch + 1, epochs)}/{epochs}"
+        if state.history:
+            last = state.history[-1]
+            text += f"  loss {last.train_loss:.4f}"
+            text += f"  val {100 * last.val_accuracy:.1f} %" if last.val_accuracy is not None else ""
+        self.watcher.advance("Training", state.epoch * total + done, epochs * total, text)
+        if not done:
+            self.watcher.epoch(state.history[-1])
+
+    def evaluate(self, head: nn.Sequential, sources: Sources) -> Found:
+        """The test set is read here, once, by the weights that training ended with."""
+        labels, classes = self.splits.data.labels, self.splits.data.classes
+
+        def logits(source: Source, rows: training.Rows) -> NDArray[np.float32]:
+            return np.asarray(training.predict_logits(head, source, rows).numpy())
+
+        temperature, val = 1.0, None
+        if len(self.val):
+            val_logits = logits(sources[0], self.val)
+            temperature = calibration.fit_temperature(val_logits, labels[self.val])
+            val = evaluate(calibration.softmax(val_logits, temperature), labels[self.val], classes)
+        trained = calibration.softmax(logits(sources[0], self.train), temperature)
+        tested = calibration.softmax(logits(sources[1], self.splits.test_rows), temperature)
+        test_labels = self.splits.test_data.labels[self.splits.test_rows]
+        return Found(
+            temperature,
+            test=evaluate(tested, test_labels, classes),
+            train=evaluate(trained, labels[self.train], classes),
+            val=val,
+            probabilities=tested,
+        )
+
+    def result(
+        self, folder: Path, found: Found, history: list[training.Epoch], seconds: dict[str, float], claimed: float
+    ) -> results.RunResult:
+        test = self.splits.test
+        return results.RunResult(
+            title=f"Attire {self.recipe.name} on {self.describe_data()['name']}",
+            recipe=self.recipe.name,
+            seed=self.recipe.seed,
+            command=f"attire train --config {shlex.quote(str(folder / 'config.json'))}",
+            test=found.test,
+            train=found.train,
+            val=found.val,
+            predictions=results.predictions(test.labels, found.probabilities, test.images),
+            history=[asdict(epoch) for epoch in history],
+            seconds=seconds,
+            config=files.read_json(folder / "config.json"),
+            environment=self.environment(),
+            data=self.describe_data(),
+            claimed=claimed,
+        )
+
+    def save(
+        self, folder: Path, head: nn.Sequential, scaled: Standardiser, temperature: float, result: results.RunResult
+    ) -> None:
+        """Report and bundle. The trunk that ships is read afresh from the verified weights: frozen means the same."""
+        if scaled.mean is not None and scaled.scale is not None:
+            fold_standardisation(head, scaled.mean, scaled.scale)
+        facts = {
+            "name": result.title,
+            "recipe": self.recipe.to_json(),
+            "test": {key: result.test.to_json()[key] for key in ("n", "correct", "accuracy", *BOUNDS)},
+            "test_digest": self.splits.test_data.image_digest,
+            "trunk": self.digest,
+        }
+        results.save_result(folder, result)
+        write_report(folder, result)
+        model = self.model(head.cpu())
+        Classifier(model, self.architecture, self.splits.data.classes, temperature, facts).save(folder / "model")
+        write_model_card(folder / "model", result)
+
+
+def open_trunk(model: torchvision.models.VGG, spec: FeatureSpec, device: torch.device) -> features.Trunk:
+    """The frozen part of a model as the function that extraction calls, on the backend that the spec names."""
+    if spec.backend == "torch":
+        return vgg.Trunk(model, device, spec.precision)
+    from attire.quantised import CALIBRATION_IMAGES, Int8Trunk  # an optional extra, imported only where it is used
+
+    name = f"{spec.freeze_to}-{spec.image_size}-{spec.pool}-{spec.weights[:8]}"
+    images = load_dataset().images[:CALIBRATION_IMAGES]
+    return Int8Trunk(vgg.Trunk(model, torch.device("cpu"), "fp32"), name, spec.image_size, images)
+
+
+def validation_rows(splits: Splits, recipe: Recipe) -> tuple[training.Rows, training.Rows]:
+    """The training rows, and the rows cut from them for validation: as many as the recipe says, at most a tenth.
+
+    A tenth of a small set may be too few for a row of each class: then that many, where the split is stratified.
+    """
+    if not recipe.val_size:
+        return splits.train_rows, np.empty(0, np.int64)
+    labels = splits.data.labels[splits.train_rows]
+    least = len(np.unique(labels)) if recipe.stratify else 1
+    count = min(recipe.val_size, max(least, len(labels) // 10))
+    rest, part = split_indices(labels, count, recipe.split_seed, recipe.stratify, name=splits.data.source)
+    return splits.train_rows[rest], splits.train_rows[part]
+
+
+def describe_data(splits: Splits) -> str:
+    name = splits.data.source
+    name = "Fashion-MNIST" if name == OFFICIAL else one_line(name)
+    return f"{name}, {len(splits.train_rows):,} + {len(splits.test_rows):,} images   verified"
+
+
+def blocks_of(rows: int) -> int:
+    return -(-rows // 2048)

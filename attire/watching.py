@@ -1,0 +1,33 @@
+"""Who is told how work goes: the terminal, a log, or nobody."""
+
+from typing import Protocol
+
+from attire.training import Epoch
+
+
+class Watcher(Protocol):
+    """Who is told how a run goes: the terminal's bars, or nobody."""
+
+    def note(self, name: str, text: str) -> None:
+        """A stage is settled: `Data`, `Weights`, `Recipe` ..."""
+
+    def advance(self, stage: str, done: int, total: int, text: str = "") -> None:
+        """`done` of `total` rows of a stage."""
+
+    def epoch(self, line: Epoch) -> None:
+        """An epoch is over."""
+
+    def close(self) -> None:
+        """Nothing further is shown."""
+
+
+class Silent:
+    """Nobody watches."""
+
+    def note(self, name: str, text: str) -> None: ...
+
+    def advance(self, stage: str, done: int, total: int, text: str = "") -> None: ...
+
+    def epoch(self, line: Epoch) -> None: ...
+
+    def close(self) -> None: ...
