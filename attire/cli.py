@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import click
 
@@ -145,6 +145,8 @@ def fetch(data_from: Path | None, weights_from: Path | None, as_json: bool) -> N
     "--test-size", type=float, default=None, help="Share of one file that becomes the test set.  [default: 0.2]"
 )
 @click.option("--out", metavar="FOLDER", help="The run's folder.  [default: runs/1, runs/2 ...]")
+@click.option("--seeds", type=click.IntRange(2), help="So many runs that differ in their seed: mean and deviation.")
+@click.option("--folds", type=click.IntRange(2), help="Cross-validation over the training rows; no test set is read.")
 @device_option
 @click.option("--cache/--no-cache", default=None, help="Train from cached features, or through VGG16 in every epoch.")
 @click.option("--claim", type=float, default=None, help="Accuracy in % to check.  [default: 98]")
@@ -161,31 +163,62 @@ def train(
     attire train --recipe classic --data train.csv        the frozen VGG16 as it was asked for
     attire train --seed 1                                 seconds: features are cached
     """
-    from attire import runs
-    from attire.report import terminal_summary
-    from attire.results import metrics
-    from attire.terminal import Terminal, print_result
+    from attire import runs, series
+    from attire.terminal import Terminal
 
     get_sources(options.pop("data_from"), options.pop("weights_from"))
-    watch = Terminal(as_json)
+    watch, seeds, folds = Terminal(as_json), options.pop("seeds"), options.pop("folds")
+    found: Any
     try:
         if resumed:
             given = [name for name, value in options.items() if value is not None and name != "device"]
-            if given or recipe_name or config or out:
+            if given or recipe_name or config or out or seeds or folds:
                 raise UsageError("--resume", "goes on with the run's own settings", do="leave the other options out")
-            run = runs.resume(resumed, watch)
+            go_on = series.resume_series if series.is_series(resumed) else runs.resume
+            found = go_on(resumed, watch)
         else:
-            run = runs.train(run_dir=out, watcher=watch, **train_arguments(recipe_name, config, options))
+            arguments = {**train_arguments(recipe_name, config, options), "run_dir": out, "watcher": watch}
+            found = train_many(seeds, folds, arguments) if seeds or folds else runs.train(**arguments)
     except Stopped as stop:
         again = f"go on with: attire train --resume {shlex.quote(stop.subject)}"
         raise Stopped(stop.subject, stop.what, do=again) from None
     finally:
         watch.close()
-    if as_json:
-        click.echo(json.dumps({"run": str(run.folder), **metrics(run.result)}))
+    show_trained(found, as_json)
+
+
+def train_many(seeds: int | None, folds: int | None, arguments: dict[str, Any]) -> Any:
+    from attire import series
+
+    if seeds and folds:
+        raise UsageError("--folds", "given together with --seeds", do="give one of them")
+    if seeds:
+        return series.train_seeds(seeds, **arguments)
+    if not arguments.pop("cache"):
+        raise UsageError("--folds", "needs cached features", do="leave --no-cache out")
+    return series.cross_validate(cast(int, folds), **arguments)
+
+
+def show_trained(found: Any, as_json: bool) -> None:
+    """The end of `attire train`: of one run, of a series of seeds, or of folds."""
+    from attire.report import comparison_table, terminal_summary
+    from attire.results import metrics
+    from attire.series import Folds, Seeds
+    from attire.terminal import print_result
+
+    if isinstance(found, Seeds):
+        if as_json:
+            click.echo(json.dumps({"run": str(found.folder), **found.to_json()}))
+            return
+        print_result(comparison_table([run.name for run in found.runs], found.results))
+        click.echo(f"\nTest accuracy   {found}\nRuns            {found.folder}")
         return
-    print_result(terminal_summary(run.result))
-    click.echo(next_steps(run.folder))
+    if as_json:
+        click.echo(json.dumps({"run": str(found.folder), **metrics(found.result)}))
+        return
+    print_result(terminal_summary(found.result))
+    told = f"\nReport          {found.folder}/report.html\nProbabilities   {found.folder}/evaluation/predictions.csv"
+    click.echo(told if isinstance(found, Folds) else next_steps(found.folder))
 
 
 def train_arguments(name: str | None, config: Path | None, options: dict[str, Any]) -> dict[str, Any]:

@@ -85,6 +85,8 @@ def hardest(found: Evaluation) -> str:
 
 
 def scored_once(result: RunResult) -> str:
+    if folds := result.config.get("folds"):
+        return f"Each image was scored once, by that one of {folds} classifiers that had not been trained on it."
     when = "by the weights that validation chose" if result.val else "after training had ended"
     return f"The test set was scored once, {when}; this page is drawn from the stored predictions."
 
@@ -182,7 +184,9 @@ def terminal_summary(result: RunResult, width: int = 80) -> RenderableType:
     lines = Table.grid(padding=(0, 2, 0, 0))
     lines.add_column(no_wrap=True)
     lines.add_column()
-    lines.add_row("Test accuracy", Text(str(test.accuracy), style="bold"))
+    lines.add_row(
+        "Out of fold" if result.config.get("folds") else "Test accuracy", Text(str(test.accuracy), style="bold")
+    )
     lines.add_row("", beside)
     lines.add_row("Claim check", f"{told}: {claim.verdict} ({p_text(claim.p_value)})")
     lines.add_row("Hardest", Text(one_line(hardest(test))))

@@ -69,7 +69,7 @@ class Stage:
         self.recipe, self.device, self.watcher = recipe, device, watcher
         self.splits = source.load(recipe)
         watcher.note("Data", describe_data(self.splits))
-        self.train, self.val = validation_rows(self.splits, recipe)
+        self.train, self.val = validation_rows(self.splits.data, self.splits.train_rows, recipe)
         self.weights = fetch.vgg16_weights(progress=watcher.advance)
         watcher.note("Weights", "VGG16 ImageNet, 13 convolutions   verified")
         watcher.note("Recipe", recipe.describe())
@@ -105,19 +105,26 @@ class Stage:
 
     def cached(self) -> Sources:
         """Features of every row, extracted once; the mirrored view for the training data only."""
-        data, test = self.splits.data, self.splits.test_data
-        plain = self.extract(data, "plain", "train" if test is not data else "all")
-        mirrored = self.extract(data, "flip", "train, mirrored") if self.recipe.flips else None
-        trained = CachedSource(plain, mirrored)
-        if self.recipe.standardise:
-            trained.standardise = measure(
-                torch.from_numpy(plain.gather(rows)) for rows in np.array_split(self.train, blocks_of(len(self.train)))
-            )
-        if test is data:
+        trained = self.train_features()
+        trained.standardise = self.measured(trained)
+        if self.splits.test_data is self.splits.data:
             return trained, trained
-        tested = CachedSource(self.extract(test, "plain", "test"))
+        tested = CachedSource(self.extract(self.splits.test_data, "plain", "test"))
         tested.standardise = trained.standardise
         return trained, tested
+
+    def train_features(self) -> CachedSource:
+        """Of the data that training rows are taken from, not standardised."""
+        data, test = self.splits.data, self.splits.test_data
+        plain = self.extract(data, "plain", "train" if test is not data else "all")
+        return CachedSource(plain, self.extract(data, "flip", "train, mirrored") if self.recipe.flips else None)
+
+    def measured(self, source: CachedSource) -> Standardiser:
+        """What scales the training rows to mean 0 and deviation 1, where the recipe wants it."""
+        if not self.recipe.standardise:
+            return Standardiser()
+        parts = np.array_split(self.train, blocks_of(len(self.train)))
+        return measure(torch.from_numpy(source.views[0].gather(rows)) for rows in parts)
 
     def on_the_fly(self) -> Sources:
         """No cache: every epoch sends every picture through the trunk again."""
@@ -230,18 +237,18 @@ def open_trunk(model: torchvision.models.VGG, spec: FeatureSpec, device: torch.d
     return Int8Trunk(vgg.Trunk(model, torch.device("cpu"), "fp32"), name, spec.image_size, images)
 
 
-def validation_rows(splits: Splits, recipe: Recipe) -> tuple[training.Rows, training.Rows]:
-    """The training rows, and the rows cut from them for validation: as many as the recipe says, at most a tenth.
+def validation_rows(data: ImageDataset, rows: training.Rows, recipe: Recipe) -> tuple[training.Rows, training.Rows]:
+    """The rows that train, and those cut from them for validation: as many as the recipe says, at most a tenth.
 
     A tenth of a small set may be too few for a row of each class: then that many, where the split is stratified.
     """
     if not recipe.val_size:
-        return splits.train_rows, np.empty(0, np.int64)
-    labels = splits.data.labels[splits.train_rows]
+        return rows, np.empty(0, np.int64)
+    labels = data.labels[rows]
     least = len(np.unique(labels)) if recipe.stratify else 1
     count = min(recipe.val_size, max(least, len(labels) // 10))
-    rest, part = split_indices(labels, count, recipe.split_seed, recipe.stratify, name=splits.data.source)
-    return splits.train_rows[rest], splits.train_rows[part]
+    rest, part = split_indices(labels, count, recipe.split_seed, recipe.stratify, name=data.source)
+    return rows[rest], rows[part]
 
 
 def describe_data(splits: Splits) -> str:

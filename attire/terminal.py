@@ -60,6 +60,7 @@ class Terminal:
             self.bars.stop()
             self.bars = None
         self.tasks.clear()
+        self.began.clear()
 
     def _started(self) -> Progress:
         if self.bars is None:
