@@ -21,7 +21,7 @@ from attire.errors import AttireError, AttireWarning
 SHARD_BYTES = 16 * 2**20  # a stopped extraction redoes at most one shard: 2,048 rows of 4,096 features
 BATCH_PIXELS = 1_700_000  # pictures a forward pass: 1,660 of 32 px, 415 of 64, 33 of 224
 RESIDENT_BYTES = 64 * 2**20  # mapped pages kept resident while rows are gathered at random
-VIEWS = ("plain", "flip")
+VIEWS = ("plain", "flip", "negative")  # as it is, mirrored, black on white
 
 Trunk = Callable[[Tensor], Tensor]  # (n, 3, S, S) normalised pictures to (n, D) float features
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
@@ -165,6 +165,8 @@ def compute(images: NDArray[np.uint8], spec: FeatureSpec, trunk: Trunk) -> NDArr
     """(n, D) float16 features of (n, 28, 28) uint8 images, by the one path of cache, prediction and training."""
     if spec.view == "flip":
         images = images[:, :, ::-1].copy()
+    if spec.view == "negative":
+        images = 255 - images
     with torch.inference_mode():
         features = trunk(vgg.preprocess(images, spec.image_size))
         return features.half().cpu().numpy()

@@ -21,6 +21,7 @@ from attire.calibration import Bin, Ints
 from attire.errors import one_line
 
 INK, BLUE, ORANGE = "#1b1c20", "#2f6fb3", "#c4661f"  # the two lines differ in lightness too, for colour-blind readers
+TAPS = ("#1b6e53", BLUE, ORANGE, "#7a3e9d", "#8a8f98")  # block2, block3 ...
 HEAT = LinearSegmentedColormap.from_list("attire", ["#ffffff", BLUE])
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -127,6 +128,30 @@ def reliability(bins: Sequence[Bin]) -> Figure:
     )
     plot.set(xlabel="probability the model gave its answer, %", ylabel="answers that were right, %")
     plot.set(xlim=(0, 104), ylim=(0, 104))
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def accuracy_by_speed(cells: Sequence[Any], front: Sequence[Any]) -> Figure:
+    """Validation accuracy against images/s (log), a colour for each boundary; the Pareto front is joined and named."""
+    figure, plot = axes(6.4, 4.2)
+    names = sorted({cell.freeze_to for cell in cells})
+    for name, colour, marker in zip(names, TAPS, "osD^v", strict=False):
+        for background, filled in (("black", True), ("white", False)):
+            own = [cell for cell in cells if (cell.freeze_to, cell.background) == (name, background)]
+            if own:
+                x, y = [cell.speed for cell in own], [100 * cell.accuracy for cell in own]
+                label = name if filled else f"{name}, white background"
+                plot.scatter(
+                    x, y, 20, marker=marker, label=label, edgecolors=colour, facecolors=colour if filled else "none"
+                )
+    plot.plot([cell.speed for cell in front], [100 * cell.accuracy for cell in front], color=INK, linewidth=0.8)
+    for cell in front:
+        place = (cell.speed, 100 * cell.accuracy)
+        plot.annotate(f"{cell.image_size} px", place, (3, 4), textcoords="offset points", size=7.5)
+    plot.set_xscale("log")
+    plot.set(xlabel="images/s through the frozen part", ylabel="validation accuracy, %")
+    plot.legend(loc="lower left")
     return figure
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from attire import figures
 from attire.errors import one_line
-from attire.evaluation import Claim, Evaluation, Interval, p_text
+from attire.evaluation import Claim, Evaluation, Interval, p_text, wilson
 from attire.files import write_text
 from attire.pages import percent, render
 from attire.results import RunResult, shown_images
@@ -206,6 +206,18 @@ def comparison_table(names: Sequence[str], results: Sequence[RunResult]) -> Tabl
         cells = [f"{100 * found.value:.2f} ({found.span()})"]
         cells += [duration(spent[key]) if key in spent else "-" for key in ("fit", "total")]
         table.add_row(Text(name), Text(one_line(result.recipe)), str(result.seed), *cells)
+    return table
+
+
+def sweep_table(cells: Sequence[Any], front: Sequence[Any]) -> Table:
+    """Cells of a sweep, best first; a star marks the Pareto front of accuracy against speed."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in ("boundary", "px", "pool", "background", "features", "validation, %", "images/s", ""):
+        table.add_column(name, justify="left" if name in ("boundary", "background") else "right", no_wrap=True)
+    for cell in cells:
+        span = f"{100 * cell.accuracy:.2f} ({wilson(cell.correct, cell.val).span()})"
+        shape = (str(cell.image_size), str(cell.pool or "-"), cell.background, f"{cell.width:,}")
+        table.add_row(cell.freeze_to, *shape, span, f"{cell.speed:,.0f}", "*" if cell in front else "")
     return table
 
 
