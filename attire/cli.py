@@ -446,7 +446,7 @@ def sweep(sizes: str, boundaries: str, backgrounds: str, classes: str | None, as
     from attire.terminal import Terminal, print_result
 
     watch = Terminal(as_json)
-    lists = {
+    lists: dict[str, Any] = {
         "boundaries": boundaries.split(","),
         "backgrounds": backgrounds.split(","),
         "sizes": numbers("--sizes", sizes),

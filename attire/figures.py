@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -150,6 +150,9 @@ def accuracy_by_speed(cells: Sequence[Any], front: Sequence[Any]) -> Figure:
         place = (cell.speed, 100 * cell.accuracy)
         plot.annotate(f"{cell.image_size} px", place, (3, 4), textcoords="offset points", size=7.5)
     plot.set_xscale("log")
+    plot.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    plot.xaxis.set_major_formatter("{x:,.0f}")
+    plot.xaxis.set_minor_locator(NullLocator())
     plot.set(xlabel="images/s through the frozen part", ylabel="validation accuracy, %")
     plot.legend(loc="lower left")
     return figure
