@@ -200,8 +200,9 @@ def draw(train: ImageDataset, rows: int, val: int) -> tuple[ImageDataset, int]:
     share = min(1.0, len(train) / (rows + val))
     rows, val = int(rows * share), max(1, int(val * share))
     rest, scored = split_indices(train.labels, val, FAST.split_seed, name=train.source)
-    if len(rest) > rows:
-        rest = rest[split_indices(train.labels[rest], rows, FAST.split_seed, name=train.source)[1]]
+    if share == 1 and len(rest) > rows:
+        kept = min(rows, len(rest) - rows) >= len(train.classes)  # else there are too few rows to keep the shares
+        rest = rest[split_indices(train.labels[rest], rows, FAST.split_seed, kept, name=train.source)[1]]
     return train.subset(np.concatenate([rest, scored])), len(rest)
 
 
