@@ -149,6 +149,7 @@ def fetch(data_from: Path | None, weights_from: Path | None, as_json: bool) -> N
 @click.option("--folds", type=click.IntRange(2), help="Cross-validation over the training rows; no test set is read.")
 @device_option
 @click.option("--cache/--no-cache", default=None, help="Train from cached features, or through VGG16 in every epoch.")
+@click.option("--log", type=click.Choice(["tensorboard"]), help="Also write the curves for TensorBoard (an extra).")
 @click.option("--claim", type=float, default=None, help="Accuracy in % to check.  [default: 98]")
 @source_options
 @json_option
@@ -194,6 +195,7 @@ def train_many(seeds: int | None, folds: int | None, arguments: dict[str, Any]) 
         raise UsageError("--folds", "given together with --seeds", do="give one of them")
     if seeds:
         return series.train_seeds(seeds, **arguments)
+    arguments.pop("log")
     if not arguments.pop("cache"):
         raise UsageError("--folds", "needs cached features", do="leave --no-cache out")
     return series.cross_validate(cast(int, folds), **arguments)
@@ -248,6 +250,7 @@ def train_arguments(name: str | None, config: Path | None, options: dict[str, An
         "device": options["device"],
         "cache": options["cache"] if options["cache"] is not None else stored.get("cache", True),
         "claimed": claim,
+        "log": options["log"] or stored.get("log"),
     }
 
 

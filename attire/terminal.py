@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from attire.intervals import Interval
     from attire.training import Epoch
 
 
@@ -54,6 +55,9 @@ class Terminal:
         if line.val_accuracy is not None:
             text += f"   val loss {line.val_loss:.4f}   val {100 * line.val_accuracy:.2f} %"
         self.console.print(f"{text}   {line.seconds:.1f} s", markup=False, soft_wrap=True)
+
+    def tested(self, accuracy: "Interval", epoch: int) -> None:
+        """Shown with the result."""
 
     def close(self) -> None:
         if self.bars:

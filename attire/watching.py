@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from attire.intervals import Interval
 from attire.training import Epoch
 
 
@@ -17,6 +18,9 @@ class Watcher(Protocol):
     def epoch(self, line: Epoch) -> None:
         """An epoch is over."""
 
+    def tested(self, accuracy: Interval, epoch: int) -> None:
+        """The test set was scored, after this many epochs."""
+
     def close(self) -> None:
         """Nothing further is shown."""
 
@@ -29,5 +33,7 @@ class Silent:
     def advance(self, stage: str, done: int, total: int, text: str = "") -> None: ...
 
     def epoch(self, line: Epoch) -> None: ...
+
+    def tested(self, accuracy: Interval, epoch: int) -> None: ...
 
     def close(self) -> None: ...
