@@ -121,8 +121,9 @@ def reliability(bins: Sequence[Bin]) -> Figure:
     filled = [bar for bar in bins if bar.count]
     total = sum(bar.count for bar in filled)
     plot.plot([0, 100], [0, 100], color=INK, linewidth=0.7, linestyle=":")
+    told = [bar for bar in filled if bar.count >= 10]  # a line through a bin of one row would be all the eye sees
+    plot.plot([100 * bar.confidence for bar in told], [100 * bar.accuracy for bar in told], color=BLUE, linewidth=1)
     x, y = [100 * bar.confidence for bar in filled], [100 * bar.accuracy for bar in filled]
-    plot.plot(x, y, color=BLUE, linewidth=1)
     plot.scatter(
         x, y, s=[12 + 400 * bar.count / total for bar in filled], color=BLUE, alpha=0.75, linewidths=0, zorder=3
     )
