@@ -141,11 +141,20 @@ def flat(value: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
     """Nested settings as lines: 'head.hidden', '512'."""
     lines: list[tuple[str, str]] = []
     for key, item in value.items():
-        if isinstance(item, Mapping):
+        if key == "rows_per_class":
+            lines.append((f"{before}{key}", counts_text(item)))
+        elif isinstance(item, Mapping):
             lines += flat(item, f"{before}{key}.")
         else:
             lines.append((f"{before}{key}", shown(item)))
     return lines
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """'6,000 each', or 'Bag 12, Coat 9'."""
+    if len(set(counts.values())) == 1:
+        return f"{next(iter(counts.values())):,} each"
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def shown(item: Any) -> str:

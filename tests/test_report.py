@@ -17,7 +17,7 @@ from attire import figures
 from attire.card import model_card, write_model_card
 from attire.errors import AttireError
 from attire.evaluation import evaluate, softmax
-from attire.report import duration, page, terminal_summary, times, write_report
+from attire.report import duration, flat, page, terminal_summary, times, write_report
 from attire.results import RunResult, choose_galleries, load_result, predictions, save_result
 
 CLASSES = ("T-shirt/top", "Coat", "Bag, large")
@@ -290,3 +290,9 @@ def test_times_account_for_the_whole() -> None:
     assert [line[0] for line in times({"extract": 3, "total": 4})] == ["computing features", "the rest", "everything"]
     assert times({"extract": 3, "total": 4})[1] == ("the rest", "1.0 s", 25)
     assert times({})[-1] == ("everything", "0.0 s", 0)
+
+
+def test_rows_per_class_take_one_line() -> None:
+    even, uneven = {"rows_per_class": {"Coat": 6000, "Bag": 6000}}, {"rows_per_class": {"Coat": 1200, "Bag": 7}}
+    assert flat({"train": even}) == [("train.rows_per_class", "6,000 each")]
+    assert flat({"test": uneven}) == [("test.rows_per_class", "Coat 1,200, Bag 7")]
