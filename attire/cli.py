@@ -1,6 +1,8 @@
 """The command line: one short function per command. The only code that knows argv."""
 
+import io
 import json
+import re
 import shlex
 import sys
 import warnings
@@ -136,13 +138,18 @@ def fetch(data_from: Path | None, weights_from: Path | None, as_json: bool) -> N
         print_result(f"Data      {data}   verified\nWeights   {weights}   verified")
 
 
+def share_or_count(text: str) -> float | int:
+    """1.0 is all of something, 1 is one row."""
+    return int(text) if text.isdigit() else float(text)
+
+
 @cli.command()
 @click.option("--recipe", "recipe_name", default=None, help=f"{' or '.join(RECIPES)}.  [default: fast]")
 @click.option("--config", type=click.Path(path_type=Path), help="A run's config.json: its recipe and data again.")
 @click.option("--resume", "resumed", metavar="RUN", help="Go on with a run that was stopped.")
 @data_options
 @click.option(
-    "--test-size", type=float, default=None, help="Share of one file that becomes the test set.  [default: 0.2]"
+    "--test-size", type=share_or_count, help="Share of one file, or rows of it, that test.  [default: 0.2]", metavar="N"
 )
 @click.option("--out", metavar="FOLDER", help="The run's folder.  [default: runs/1, runs/2 ...]")
 @click.option("--seeds", type=click.IntRange(2), help="So many runs that differ in their seed: mean and deviation.")
@@ -171,7 +178,7 @@ def train(
     watch, seeds, folds = Terminal(as_json), options.pop("seeds"), options.pop("folds")
     found: Any
     try:
-        if resumed:
+        if resumed is not None:
             given = [name for name, value in options.items() if value is not None and name != "device"]
             if given or recipe_name or config or out or seeds or folds:
                 raise UsageError("--resume", "goes on with the run's own settings", do="leave the other options out")
@@ -246,7 +253,7 @@ def train_arguments(name: str | None, config: Path | None, options: dict[str, An
         "data": given["data"],
         "test": given["test"],
         "classes": class_names(given["classes"]),
-        "test_size": int(size) if size >= 1 and float(size).is_integer() else size,
+        "test_size": size,
         "device": options["device"],
         "cache": options["cache"] if options["cache"] is not None else stored.get("cache", True),
         "claimed": claim,
@@ -314,13 +321,12 @@ def evaluate(
     from attire.results import metrics, save_result
     from attire.terminal import Terminal, print_result
 
-    watch = Terminal(as_json)
+    watch, folder = Terminal(as_json), runs.free_folder(out) if out else None
     try:
         result = runs.evaluate_bundle(bundle, test or data, part, class_names(classes), backend, device, watch)
     finally:
         watch.close()
-    if out:
-        folder = runs.new_folder(out)
+    if folder:
         save_result(folder, result)
         write_report(folder, result)
     if as_json:
@@ -337,13 +343,14 @@ def evaluate(
 @device_option
 @json_option
 def predict(bundle: Path, paths: tuple[Path, ...], top: int, device: str, as_json: bool) -> None:
-    """Name the garment in pictures, or in each row of a CSV file.
+    """Name the garment in pictures, or in each row of a CSV file, labelled or of pixel1 .. pixel784 alone.
 
     \b
     attire predict runs/1/model shoe.png
     attire predict runs/1/model --json fashion-mnist_test.csv
 
-    A bad file is one line on stderr; the others are answered, and the exit status is 1.
+    A bad file is one line on stderr; the others are answered, and the exit status is 1. With --json each answer is an
+    object on a line of its own.
     """
     from attire.classifier import load_bundle
 
@@ -355,15 +362,15 @@ def predict(bundle: Path, paths: tuple[Path, ...], top: int, device: str, as_jso
             click.echo(f"error: {error}", err=True)
             failed += 1
     if failed:
-        raise SystemExit(1)
+        click.get_current_context().exit(1)
 
 
 def predict_file(classifier: "Classifier", path: Path, top: int, as_json: bool) -> None:
-    from attire.data import read_csv
+    from attire.data import read_csv_images
     from attire.pictures import read_image
 
     csv = path.suffix.lower() == ".csv"
-    images = read_csv(path, classifier.classes).images if csv else read_image(path)[None]
+    images = read_csv_images(path, classifier.classes) if csv else read_image(path)[None]
     for start in range(0, len(images), 1024):
         for i, row in enumerate(classifier.predict_proba(images[start : start + 1024]), start):
             name = f"{path}:{i + 2}" if csv else str(path)  # the line in the file, after the header
@@ -498,23 +505,23 @@ def main() -> NoReturn:
     """The one place where errors become a line and an exit status."""
     debug = "--debug" in sys.argv
     warnings.showwarning = show_warning
+    sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()  # None where the caller closed it
     try:
-        cli.main(standalone_mode=False)
-        sys.stdout.flush()
+        status = cli.main(standalone_mode=False) or 0
+    except SystemExit:  # what click and rich make of a pipe that is closed: `attire ... | head`
         status = 0
     except AttireError as error:
         status = fail(str(error), error.status, debug)
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "attire"
-        status = fail(f"{where}: {one_line(error.format_message())}; see: {where} --help", 2, debug)
+        status = fail(f"{where}: {one_line(error.format_message()).rstrip('.')}; see: {where} --help", 2, debug)
     except click.ClickException as error:
         status = fail(one_line(error.format_message()), 1, debug)
     except (KeyboardInterrupt, click.Abort):
         status = fail("stopped; what was finished is kept", 130, debug)
-    except BrokenPipeError:  # `attire ... | head`
-        sys.stderr.close()
-        status = 0
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("allocate|out of memory", str(error)):
+            raise
         status = fail("out of memory; try a smaller --image-size or --batch-size", 1, debug)
     except OSError as error:
         status = fail(f"{one_line(str(error.filename or 'attire'))}: {error.strerror or error}", 1, debug)

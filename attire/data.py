@@ -189,6 +189,9 @@ def load_splits(
             held_out = load_dataset(test, part="test", classes=everything.classes)
         test_rows = np.arange(len(held_out))
     else:
+        if isinstance(test_size, int) and test_size >= len(everything):
+            what = f"found {test_size:,}, expected fewer than the {len(everything):,} rows of {everything.source}"
+            raise UsageError("--test-size", what)
         held_out = everything
         rows, test_rows = split_indices(everything.labels, test_size, seed, stratify, name=everything.source)
         how = {"test": "split off", "test_size": test_size, "seed": seed, "stratify": stratify}
@@ -248,6 +251,12 @@ def read_csv(path: str | Path, classes: Sequence[str] | None = None) -> ImageDat
     return ImageDataset(images, frame["label"].to_numpy(np.int64, copy=True), names, Path(path).name)
 
 
+def read_csv_images(path: str | Path, classes: Sequence[str] | None = None) -> NDArray[np.uint8]:
+    """(N, 28, 28): the rows of a file that `read_csv` reads, or of one with `pixel1,...,pixel784` and no label."""
+    frame = read_frame(path, len(check_classes(classes)), labelled=False)
+    return np.ascontiguousarray(frame[list(tables.PIXEL_COLUMNS)].to_numpy()).reshape(-1, 28, 28)
+
+
 def write_csv(dataset: ImageDataset, path: str | Path) -> None:
     """Write what `read_csv` reads. Class names are not part of that form; labels are."""
     tables.write_table(path, dataset.images, dataset.labels)
@@ -297,8 +306,7 @@ def split_indices(
     from sklearn.model_selection import train_test_split  # takes a second to import, and only this needs it
 
     rows = len(labels)
-    if isinstance(part, bool) or not (0 < part < 1 or (isinstance(part, int) and part >= 1)):
-        raise UsageError("test_size", f"found {part}, expected a fraction between 0 and 1, or a count")
+    check_part(part)
     if not 0 <= seed < 2**32:
         raise UsageError("seed", f"found {seed}, expected 0 to 4,294,967,295")
     count = part if isinstance(part, int) else int(np.ceil(part * rows))
@@ -316,6 +324,11 @@ def split_indices(
     options = {"test_size": count, "random_state": seed, "stratify": labels if stratify else None}
     rest, chosen = train_test_split(np.arange(rows), **options)
     return np.sort(rest), np.sort(chosen)
+
+
+def check_part(part: float | int) -> None:
+    if isinstance(part, bool) or not (0 < part < 1 or (isinstance(part, int) and part >= 1)):
+        raise UsageError("--test-size", f"found {part}, expected a fraction between 0 and 1, or a count")
 
 
 def count_shared(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:

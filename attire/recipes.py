@@ -43,6 +43,8 @@ class Recipe:
         for field, least in LEAST.items():
             value = getattr(self, field)
             self._check(field, type(value) is int and value >= least, f"a whole number >= {least}")
+        for field in ("seed", "split_seed"):
+            self._check(field, getattr(self, field) < 2**32, "at most 4294967295")
         self._check("image_size", self.image_size <= 1024, "at most 1024 px")
         self._check("lr", math.isfinite(self.lr) and self.lr > 0, "a number > 0")
         self._check("weight_decay", math.isfinite(self.weight_decay) and self.weight_decay >= 0, "a number >= 0")

@@ -2,9 +2,10 @@
 
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -15,10 +16,10 @@ from torch import nn
 from attire import calibration, devices, features, files, recipes, results, training
 from attire.classifier import Classifier, load_bundle
 from attire.data import ImageDataset, Part, load_dataset
-from attire.errors import AttireError
+from attire.errors import AttireError, Stopped, UsageError
 from attire.evaluation import Interval, evaluate
 from attire.features import FeatureSpec
-from attire.recipes import Recipe
+from attire.recipes import BACKENDS, Recipe
 from attire.sources import CachedSource
 from attire.stages import DataChoice, Stage, open_trunk
 from attire.watching import Silent, Watcher
@@ -55,12 +56,14 @@ def train(
     device: str = "auto",
     cache: bool = True,
     claimed: float = 0.98,
+    log: str | None = None,
     watcher: Watcher | None = None,
 ) -> Run:
     """Train a classifier and evaluate it once on the test set.
 
     data: None for the official set, else a CSV, an IDX file or a folder; run_dir: a new or empty folder, `runs/1`,
-    `runs/2` ... when left out. Raises AttireError for bad data, Stopped when it was interrupted: then
+    `runs/2` ... when left out; log: "tensorboard" also writes the curves into `<run_dir>/tensorboard` (an extra).
+    Raises AttireError for bad data, Stopped when it was interrupted: then
     `resume(run_dir)` goes on exactly where it stood.
     """
     chosen = recipes.named(recipe) if isinstance(recipe, str) else recipe
@@ -68,7 +71,6 @@ def train(
     paths = [None if path is None else str(path) for path in (data, test)]
     source = DataChoice(paths[0], paths[1], test_size, None if classes is None else tuple(classes))
     devices.choose_device(device)
-    folder = new_folder(run_dir)
     config = {
         "schema": 1,
         "recipe": chosen.to_json(),
@@ -76,10 +78,12 @@ def train(
         "device": device,
         "cache": cache,
         "claimed": claimed,
+        "log": log,
     }
-    with claimed_folder(folder):
+    with new_folder(run_dir) as folder:
         files.write_json(folder / "config.json", config)
-        return carry_out(folder, chosen, source, device, cache, claimed, watcher or Silent())
+        with logging(log, folder, watcher or Silent()) as watching:
+            return carry_out(folder, chosen, source, device, cache, claimed, watching)
 
 
 def resume(run_dir: str | Path, watcher: Watcher | None = None) -> Run:
@@ -95,35 +99,93 @@ def resume(run_dir: str | Path, watcher: Watcher | None = None) -> Run:
         device, cache, claimed = config["device"], config["cache"], config["claimed"]
     except (KeyError, TypeError) as error:
         raise AttireError(folder / "config.json", "not the config of a run", str(error)[:80]) from error
-    with claimed_folder(folder):
-        return carry_out(folder, recipe, source, device, cache, claimed, watcher or Silent())
+    with claimed_folder(folder), logging(config.get("log"), folder, watcher or Silent()) as watching:
+        return carry_out(folder, recipe, source, device, cache, claimed, watching)
 
 
-def new_folder(run_dir: str | Path | None) -> Path:
+@contextmanager
+def new_folder(run_dir: str | Path | None) -> Iterator[Path]:
+    """A new run folder, held. What fails before there is a checkpoint leaves no folder that was not there before."""
+    folder = free_folder(run_dir)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        files.make_dir(folder)
+        with claimed_folder(folder):
+            try:
+                yield folder
+            except Exception:
+                if not any(folder.rglob("*.ckpt")):
+                    clear(folder)
+                raise
+    finally:
+        for path in missing:
+            with suppress(OSError):  # it is not empty: the run is there
+                path.rmdir()
+
+
+def free_folder(run_dir: str | Path | None) -> Path:
+    """A folder that may be written into, not made yet; the next of `runs/1`, `runs/2` ... for None."""
     if run_dir is None:
         taken = [int(path.name) for path in Path("runs").glob("*") if path.name.isdigit()]
-        return files.make_dir(Path("runs") / str(max(taken, default=0) + 1))
+        return Path("runs") / str(max(taken, default=0) + 1)
     folder = Path(run_dir)
     if folder.exists() and not folder.is_dir():
         raise AttireError(folder, "expected a folder, found a file", do="give --out another name")
     if folder.is_dir() and any(folder.iterdir()):
-        do = f"give --out another name, or go on with: attire train --resume {shlex.quote(str(folder))}"
+        do = "give --out another name"
+        if any((folder / name).exists() for name in ("checkpoints", "series.json")):
+            do += f", or go on with: attire train --resume {shlex.quote(str(folder))}"
         raise AttireError(folder, "the folder is not empty", do=do)
-    return files.make_dir(folder)
+    return folder
+
+
+def clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 @contextmanager
 def claimed_folder(folder: Path) -> Iterator[None]:
-    """One process a run folder: a second one is refused at once, and told who holds it."""
-    held = folder / ".lock"
-    try:
-        with files.lock(held, wait=0.5):
-            files.write_text(folder / ".pid", f"{os.getpid()}\n")
+    """One process a run folder: a second one is refused at once, and told who holds it.
+
+    Ctrl-C becomes `Stopped`, and its subject this folder: of a series stopped in one of its runs, the series.
+    """
+    pid = folder / ".pid"
+    with ExitStack() as held:
+        try:
+            held.enter_context(files.lock(folder / ".lock", wait=0.5))
+        except TimeoutError as error:
+            holder = pid.read_text().strip() if pid.exists() else "unknown"
+            raise AttireError(folder, f"another attire (process {holder}) is training into it") from error
+        files.write_text(pid, f"{os.getpid()}\n")
+        try:
             yield
-            (folder / ".pid").unlink(missing_ok=True)
-    except TimeoutError as error:
-        pid = (folder / ".pid").read_text().strip() if (folder / ".pid").exists() else "unknown"
-        raise AttireError(folder, f"another attire (process {pid}) is training into it") from error
+        except Stopped as stop:
+            raise Stopped(folder, stop.what) from None
+        except KeyboardInterrupt:
+            raise Stopped(folder, "stopped, what was finished is kept") from None
+        finally:
+            pid.unlink(missing_ok=True)
+
+
+@contextmanager
+def logging(log: str | None, folder: Path, watcher: Watcher) -> Iterator[Watcher]:
+    """`watcher`, or one that also writes TensorBoard's files."""
+    if log is None:
+        yield watcher
+        return
+    if log != "tensorboard":
+        raise UsageError("--log", f"expected tensorboard, found {log!r}")
+    from attire.board import Board  # an optional extra, imported only where it is used
+
+    board = Board(watcher, folder / "tensorboard")
+    try:
+        yield board
+    finally:
+        board.writer.close()
 
 
 def carry_out(
@@ -143,6 +205,7 @@ def carry_out(
     seconds["total"] = time.perf_counter() - began
     result = stage.result(folder, found, history, seconds, claimed)
     stage.save(folder, head, sources[0].standardise, found.temperature, result)
+    watcher.tested(result.test.accuracy, len(history))
     watcher.close()
     return Run(folder, result)
 
@@ -162,6 +225,8 @@ def evaluate_bundle(
     classes are not the bundle's.
     """
     began = time.perf_counter()
+    if backend not in BACKENDS:
+        raise UsageError("--backend", f"expected {' or '.join(BACKENDS)}, found {backend!r}")
     classifier = load_bundle(bundle, device)
     labelled = load_dataset(data, part=part, classes=classes or (classifier.classes if data else None))
     devices.keep_freed_memory()

@@ -4,8 +4,9 @@ import io
 import shlex
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,11 @@ def train_seeds(count: int, recipe: Recipe, *, run_dir: str | Path | None = None
     """
     if count < 2:
         raise UsageError("--seeds", f"expected 2 or more, found {count}")
-    folder = new_folder(run_dir)
     watcher = arguments.pop("watcher", None)
     about = {"schema": 1, "kind": "seeds", "count": count, "recipe": recipe.to_json(), "arguments": plain(arguments)}
-    files.write_json(folder / "series.json", about)
-    return seeds_in(folder, count, recipe, arguments, watcher)
+    with new_folder(run_dir) as folder:
+        files.write_json(folder / "series.json", about)
+        return seeds_in(folder, count, recipe, arguments, watcher)
 
 
 def seeds_in(folder: Path, count: int, recipe: Recipe, arguments: Mapping[str, Any], watcher: Watcher | None) -> Seeds:
@@ -120,48 +121,47 @@ def cross_validate(
     paths = [None if path is None else str(path) for path in (data, test)]
     choice = DataChoice(paths[0], paths[1], test_size, None if classes is None else tuple(classes))
     config = {"schema": 1, "folds": folds, "recipe": recipe.to_json(), "data": asdict(choice), "device": device}
-    folder = new_folder(run_dir)
-    files.write_json(folder / "series.json", {**config, "kind": "folds", "claimed": claimed})
-    return folds_in(folder, folds, recipe, choice, device, claimed, watcher or Silent())
+    with new_folder(run_dir) as folder:
+        files.write_json(folder / "series.json", {**config, "kind": "folds", "claimed": claimed})
+        return folds_in(folder, folds, recipe, choice, device, claimed, watcher or Silent())
 
 
 def folds_in(
     folder: Path, folds: int, recipe: Recipe, choice: DataChoice, device: str, claimed: float, watcher: Watcher
 ) -> Folds:
     began = time.perf_counter()
-    with claimed_folder(folder):
-        stage = Stage(recipe, choice, devices.choose_device(device), watcher)
-        devices.keep_freed_memory()
-        source, data = stage.train_features(), stage.splits.data
-        extracted = time.perf_counter() - began
-        everything = stage.splits.train_rows
-        probabilities = np.empty((len(everything), len(data.classes)), np.float32)
-        histories = []
-        for k, out in enumerate(fold_members(data.labels[everything], folds, recipe, data.source)):
-            watcher.note("Fold", f"{k + 1} of {folds}")
-            stage.train, stage.val = validation_rows(data, np.delete(everything, out), recipe)
-            part, history = one_fold(stage, source, everything[out], folder / f"fold-{k + 1}")
-            probabilities[out] = part
-            histories.append(history)
-        seconds = {"extract": extracted, "fit": sum(e.seconds for history in histories for e in history)}
-        seconds["total"] = time.perf_counter() - began
-        rows = data.subset(everything)
-        result = RunResult(
-            title=f"Attire {recipe.name}, {folds}-fold cross-validation on {rows.source}",
-            recipe=recipe.name,
-            seed=recipe.seed,
-            command=repeat_command(folds, recipe, choice),
-            test=evaluate(probabilities, rows.labels, rows.classes),
-            predictions=results.predictions(rows.labels, probabilities, rows.images),
-            history=mean_history(histories),
-            seconds=seconds,
-            config={"schema": 1, "folds": folds, "recipe": recipe.to_json(), "data": asdict(choice)},
-            environment=stage.environment(),
-            data={"name": rows.source, "rows": {"out of fold": len(rows)}, "test": rows.describe()},
-            claimed=claimed,
-        )
-        save_result(folder, result)
-        write_report(folder, result)
+    stage = Stage(recipe, choice, devices.choose_device(device), watcher)
+    devices.keep_freed_memory()
+    source, data = stage.train_features(), stage.splits.data
+    extracted = time.perf_counter() - began
+    everything = stage.splits.train_rows
+    probabilities = np.empty((len(everything), len(data.classes)), np.float32)
+    histories = []
+    for k, out in enumerate(fold_members(data.labels[everything], folds, recipe, data.source)):
+        watcher.note("Fold", f"{k + 1} of {folds}")
+        stage.train, stage.val = validation_rows(data, np.delete(everything, out), recipe)
+        part, history = one_fold(stage, source, everything[out], folder / f"fold-{k + 1}")
+        probabilities[out] = part
+        histories.append(history)
+    seconds = {"extract": extracted, "fit": sum(e.seconds for history in histories for e in history)}
+    seconds["total"] = time.perf_counter() - began
+    rows = data.subset(everything)
+    result = RunResult(
+        title=f"Attire {recipe.name}, {folds}-fold cross-validation on {rows.source}",
+        recipe=recipe.name,
+        seed=recipe.seed,
+        command=repeat_command(folds, recipe, choice),
+        test=evaluate(probabilities, rows.labels, rows.classes),
+        predictions=results.predictions(rows.labels, probabilities, rows.images),
+        history=mean_history(histories),
+        seconds=seconds,
+        config={"schema": 1, "folds": folds, "recipe": recipe.to_json(), "data": asdict(choice)},
+        environment=stage.environment(),
+        data={"name": rows.source, "rows": {"out of fold": len(rows)}, "test": rows.describe()},
+        claimed=claimed,
+    )
+    save_result(folder, result)
+    write_report(folder, result)
     watcher.close()
     return Folds(folder, result)
 
@@ -235,16 +235,20 @@ def resume_series(folder: str | Path, watcher: Watcher | None = None) -> Seeds |
     """Go on with seeds or folds that were stopped; what is finished is not done again."""
     folder = Path(folder)
     about = files.read_json(folder / "series.json")
+    go_on: Callable[[], Seeds | Folds]
     try:
         recipe = recipes.from_json(about["recipe"], str(folder / "series.json"))
         if about["kind"] == "seeds":
-            return seeds_in(folder, about["count"], recipe, about["arguments"], watcher)
-        values = dict(about["data"])
-        choice = DataChoice(**{**values, "classes": tuple(values["classes"]) if values["classes"] else None})
-        told = (about["folds"], recipe, choice, about["device"], about["claimed"])
+            go_on = partial(seeds_in, folder, about["count"], recipe, about["arguments"], watcher)
+        else:
+            values = dict(about["data"])
+            choice = DataChoice(**{**values, "classes": tuple(values["classes"]) if values["classes"] else None})
+            told = (about["folds"], recipe, choice, about["device"], about["claimed"])
+            go_on = partial(folds_in, folder, *told, watcher or Silent())
     except (KeyError, TypeError) as error:
         raise AttireError(folder / "series.json", "not a series of runs", str(error)[:80]) from error
-    return folds_in(folder, *told, watcher or Silent())
+    with claimed_folder(folder):
+        return go_on()
 
 
 def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:

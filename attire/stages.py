@@ -14,7 +14,7 @@ from torch import nn
 from attire import calibration, devices, features, fetch, files, results, training, vgg
 from attire.card import write_model_card
 from attire.classifier import Architecture, Classifier, fold_standardisation
-from attire.data import OFFICIAL, ImageDataset, Splits, load_dataset, load_splits, split_indices
+from attire.data import OFFICIAL, ImageDataset, Splits, check_part, load_dataset, load_splits, split_indices
 from attire.errors import one_line
 from attire.evaluation import Evaluation, evaluate
 from attire.features import FeatureSpec
@@ -35,6 +35,9 @@ class DataChoice:
     test: str | None = None
     test_size: float | int = 0.2
     classes: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_part(self.test_size)
 
     def load(self, recipe: Recipe) -> Splits:
         return load_splits(

@@ -15,7 +15,10 @@ from attire.errors import AttireError, one_line
 from attire.files import atomic
 from attire.formats import name_format, opened
 
-COLUMNS = ("label", *(f"pixel{i}" for i in range(1, 785)))
+Columns = tuple[str, ...]
+
+PIXEL_COLUMNS: Columns = tuple(f"pixel{i}" for i in range(1, 785))
+COLUMNS: Columns = ("label", *PIXEL_COLUMNS)
 HEADER = ",".join(COLUMNS).encode()
 BOM = b"\xef\xbb\xbf"
 PLAIN = b"0123456789,\r\n"
@@ -26,31 +29,36 @@ HEAD = 1 << 16  # bytes; the header line needs 6,949 of them
 BLOCK = 1 << 23  # bytes that Arrow parses at a time; with its own 1 MB, 785 columns become 100,000 tiny arrays
 
 
-def read_frame(path: str | Path, class_count: int = 10) -> pd.DataFrame:
+def read_frame(path: str | Path, class_count: int = 10, labelled: bool = True) -> pd.DataFrame:
     """The table as a DataFrame: `label` int64 in 0..class_count-1, `pixel1` .. `pixel784` uint8; one row per line.
 
+    With `labelled` false a file of `pixel1` .. `pixel784` alone is accepted too, and gives a frame without `label`.
     Raises AttireError with the 1-based line of the first fault; no cell is ever filled in, rounded or stripped.
     """
     path = Path(path)
-    text = read_text(path)
+    text, columns = read_text(path, labelled)
     start, end = body(path, text)
-    frame = parse(text, start, end)
-    if frame is None or not frame["label"].between(0, class_count - 1).all():
-        diagnose(path, text, start, end, class_count)
+    frame = parse(text, start, end, columns)
+    if frame is None or not (columns == PIXEL_COLUMNS or frame["label"].between(0, class_count - 1).all()):
+        diagnose(path, text, start, end, columns, class_count)
     return frame
 
 
-def read_text(path: Path) -> bytes:
+def read_text(path: Path, labelled: bool) -> tuple[bytes, Columns]:
+    """All of the file, and the columns that its header names."""
     with opened(path) as file:
         head = file.read(HEAD)
         if not head:
             raise AttireError(path, "empty file", do="expected a CSV file with the header label,pixel1,...,pixel784")
         check_kind(path, head)
-        check_header(path, next(lines(head))[1].removeprefix(BOM))
+        header = next(lines(head))[1].removeprefix(BOM)
+        bare = not labelled and header.startswith(b"pixel") and b"label" not in header.split(b",")
+        columns = PIXEL_COLUMNS if bare else COLUMNS
+        check_header(path, header, columns)
         if not file.seekable():  # a pipe
-            return head + file.read()
+            return head + file.read(), columns
         file.seek(0)
-        return file.read()  # in one piece: joining two would take the file's size twice
+        return file.read(), columns  # in one piece: joining two would take the file's size twice
 
 
 def check_kind(path: Path, head: bytes) -> None:
@@ -78,7 +86,7 @@ def body(path: Path, text: bytes) -> tuple[int, int]:
     return start, end
 
 
-def parse(text: bytes, start: int, end: int) -> pd.DataFrame | None:
+def parse(text: bytes, start: int, end: int, columns: Columns) -> pd.DataFrame | None:
     """The frame, or None when any cell is not a plain number of its column's range.
 
     Arrow forgives blanks around numbers and reads 0x1F; the byte check keeps such cells from passing.
@@ -88,10 +96,10 @@ def parse(text: bytes, start: int, end: int) -> pd.DataFrame | None:
     try:
         table = csv.read_csv(
             pa.BufferReader(pa.py_buffer(text).slice(start, end - start)),
-            read_options=csv.ReadOptions(column_names=COLUMNS, block_size=BLOCK),
+            read_options=csv.ReadOptions(column_names=columns, block_size=BLOCK),
             parse_options=csv.ParseOptions(quote_char=False, escape_char=False, ignore_empty_lines=False),
             convert_options=csv.ConvertOptions(
-                column_types={name: pa.uint8() for name in COLUMNS[1:]} | {"label": pa.int64()},
+                column_types=dict.fromkeys(PIXEL_COLUMNS, pa.uint8()) | {"label": pa.int64()},
                 null_values=[],
                 strings_can_be_null=False,
             ),
@@ -101,11 +109,11 @@ def parse(text: bytes, start: int, end: int) -> pd.DataFrame | None:
     return table.to_pandas(self_destruct=True)
 
 
-def check_header(path: Path, line: bytes) -> None:
+def check_header(path: Path, line: bytes, columns: Columns) -> None:
     """Raises AttireError that tells a missing, quoted, misspelt, doubled or reordered header apart."""
-    if line == HEADER:
+    if line == ",".join(columns).encode():
         return
-    expected = "expected label,pixel1,...,pixel784"
+    expected = f"expected {'label,' * (columns == COLUMNS)}pixel1,...,pixel784"
     check_separator(path, line, 1)
     names = [show(name) for name in line.split(b",")]
     bare = [name.strip("\"' ") for name in names]
@@ -113,23 +121,24 @@ def check_header(path: Path, line: bytes) -> None:
         raise AttireError(path, "no header", "line 1", f"{expected} above the rows")
     if not line.strip():
         raise AttireError(path, "empty line in place of the header", "line 1", expected)
-    if tuple(bare) == COLUMNS:
+    if tuple(bare) == columns:
         raise AttireError(path, "column names with quotes or spaces", "line 1", f"{expected}, without them")
     seen: set[str] = set()
     for place, name in enumerate(names, 1):
         if name in seen:
             raise AttireError(path, f"column {name} stands twice", f"line 1, column {place}", expected)
         seen.add(name)
-    missing = [name for name in COLUMNS if name not in seen]
-    if not missing and len(names) == len(COLUMNS):
-        place = next(i for i, name in enumerate(names) if name != COLUMNS[i])
-        what = f"columns in another order: {names[place]} where {COLUMNS[place]} belongs"
+    missing = [name for name in columns if name not in seen]
+    if not missing and len(names) == len(columns):
+        place = next(i for i, name in enumerate(names) if name != columns[i])
+        what = f"columns in another order: {names[place]} where {columns[place]} belongs"
         raise AttireError(path, what, f"line 1, column {place + 1}", expected)
     if missing:
         found = f"{len(names):,} columns" if len(names) != 1 else f"one column, {names[0]}"
         raise AttireError(path, f"no column {missing[0]} among {found}", "line 1", expected)
-    extra = next(name for name in names if name not in COLUMNS)
-    raise AttireError(path, f"{len(names)} columns, expected 785; {extra} is not one of them", "line 1", expected)
+    extra = next(name for name in names if name not in columns)
+    what = f"{len(names)} columns, expected {len(columns)}; {extra} is not one of them"
+    raise AttireError(path, what, "line 1", expected)
 
 
 def check_separator(path: Path, line: bytes, number: int) -> None:
@@ -138,21 +147,22 @@ def check_separator(path: Path, line: bytes, number: int) -> None:
             raise AttireError(path, f"values separated by {name}, expected commas", f"line {number:,}")
 
 
-def diagnose(path: Path, text: bytes, start: int, end: int, class_count: int) -> NoReturn:
-    """Raises AttireError for the first line that is not 785 whole numbers within their ranges."""
+def diagnose(path: Path, text: bytes, start: int, end: int, columns: Columns, class_count: int) -> NoReturn:
+    """Raises AttireError for the first line that is not as many whole numbers within their ranges."""
     for number, line, last in lines(text, start, end):
         cells = line.split(b",")
-        if len(cells) != len(COLUMNS):
+        if len(cells) != len(columns):
             check_separator(path, line, number + 1)
-            wrong_count(path, line, len(cells), number + 1, last)
+            wrong_count(path, line, len(cells), len(columns), number + 1, last)
         top = class_count - 1
-        if not (cells[0].isdigit() and int(cells[0][-9:]) <= top and len(cells[0]) <= 9):
+        if columns == COLUMNS and not (cells[0].isdigit() and int(cells[0][-9:]) <= top and len(cells[0]) <= 9):
             wrong_label(path, cells[0], number + 1, top)
-        if set(cells[1:]) <= PIXELS:
+        pixels = cells[-len(PIXEL_COLUMNS) :]
+        if set(pixels) <= PIXELS:
             continue
-        for name, cell in zip(COLUMNS[1:], cells[1:], strict=True):
+        for name, cell in zip(PIXEL_COLUMNS, pixels, strict=True):
             if not cell.isdigit() or cell.lstrip(b"0") not in PIXELS | {b""}:
-                wrong_pixel(path, name, cell, number + 1, last and name == COLUMNS[-1])
+                wrong_pixel(path, name, cell, number + 1, last and name == PIXEL_COLUMNS[-1])
     raise AttireError(path, "cannot be read as CSV", do="write it again as plain comma-separated whole numbers")
 
 
@@ -165,12 +175,13 @@ def lines(text: bytes, start: int = 0, end: int | None = None) -> Iterator[tuple
         yield number, found[1], found.end() == end
 
 
-def wrong_count(path: Path, line: bytes, count: int, number: int, last: bool) -> NoReturn:
+def wrong_count(path: Path, line: bytes, count: int, expected: int, number: int, last: bool) -> NoReturn:
     if not line.strip():
         raise AttireError(path, "empty line between rows", f"line {number:,}", "take it out, or put the row back")
-    do = "the file may be cut off there" if last and count < len(COLUMNS) else "a row is one label and 784 pixels"
+    row = "a row is one label and 784 pixels" if expected == len(COLUMNS) else "a row is 784 pixels"
+    do = "the file may be cut off there" if last and count < expected else row
     values = f"{count:,} value{'s' if count != 1 else ''}"
-    raise AttireError(path, f"{values}, expected 785", f"line {number:,}", do)
+    raise AttireError(path, f"{values}, expected {expected}", f"line {number:,}", do)
 
 
 def wrong_label(path: Path, cell: bytes, number: int, top: int) -> NoReturn:

@@ -310,7 +310,9 @@ class TestSplitIndices:
 
     @pytest.mark.parametrize("part", [0, 0.0, 1.0, 1.5, -0.1, -3, float("nan"), True])
     def test_part_out_of_range(self, part: float) -> None:
-        with pytest.raises(UsageError, match=r"^test_size: found .*, expected a fraction between 0 and 1, or a count$"):
+        with pytest.raises(
+            UsageError, match=r"^--test-size: found .*, expected a fraction between 0 and 1, or a count$"
+        ):
             split_indices(self.labels, part, 0)
 
     @pytest.mark.parametrize("seed", [-1, 2**32])

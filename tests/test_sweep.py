@@ -11,7 +11,7 @@ from torch import nn
 
 from attire import features, sweep, vgg
 from attire.data import ImageDataset
-from attire.errors import AttireError, UsageError
+from attire.errors import AttireError, Stopped, UsageError
 from attire.sweep import Cell, Sweep
 
 SMALL = {"sizes": (16, 20), "boundaries": ("block2", "block3"), "rows": 30, "val": 18}
@@ -75,7 +75,7 @@ def test_a_stopped_sweep_goes_on_and_scores_no_size_twice(
         return score(self, size, background)
 
     monkeypatch.setattr(sweep.Bench, "score", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         sweep.sweep(small_csv, **SMALL, out=tmp_path / "s")  # type: ignore[arg-type]
     sizes.append("resumed")
     found = sweep.sweep(small_csv, **SMALL, out=tmp_path / "s")  # type: ignore[arg-type]
