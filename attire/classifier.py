@@ -1,6 +1,5 @@
 """Classifier: a frozen trunk, a trained head and the classes, complete enough to predict, save and load."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 from attire import calibration, devices, files, vgg
 from attire.blocks import BLOCKS, feature_shape
 from attire.data import check_classes
-from attire.errors import AttireError
+from attire.errors import AttireError, UsageError
 from attire.pictures import read_image
+from attire.recipes import Recipe
 
 SCHEMA = 1
 BATCH_PIXELS = 400_000  # pictures a forward pass: bounded memory for any number of images
@@ -27,13 +27,16 @@ BATCH_PIXELS = 400_000  # pictures a forward pass: bounded memory for any number
 
 @dataclass(frozen=True)
 class Architecture:
-    """What decides the network's shape. Its fields stand in `model.json`."""
+    """What decides the network's shape. Its fields stand in `model.json`; they are valid once constructed."""
 
     freeze_to: str
     image_size: int
     pool: int
     hidden: tuple[int, ...]
     dropout: float
+
+    def __post_init__(self) -> None:
+        Recipe(**self.__dict__)  # raises UsageError for what no recipe can ask for
 
     def build(self, classes: int) -> nn.Sequential:
         """A new classifier for the features of this trunk, initialised from torch's random state."""
@@ -159,20 +162,34 @@ def load_bundle(folder: str | Path, device: str = "auto") -> Classifier:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """`model.json`, checked: its seal, its schema, its preprocessing."""
+    """`model.json`, checked: its schema, its seal, its preprocessing, its values."""
     about = files.read_json(path)
     schema = about.get("schema")
     if isinstance(schema, int) and schema > SCHEMA:
         raise AttireError(
             path, f"made by a newer Attire (schema {schema}, this one reads {SCHEMA})", do="update attire"
         )
-    body = {key: value for key, value in about.items() if key != "seal"}
-    if about.get("seal") != files.sha256(files.canonical_json(json.loads(json.dumps(body)))):
+    if not is_sealed(about):
         raise AttireError(path, "not one of ours, or changed after it was written", do="use a fresh copy")
-    if about["preprocess"]["version"] != vgg.PREPROCESS_VERSION:
-        raise AttireError(path, "its preprocessing is of another version than this Attire's", do="train it again")
-    check_classes(about["classes"])
+    try:
+        if about["preprocess"]["version"] != vgg.PREPROCESS_VERSION:
+            raise AttireError(path, "its preprocessing is of another version than this Attire's", do="train it again")
+        check_classes(tuple(about["classes"]))
+        Architecture(**{**about["architecture"], "hidden": tuple(about["architecture"]["hidden"])})
+        if not (0 < about["temperature"] < math.inf and about["sha256"] and isinstance(about["facts"], dict)):
+            raise ValueError(f"temperature {about['temperature']}, digest {about['sha256']}")
+    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+        found = f"{type(error).__name__} {error}"[:80]
+        raise AttireError(path, "not what a bundle holds", found, "use a fresh copy") from error
     return about
+
+
+def is_sealed(about: dict[str, Any]) -> bool:
+    try:
+        body = files.canonical_json({key: value for key, value in about.items() if key != "seal"})
+    except ValueError:  # NaN or infinity, which `save` never writes
+        return False
+    return bool(about.get("seal") == files.sha256(body))
 
 
 def read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
@@ -201,6 +218,8 @@ def assemble(architecture: Architecture, classes: int, tensors: dict[str, Tensor
     for name, value in tensors.items():
         if value.shape != wanted[name].shape:
             raise AttireError(where, f"tensor {name} is {tuple(value.shape)}, expected {tuple(wanted[name].shape)}")
+        if value.dtype != torch.float32:
+            raise AttireError(where, f"tensor {name} is {str(value.dtype).removeprefix('torch.')}, expected float32")
         if not torch.isfinite(value).all():
             raise AttireError(where, f"tensor {name} holds NaN or infinity", do="use a fresh copy")
     model.load_state_dict(tensors, assign=True)
