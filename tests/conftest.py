@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from attire.data import FASHION_CLASSES, ImageDataset, write_csv
 from attire.files import cache_dir
 from attire.recipes import Recipe
 from attire.weights import SHAPES, Tensors, write_weights
+
+if TYPE_CHECKING:
+    from attire.classifier import Classifier
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +90,28 @@ def tiny() -> Recipe:
     return Recipe(
         name="tiny", freeze_to="block2", image_size=16, hidden=(16,), epochs=3, batch_size=16, precision="fp32"
     )
+
+
+@pytest.fixture
+def classifier(weights: Path) -> "Classifier":
+    """Not trained: the random trunk up to block2, a random head, a temperature that is not 1."""
+    import torch  # not for the many tests that need none of it
+
+    from attire import vgg
+    from attire.classifier import Architecture, Classifier
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        architecture = Architecture("block2", 16, 0, (8,), 0.5)
+        head = architecture.build(10)
+        for weight in head[-1].parameters():
+            torch.nn.init.normal_(weight)  # answers that differ
+    model = vgg.vgg16(weights, "block2", 0, head)
+    return Classifier(model, architecture, FASHION_CLASSES, 1.7, {"name": "small"})
+
+
+@pytest.fixture
+def bundle(classifier: "Classifier", tmp_path: Path) -> Path:
+    """`classifier`, saved where a run would leave it: in the folder `model`."""
+    classifier.save(tmp_path / "run" / "model")
+    return tmp_path / "run" / "model"
