@@ -215,7 +215,7 @@ def assemble(architecture: Architecture, classes: int, tensors: dict[str, Tensor
     wanted = model.state_dict()
     for name in sorted(set(wanted) ^ set(tensors)):
         raise AttireError(where, f"tensor {name} is {'missing' if name in wanted else 'not part of this model'}")
-    for name, value in tensors.items():
+    for name, value in sorted(tensors.items()):
         if value.shape != wanted[name].shape:
             raise AttireError(where, f"tensor {name} is {tuple(value.shape)}, expected {tuple(wanted[name].shape)}")
         if value.dtype != torch.float32:
