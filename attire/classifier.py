@@ -1,7 +1,7 @@
 """Classifier: a frozen trunk, a trained head and the classes, complete enough to predict, save and load."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from attire import calibration, devices, files, vgg
-from attire.blocks import BLOCKS, feature_shape
+from attire import calibration, devices, files, reject, vgg
+from attire.blocks import BLOCKS, CHANNELS, feature_shape
 from attire.data import check_classes
 from attire.errors import AttireError, UsageError
 from attire.pictures import read_image
 from attire.recipes import Recipe
+from attire.reject import Rejecter
 
 SCHEMA = 1
 BATCH_PIXELS = 400_000  # pictures a forward pass: bounded memory for any number of images
+CANNOT_REJECT = "this bundle cannot tell what is none of its classes"
+TRAIN_AGAIN = "train it again, with 200 images or more"
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,24 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer for one image: the likeliest class first, with its calibrated probability, then the others."""
+    """The answer for one image: the likeliest class first, with its calibrated probability, then the others.
+
+    distance: from the training images, see `Classifier.distances`; rejected: whether it is farther than all but 5 % of
+    garments, and so rather none of the classes. Both are None where the bundle cannot tell. Label and probabilities
+    are those of the closest classes all the same.
+    """
 
     label: str
     probability: float
     ranking: tuple[tuple[str, float], ...]
+    distance: float | None = None
+    rejected: bool | None = None
 
     def __str__(self) -> str:
+        if self.rejected:
+            count = len(self.ranking)
+            known = NUMBERS[count] if count < len(NUMBERS) else count
+            return f"none of the {known} (closest: {self.label} {self.probability:.2f})"
         return f"{self.label} {self.probability:.3f}"
 
 
@@ -60,7 +75,8 @@ class Classifier:
     """VGG16 cut at the freeze boundary with its new classifier, from uint8 images to calibrated probabilities.
 
     model: torchvision's VGG with `features`, `avgpool` and `classifier`; temperature divides the logits (Guo et al.
-    2017), 1 for none; facts: what the bundle says of itself besides (metrics, recipe, digests), plain JSON.
+    2017), 1 for none; facts: what the bundle says of itself besides (metrics, recipe, digests), plain JSON;
+    rejecter: None where it cannot tell what is none of its classes.
     """
 
     def __init__(
@@ -71,7 +87,9 @@ class Classifier:
         temperature: float = 1.0,
         facts: dict[str, Any] | None = None,
         device: torch.device | None = None,
+        rejecter: Rejecter | None = None,
     ) -> None:
+        self.rejecter = rejecter
         self.architecture, self.classes = architecture, tuple(classes)
         self.temperature, self.facts = temperature, dict(facts or {})
         self.device = device or torch.device("cpu")
@@ -79,15 +97,23 @@ class Classifier:
 
     def logits(self, images: NDArray[np.uint8]) -> Tensor:
         """(n, K) float32 on the CPU, for (n, 28, 28) uint8 images with a black background."""
-        step = max(1, BATCH_PIXELS // self.architecture.image_size**2)
-        with torch.inference_mode():
-            parts = [self._forward(images[i : i + step]) for i in range(0, len(images), step)]
+        parts = [self._head(x) for x in self._features(images)]
         return torch.cat(parts) if parts else torch.empty(0, len(self.classes))
 
-    def _forward(self, images: NDArray[np.uint8]) -> Tensor:
-        x = vgg.preprocess(images, self.architecture.image_size).to(self.device, memory_format=torch.channels_last)
-        logits: Tensor = self.model(x)
-        return logits.float().cpu()
+    def _features(self, images: NDArray[np.uint8]) -> Iterator[Tensor]:
+        """(b, D) float32 on the device, a batch at a time: what torchvision's `forward` hands to its classifier."""
+        step = max(1, BATCH_PIXELS // self.architecture.image_size**2)
+        for start in range(0, len(images), step):
+            x = vgg.preprocess(images[start : start + step], self.architecture.image_size)
+            with torch.inference_mode():
+                x = x.to(self.device, memory_format=torch.channels_last)
+                x = self.model.avgpool(self.model.features(x)).flatten(1)
+            yield x
+
+    def _head(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = self.model.classifier(x)
+            return logits.float().cpu()
 
     def predict_proba(self, images: ArrayLike) -> NDArray[np.float32]:
         """Calibrated probabilities (n, K) float32, rows summing to 1, columns in the order of `classes`.
@@ -95,8 +121,20 @@ class Classifier:
         images: (n, 28, 28) or (n, 784) uint8, garments light on a black background. Raises AttireError for any
         other shape or type.
         """
-        probabilities = calibration.softmax(self.logits(as_images(images)).numpy(), self.temperature)
-        return np.asarray(probabilities, dtype=np.float32)
+        return self._probabilities(self.logits(as_images(images)))
+
+    def _probabilities(self, logits: Tensor) -> NDArray[np.float32]:
+        return np.asarray(calibration.softmax(logits.numpy(), self.temperature), dtype=np.float32)
+
+    def distances(self, images: ArrayLike) -> NDArray[np.float32]:
+        """How far from the training images each image lies, (n,) float32; above `rejecter.threshold` it is rejected.
+
+        images: as for `predict_proba`. Raises AttireError where the bundle has no Rejecter.
+        """
+        if self.rejecter is None:
+            raise AttireError("bundle", CANNOT_REJECT, do=TRAIN_AGAIN)
+        parts = [self.rejecter.distances(x) for x in self._features(as_images(images))]
+        return np.concatenate([np.empty(0, np.float32), *parts])
 
     def predict(self, what: str | Path | ArrayLike) -> Any:
         """A Prediction for a picture file or one (28, 28) image; a list of them for (n, 28, 28) or (n, 784)."""
@@ -104,25 +142,30 @@ class Classifier:
         images = read_image(what)[None] if isinstance(what, str | Path) else np.asarray(what)
         if images.shape in ((28, 28), (784,)):
             images, single = images[None], True
-        found = [self.ranked(row) for row in self.predict_proba(images)]
+        found: list[Prediction] = []
+        for x in self._features(as_images(images)):
+            distances = [None] * len(x) if self.rejecter is None else self.rejecter.distances(x).tolist()
+            found += map(self.ranked, self._probabilities(self._head(x)), distances)
         return found[0] if single else found
 
-    def ranked(self, probabilities: NDArray[np.floating[Any]]) -> Prediction:
-        """One row of `predict_proba` as a Prediction."""
+    def ranked(self, probabilities: NDArray[np.floating[Any]], distance: float | None = None) -> Prediction:
+        """One row of `predict_proba`, and its distance, as a Prediction."""
         order = np.argsort(-probabilities, kind="stable")
         ranking = tuple((self.classes[i], float(probabilities[i])) for i in order)
-        return Prediction(*ranking[0], ranking)
+        rejected = None if distance is None or self.rejecter is None else distance > self.rejecter.threshold
+        return Prediction(*ranking[0], ranking, distance, rejected)
 
     def save(self, folder: Path) -> None:
         """Write the bundle: `model.safetensors`, then `model.json`, which holds its digest and is written last."""
         tensors = {name: value.detach().float().cpu().contiguous() for name, value in self.model.state_dict().items()}
-        body = save(tensors, {"format": "pt"})
+        body = save(tensors | (self.rejecter.tensors() if self.rejecter else {}), {"format": "pt"})
         about = {
             "schema": SCHEMA,
             "classes": list(self.classes),
             "architecture": {**self.architecture.__dict__, "hidden": list(self.architecture.hidden)},
             "preprocess": {"version": vgg.PREPROCESS_VERSION, "mean": vgg.MEAN, "std": vgg.STD},
             "temperature": self.temperature,
+            "reject": self.rejecter.about() if self.rejecter else None,
             "sha256": files.sha256(body),
             "facts": self.facts,
         }
@@ -156,9 +199,13 @@ def load_bundle(folder: str | Path, device: str = "auto") -> Classifier:
     about = read_about(folder / "model.json")
     tensors = read_tensors(folder / "model.safetensors", about["sha256"])
     architecture = Architecture(**{**about["architecture"], "hidden": tuple(about["architecture"]["hidden"])})
-    model = assemble(architecture, len(about["classes"]), tensors, folder)
+    network = {name: value for name, value in tensors.items() if not name.startswith(reject.PREFIX)}
+    model = assemble(architecture, len(about["classes"]), network, folder)
+    rejecter = None  # of a bundle made before there was one, or from too few images
+    if told := about.get("reject"):
+        rejecter = reject.restore(tensors, told, CHANNELS[architecture.freeze_to], folder)
     where = devices.choose_device(device)
-    return Classifier(model, architecture, about["classes"], about["temperature"], about["facts"], where)
+    return Classifier(model, architecture, about["classes"], about["temperature"], about["facts"], where, rejecter)
 
 
 def read_about(path: Path) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class RunResult:
     """What a run found. `history` holds rows of HISTORY; `seconds` where the time went, with a "total".
 
     `config`, `environment` and `data` are plain JSON and are shown as they are; `data["name"]` names the data set.
-    `galleries` maps a title to test rows and is chosen here when left out.
+    `reject` is what `reject.measure` found, None without one. `galleries` maps a title to test rows and is chosen here
+    when left out.
     """
 
     title: str
@@ -61,6 +62,7 @@ class RunResult:
     predictions: Predictions
     train: Evaluation | None = None
     val: Evaluation | None = None
+    reject: Mapping[str, Any] | None = None
     history: Sequence[Mapping[str, Any]] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -145,6 +147,7 @@ def metrics(result: RunResult) -> dict[str, Any]:
         "command": result.command,
         "seconds": dict(result.seconds),
         "claim": result.claim.to_json(),
+        "reject": None if result.reject is None else dict(result.reject),
         **{name: found.to_json() if (found := getattr(result, name)) else None for name in SETS},
     }
 
@@ -199,6 +202,7 @@ def load_result(run_dir: Path) -> RunResult:
         test=test,
         train=train,
         val=val,
+        reject=stored.get("reject"),
         claimed=claim.claimed,
         galleries=galleries,
         predictions=read_predictions(folder, test.classes, [row for rows in galleries.values() for row in rows]),

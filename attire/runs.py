@@ -204,7 +204,7 @@ def carry_out(
     seconds = {"extract": extracted, "fit": sum(epoch.seconds for epoch in history)}
     seconds["total"] = time.perf_counter() - began
     result = stage.result(folder, found, history, seconds, claimed)
-    stage.save(folder, head, sources[0].standardise, found.temperature, result)
+    stage.save(folder, head, sources[0].standardise, found, result)
     watcher.tested(result.test.accuracy, len(history))
     watcher.close()
     return Run(folder, result)

@@ -28,6 +28,10 @@ class Standardiser:
             return x
         return x.sub_(self.mean).div_(self.scale)
 
+    def undo(self, x: Tensor) -> Tensor:
+        """Features again, of standardised ones (n, D)."""
+        return x if self.mean is None or self.scale is None else x * self.scale + self.mean
+
 
 def measure(blocks: Iterator[Tensor]) -> Standardiser:
     """Mean and deviation of each feature (D,), in float64 over the blocks (n, D), the plain view of training rows."""

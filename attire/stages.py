@@ -11,7 +11,8 @@ import torchvision
 from numpy.typing import NDArray
 from torch import nn
 
-from attire import calibration, devices, features, fetch, files, results, training, vgg
+from attire import calibration, devices, features, fetch, files, reject, results, training, vgg
+from attire.blocks import CHANNELS
 from attire.card import write_model_card
 from attire.classifier import Architecture, Classifier, fold_standardisation
 from attire.data import OFFICIAL, ImageDataset, Splits, check_part, load_dataset, load_splits, split_indices
@@ -19,6 +20,7 @@ from attire.errors import one_line
 from attire.evaluation import Evaluation, evaluate
 from attire.features import FeatureSpec
 from attire.recipes import Recipe
+from attire.reject import Rejecter
 from attire.report import write_report
 from attire.sources import CachedSource, OnTheFlySource, Standardiser, measure
 from attire.watching import Watcher
@@ -52,13 +54,18 @@ class DataChoice:
 
 @dataclass(frozen=True)
 class Found:
-    """What the trained head says of each set; test probabilities (n, K) are calibrated with `temperature`."""
+    """What the trained head says of each set; test probabilities (n, K) are calibrated with `temperature`.
+
+    rejecter: None where there are too few rows for its threshold; reject: what it does to the test set.
+    """
 
     temperature: float
     test: Evaluation
     train: Evaluation
     val: Evaluation | None
     probabilities: NDArray[np.float64]
+    rejecter: Rejecter | None = None
+    reject: dict[str, Any] | None = None
 
 
 Source = CachedSource | OnTheFlySource
@@ -180,13 +187,22 @@ class Stage:
         trained = calibration.softmax(logits(sources[0], self.train), temperature)
         tested = calibration.softmax(logits(sources[1], self.splits.test_rows), temperature)
         test_labels = self.splits.test_data.labels[self.splits.test_rows]
+        rejecter = self.rejecter(sources[0])
         return Found(
             temperature,
             test=evaluate(tested, test_labels, classes),
             train=evaluate(trained, labels[self.train], classes),
             val=val,
             probabilities=tested,
+            rejecter=rejecter,
+            reject=reject.measure(rejecter, sources[1], self.splits.test_rows) if rejecter else None,
         )
+
+    def rejecter(self, source: Source) -> Rejecter | None:
+        """From training rows alone; its threshold from validation rows, or from a part of the training rows."""
+        rows = reject.share_rows(self.train, self.val, self.recipe.split_seed)
+        channels = CHANNELS[self.recipe.freeze_to]
+        return reject.fit(source, self.splits.data.labels, rows, channels, self.recipe.flips)
 
     def result(
         self, folder: Path, found: Found, history: list[training.Epoch], seconds: dict[str, float], claimed: float
@@ -200,6 +216,7 @@ class Stage:
             test=found.test,
             train=found.train,
             val=found.val,
+            reject=found.reject,
             predictions=results.predictions(test.labels, found.probabilities, test.images),
             history=[asdict(epoch) for epoch in history],
             seconds=seconds,
@@ -210,7 +227,7 @@ class Stage:
         )
 
     def save(
-        self, folder: Path, head: nn.Sequential, scaled: Standardiser, temperature: float, result: results.RunResult
+        self, folder: Path, head: nn.Sequential, scaled: Standardiser, found: Found, result: results.RunResult
     ) -> None:
         """Report and bundle. The trunk that ships is read afresh from the verified weights: frozen means the same."""
         if scaled.mean is not None and scaled.scale is not None:
@@ -224,8 +241,9 @@ class Stage:
         }
         results.save_result(folder, result)
         write_report(folder, result)
-        model = self.model(head.cpu())
-        Classifier(model, self.architecture, self.splits.data.classes, temperature, facts).save(folder / "model")
+        model, classes = self.model(head.cpu()), self.splits.data.classes
+        whole = Classifier(model, self.architecture, classes, found.temperature, facts, rejecter=found.rejecter)
+        whole.save(folder / "model")
         write_model_card(folder / "model", result)
 
 
