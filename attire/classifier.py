@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +150,8 @@ class Classifier:
 
     def ranked(self, probabilities: NDArray[np.floating[Any]], distance: float | None = None) -> Prediction:
         """One row of `predict_proba`, and its distance, as a Prediction."""
-        order = np.argsort(-probabilities, kind="stable")
-        ranking = tuple((self.classes[i], float(probabilities[i])) for i in order)
         rejected = None if distance is None or self.rejecter is None else distance > self.rejecter.threshold
-        return Prediction(*ranking[0], ranking, distance, rejected)
+        return replace(ranked(self.classes, probabilities), distance=distance, rejected=rejected)
 
     def save(self, folder: Path) -> None:
         """Write the bundle: `model.safetensors`, then `model.json`, which holds its digest and is written last."""
@@ -173,6 +171,13 @@ class Classifier:
         (folder / "model.json").unlink(missing_ok=True)
         files.write_bytes(folder / "model.safetensors", body)
         files.write_json(folder / "model.json", sealed)
+
+
+def ranked(classes: Sequence[str], probabilities: NDArray[np.floating[Any]]) -> Prediction:
+    """One row of probabilities as a Prediction without a verdict on whether it is any of the classes."""
+    order = np.argsort(-probabilities, kind="stable")
+    ranking = tuple((classes[i], float(probabilities[i])) for i in order)
+    return Prediction(*ranking[0], ranking)
 
 
 def as_images(images: ArrayLike) -> NDArray[np.uint8]:

@@ -67,10 +67,13 @@ def restore(tensors: dict[str, Tensor], about: dict[str, Any], channels: int, wh
     if not len(means) or not all(torch.isfinite(value).all() for value in found):
         raise AttireError(where, "reject: no class means, or values that are not finite", do="use a fresh copy")
     try:
-        return Rejecter(centre, whiten, means, float(about["threshold"]), int(about["rows"]), float(about["rate"]))
+        threshold, rows, rate = float(about["threshold"]), int(about["rows"]), float(about["rate"])
+        if not (0 <= threshold < math.inf and 0 < rate < 1):
+            raise ValueError(f"threshold {threshold}, rate {rate}")
     except (KeyError, TypeError, ValueError) as error:
-        found = f"{type(error).__name__} {error}"[:80]
-        raise AttireError(where, "reject: not what a bundle holds", found, "use a fresh copy") from error
+        told = f"{type(error).__name__} {error}"[:80]
+        raise AttireError(where, "reject: not what a bundle holds", told, "use a fresh copy") from error
+    return Rejecter(centre, whiten, means, threshold, rows, rate)
 
 
 def pooled(features: Tensor, channels: int) -> Tensor:

@@ -8,20 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import cast
 
-import numpy as np
-from torch import nn
-
-from attire import calibration, devices, features, files, recipes, results, training
+from attire import devices, files, recipes, results
 from attire.classifier import Classifier, load_bundle
-from attire.data import ImageDataset, Part, load_dataset
 from attire.errors import AttireError, Stopped, UsageError
-from attire.evaluation import Interval, evaluate
-from attire.features import FeatureSpec
-from attire.recipes import BACKENDS, Recipe
-from attire.sources import CachedSource
-from attire.stages import DataChoice, Stage, open_trunk
+from attire.evaluation import Interval
+from attire.recipes import Recipe
+from attire.stages import DataChoice, Stage
 from attire.watching import Silent, Watcher
 
 
@@ -113,6 +106,8 @@ def new_folder(run_dir: str | Path | None) -> Iterator[Path]:
         with claimed_folder(folder):
             try:
                 yield folder
+            except Stopped:
+                raise
             except Exception:
                 if not any(folder.rglob("*.ckpt")):
                     clear(folder)
@@ -208,64 +203,3 @@ def carry_out(
     watcher.tested(result.test.accuracy, len(history))
     watcher.close()
     return Run(folder, result)
-
-
-def evaluate_bundle(
-    bundle: str | Path,
-    data: str | Path | None = None,
-    part: Part = "test",
-    classes: Sequence[str] | None = None,
-    backend: str = "torch",
-    device: str = "auto",
-    watcher: Watcher | None = None,
-) -> results.RunResult:
-    """Measure a bundle on labelled images, the features taken from the cache where it has them.
-
-    data: as for `train`; None is the official set, of which `part` is read. Raises AttireError where the data's
-    classes are not the bundle's.
-    """
-    began = time.perf_counter()
-    if backend not in BACKENDS:
-        raise UsageError("--backend", f"expected {' or '.join(BACKENDS)}, found {backend!r}")
-    classifier = load_bundle(bundle, device)
-    labelled = load_dataset(data, part=part, classes=classes or (classifier.classes if data else None))
-    devices.keep_freed_memory()
-    if labelled.classes != classifier.classes:
-        raise AttireError(labelled.source, f"its classes are not the bundle's ({', '.join(classifier.classes)})")
-    source = CachedSource(bundle_features(classifier, labelled, backend, watcher or Silent()))
-    head = cast(nn.Sequential, classifier.model.classifier)
-    logits = training.predict_logits(head, source, np.arange(len(labelled))).numpy()
-    probabilities = calibration.softmax(logits, classifier.temperature)
-    recipe = classifier.facts.get("recipe", {})
-    where = None if data is None else str(data)
-    choice = {"data": where, "part": part, "classes": None if classes is None else list(classes)}
-    return results.RunResult(
-        title=f"{classifier.facts.get('name', 'bundle')}, measured on {labelled.source}",
-        recipe=str(recipe.get("name", "unknown")),
-        seed=int(recipe.get("seed", 0)),
-        command=f"attire evaluate {shlex.quote(str(bundle))}" + (f" --data {shlex.quote(where)}" if where else ""),
-        test=evaluate(probabilities, labelled.labels, labelled.classes),
-        predictions=results.predictions(labelled.labels, probabilities, labelled.images),
-        seconds={"total": time.perf_counter() - began},
-        config={"schema": 1, "bundle": str(bundle), "backend": backend, "data": choice},
-        environment={**devices.environment(classifier.device), "backend": backend},
-        data={"name": labelled.source, "rows": {"test": len(labelled)}, "test": labelled.describe()},
-    )
-
-
-def bundle_features(classifier: Classifier, data: ImageDataset, backend: str, watcher: Watcher) -> features.Features:
-    """Features of all images by the bundle's own trunk."""
-    about, model = classifier.architecture, classifier.model
-    tensors = {name: value.float().cpu().numpy() for name, value in model.features.state_dict().items()}
-    whole = {f"features.{name}": value for name, value in tensors.items()}
-    digest = classifier.facts.get("trunk", "") or files.sha256(b"".join(v.tobytes() for v in whole.values()))
-    precision = devices.choose_precision("auto", classifier.device) if backend == "torch" else "int8"
-    spec = FeatureSpec(about.freeze_to, about.image_size, about.pool, digest, precision, backend=backend)
-
-    def load_trunk() -> features.Trunk:
-        return open_trunk(model, spec, classifier.device)
-
-    def progress(done: int, total: int) -> None:
-        watcher.advance("Features", done, total)
-
-    return features.extract(data.images, data.image_digest, spec, load_trunk, progress)

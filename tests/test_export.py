@@ -1,0 +1,241 @@
+"""Exports answer as their bundle does, are refused when they do not, and say no to what is not theirs."""
+
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from attire import runs, scoring
+from attire.classifier import load_bundle
+from attire.data import ImageDataset, write_csv
+from attire.errors import AttireError, UsageError
+from attire.export import export
+from attire.recipes import Recipe
+from attire.runtimes import NO_SEAL, Exported, load_export, seal_bytes
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the exporters' own deprecations
+
+
+def needs(kind: str) -> None:
+    for name in {"onnx": ("onnx", "onnxruntime", "onnxscript"), "openvino": ("openvino", "nncf")}.get(kind, ()):
+        pytest.importorskip(name)
+
+
+@pytest.fixture
+def bundle(small_csv: Path, tiny: Recipe, weights: Path, tmp_path: Path) -> Path:
+    return runs.train(small_csv, replace(tiny, epochs=2), run_dir=tmp_path / "run").bundle
+
+
+@pytest.fixture
+def calibrated(synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 is calibrated on the synthetic images: the official ones are not needed here."""
+    monkeypatch.setattr("attire.export.calibration", lambda: synthetic.images)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino", "torch-export"])
+def test_an_export_answers_as_its_bundle_for_any_number_of_images(
+    kind: str, bundle: Path, synthetic: ImageDataset, tmp_path: Path
+) -> None:
+    needs(kind)
+    suffix = {"onnx": ".onnx", "openvino": ".openvino", "torch-export": ".pt2"}[kind]
+    made = export(bundle, kind, out=tmp_path / f"m{suffix}", data=synthetic)
+    classifier = load_bundle(bundle)
+    for rows in (1, 2, 7, 60):
+        found = load_export(made.path).predict_proba(synthetic.images[:rows])
+        expected = classifier.predict_proba(synthetic.images[:rows])
+        assert found.shape == (rows, 10)
+        assert np.abs(found - expected).max() < 1e-4
+    assert made.classes == classifier.classes
+    assert made.facts["gate"]["n"] == 60
+    assert made.facts["gate"]["agreement"]["value"] == 1
+    assert made.predict(synthetic.images[:1])[0].label == classifier.predict(synthetic.images[0]).label
+    assert made.predict_proba(synthetic.images[:0]).shape == (0, 10)
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("onnx", "int8"), ("openvino", "int8"), ("torch-export", "bf16")])
+def test_smaller_precisions_are_measured_and_smaller(
+    kind: str, precision: str, bundle: Path, synthetic: ImageDataset, calibrated: None, tmp_path: Path
+) -> None:
+    needs(kind)
+    suffix = {"onnx": ".onnx", "openvino": ".openvino", "torch-export": ".pt2"}[kind]
+    exact = export(bundle, kind, out=tmp_path / f"exact{suffix}", data=synthetic)
+    small = export(bundle, kind, out=tmp_path / f"small{suffix}", precision=precision, max_drop=1, data=synthetic)
+    assert size(small.path) < 0.6 * size(exact.path)
+    assert small.facts["gate"]["largest"] > exact.facts["gate"]["largest"]
+    assert 0.5 < small.facts["gate"]["agreement"]["value"] <= 1
+
+
+def size(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.iterdir()) if path.is_dir() else path.stat().st_size
+
+
+def test_an_export_that_is_not_equal_is_not_written(
+    bundle: Path, synthetic: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attire.vgg.MEAN", (0.5, 0.4, 0.4))  # what a hand-written preprocessing would get wrong
+    expected = load_bundle(bundle).predict_proba(synthetic.images)
+    monkeypatch.undo()
+    monkeypatch.setattr("attire.classifier.Classifier.predict_proba", lambda self, images: expected)
+    with pytest.raises(AttireError, match=r"m\.pt2: not written, since it is not equal to the bundle: same class on"):
+        export(bundle, "torch-export", out=tmp_path / "m.pt2", data=synthetic)
+    assert not list(tmp_path.glob("*.pt2*"))
+
+
+def test_a_precision_that_loses_too_much_is_not_written(
+    bundle: Path, synthetic: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = np.eye(10, dtype=np.float32)[synthetic.labels]
+    monkeypatch.setattr("attire.classifier.Classifier.predict_proba", lambda self, images: truth)
+    turned = replace_labels(synthetic)
+    turned_truth = np.eye(10, dtype=np.float32)[turned.labels]
+    monkeypatch.setattr("attire.classifier.Classifier.predict_proba", lambda self, images: turned_truth)
+    with pytest.raises(AttireError, match=r"not written: bf16 loses \d+\.\d\d points, allowed 0\.3"):
+        export(bundle, "torch-export", out=tmp_path / "m.pt2", precision="bf16", data=turned)
+    assert not list(tmp_path.glob("*.pt2*"))
+
+
+def replace_labels(data: ImageDataset) -> ImageDataset:
+    """Labels that no classifier of these images gets right."""
+    return ImageDataset(data.images, (data.labels + 5) % 10, data.classes, data.source)
+
+
+def test_evaluate_accepts_an_export_as_it_accepts_a_bundle(
+    bundle: Path, synthetic: ImageDataset, tmp_path: Path
+) -> None:
+    made = export(bundle, "torch-export", out=tmp_path / "m.pt2", data=synthetic)
+    csv = tmp_path / "all.csv"
+    write_csv(synthetic, csv)
+    by_export, by_bundle = (scoring.evaluate_bundle(what, csv) for what in (made.path, bundle))
+    assert by_export.test.correct == by_bundle.test.correct
+    assert by_export.config["backend"] == "torch-export"
+
+
+def damage_onnx(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def damage_pt2(path: Path) -> None:
+    """Another temperature in the graph, the zip's own checksums in order: only the seal can tell."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    name = next(name for name in records if name.endswith("model.json"))
+    records[name] = records[name].replace(b"0", b"1", 1)
+    with zipfile.ZipFile(path, "w") as archive:
+        for key, value in records.items():
+            archive.writestr(key, value)
+
+
+def damage_openvino(path: Path) -> None:
+    damage_onnx(path / "network.bin")
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"), [("onnx", damage_onnx), ("torch-export", damage_pt2), ("openvino", damage_openvino)]
+)
+def test_tampered_and_truncated_files_are_refused(
+    kind: str, damage: Callable[[Path], None], bundle: Path, synthetic: ImageDataset, tmp_path: Path
+) -> None:
+    needs(kind)
+    suffix = {"onnx": ".onnx", "openvino": ".openvino", "torch-export": ".pt2"}[kind]
+    path = export(bundle, kind, out=tmp_path / f"m{suffix}", data=synthetic).path
+    damage(path)
+    with pytest.raises(AttireError, match="damaged"):
+        load_export(path)
+    whole = path / "network.bin" if path.is_dir() else path
+    whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(AttireError, match="damaged"):
+        load_export(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("a.onnx", b"hello", "not an ONNX file that `attire export` wrote, or damaged"),
+        ("a.onnx", b"", "not an ONNX file that `attire export` wrote, or damaged"),
+        ("a.pt2", b"PK\x03\x04 no", "not a torch.export file that `attire export` wrote, or damaged"),
+        ("a.bin", b"hello", "not an exported file by its name; expected .onnx, .openvino, .pt2"),
+    ],
+)
+def test_foreign_files_are_refused_in_one_line(name: str, content: bytes, line: str, tmp_path: Path) -> None:
+    needs("onnx")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(AttireError, match=line.replace(".", r"\.")):
+        load_export(tmp_path / name)
+    with pytest.raises(AttireError, match="no such file"):
+        load_export(tmp_path / "none.onnx")
+    (tmp_path / "b.openvino").mkdir()
+    with pytest.raises(AttireError, match="not a folder that `attire export` wrote"):
+        load_export(tmp_path / "b.openvino")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"kind": "tflite"}, "--format: expected one of onnx, openvino, torch-export, found 'tflite'"),
+        ({"kind": "onnx", "precision": "bf16"}, "--precision: onnx has fp32 and int8, found 'bf16'"),
+        ({"max_drop": -0.1}, "--max-drop: expected 0 to 100 points, found -10"),
+        ({"kind": "torch-export", "out": "m.onnx"}, "--out: expected a name that ends in .pt2, found 'm.onnx'"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_clear_line(change: dict[str, Any], line: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=line):
+        export(tmp_path / "no-bundle", **change)
+
+
+def test_a_file_that_is_there_is_left_alone(bundle: Path, synthetic: ImageDataset, tmp_path: Path) -> None:
+    (tmp_path / "m.pt2").write_text("mine")
+    with pytest.raises(AttireError, match="it exists already; give --out another name, or remove it first"):
+        export(bundle, "torch-export", out=tmp_path / "m.pt2", data=synthetic)
+    assert (tmp_path / "m.pt2").read_text() == "mine"
+
+
+def test_the_classes_of_the_gate_s_images_must_be_the_bundle_s(
+    bundle: Path, synthetic: ImageDataset, tmp_path: Path
+) -> None:
+    other = ImageDataset(synthetic.images, synthetic.labels, tuple("abcdefghij"), "other")
+    with pytest.raises(AttireError, match="its classes are not the bundle's"):
+        export(bundle, "torch-export", out=tmp_path / "m.pt2", data=other)
+
+
+def test_metadata_travels_in_the_onnx_file(bundle: Path, synthetic: ImageDataset, tmp_path: Path) -> None:
+    needs("onnx")
+    import onnx
+
+    path = export(bundle, "onnx", out=tmp_path / "m.onnx", data=synthetic).path
+    told = {line.key: line.value for line in onnx.load(path).metadata_props}
+    facts = json.loads(told["attire"])
+    assert facts["classes"][0] == "T-shirt/top"
+    assert facts["runtime"]["opset"] == 20
+    assert told["card"].startswith("---")
+    assert facts["seal"] != NO_SEAL
+
+
+def test_a_seal_has_exactly_one_place() -> None:
+    sealed = seal_bytes(b"before" + NO_SEAL.encode() + b"after")
+    assert sealed != b"before" + NO_SEAL.encode() + b"after"
+    assert len(sealed) == 11 + 64
+    for data in (b"none", 2 * NO_SEAL.encode() + b"x" + NO_SEAL.encode()):
+        with pytest.raises(ValueError, match="the place of the seal once"):
+            seal_bytes(data)
+
+
+@pytest.mark.real
+def test_the_official_images_are_the_gate(tmp_path: Path) -> None:
+    """A head of a few steps on real features, proved equal over 2,000 official test images."""
+    needs("onnx")
+    recipe = Recipe(freeze_to="block2", image_size=32, pool=2, hidden=(16,), epochs=1, flips=False, val_size=100)
+    from attire.data import load_dataset
+
+    csv = tmp_path / "some.csv"
+    write_csv(load_dataset().subset(range(400)), csv)
+    bundle = runs.train(csv, recipe, run_dir=tmp_path / "run").bundle
+    made: Exported = export(bundle, "onnx", out=tmp_path / "m.onnx")
+    assert made.facts["gate"]["n"] == 2000
+    assert made.facts["gate"]["agreement"]["value"] == 1
