@@ -404,8 +404,8 @@ def export(bundle: Path, kind: str, precision: str, out: Path | None, max_drop: 
     """Write a bundle for another runtime, preprocessing inside, if it is proved equal on 2,000 test images.
 
     \b
-    attire export runs/1/model                         model.onnx, fp32: same classes, probabilities within 0.0001
-    attire export runs/1/model --precision int8        a quarter of the size; its change of accuracy is measured
+    attire export runs/1/model                    model.onnx, fp32: probabilities within 0.0001
+    attire export runs/1/model --precision int8   a quarter of the size; its accuracy is measured
     """
     from attire.export import export as write_export
     from attire.terminal import Terminal

@@ -72,6 +72,7 @@ def train_seeds(count: int, recipe: Recipe, *, run_dir: str | Path | None = None
     arguments: those of `runs.train`. Features are extracted once. A series that was stopped goes on with
     `resume_series(run_dir)`.
     """
+    devices.choose_device(arguments.get("device", "auto"))
     if count < 2:
         raise UsageError("--seeds", f"expected 2 or more, found {count}")
     watcher = arguments.pop("watcher", None)

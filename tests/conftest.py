@@ -15,6 +15,8 @@ from attire.recipes import Recipe
 from attire.weights import SHAPES, Tensors, write_weights
 
 if TYPE_CHECKING:
+    from command import Done
+
     from attire.classifier import Classifier
 
 
@@ -115,3 +117,26 @@ def bundle(classifier: "Classifier", tmp_path: Path) -> Path:
     """`classifier`, saved where a run would leave it: in the folder `model`."""
     classifier.save(tmp_path / "run" / "model")
     return tmp_path / "run" / "model"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: empty."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(random_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, "Done"]:
+    """A run of `tiny`, made once, in the folder `run` beside its `small.csv`; and what `attire train --json` said."""
+    from command import TINY, attire
+
+    folder = tmp_path_factory.mktemp("finished")
+    write_csv(blocks_and_noise(60), folder / "small.csv")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATTIRE_CACHE", str(folder / "cache"))
+        patch.setattr(fetch, "vgg16_weights", lambda source=None, progress=None: random_weights)
+        said = attire("train", "--data", folder / "small.csv", *TINY, "--out", folder / "run", "--json")
+    return folder / "run", said

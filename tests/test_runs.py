@@ -1,16 +1,23 @@
 """A run from a CSV to a bundle: what it leaves on disk, that it resumes, and that the cache changes nothing."""
 
 import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command import TINY as FLAGS
+from command import Done, attire
 
-import attire
-from attire import recipes, runs
-from attire.data import load_dataset, write_csv
-from attire.errors import AttireError
+from attire import features, load, recipes, runs
+from attire.data import FASHION_CLASSES, load_dataset, write_csv
+from attire.errors import AttireError, Stopped
 from attire.results import load_result
 from attire.training import read_checkpoint
 
@@ -37,7 +44,7 @@ def test_a_run_leaves_everything_and_its_bundle_predicts(real_csv: Path, tmp_pat
     assert metrics["claim"]["claimed"] == 0.98
     assert load_result(run.folder).test.correct == metrics["test"]["correct"]
     images = load_dataset(real_csv).images
-    probabilities = attire.load(run.bundle).predict_proba(images)
+    probabilities = load(run.bundle).predict_proba(images)
     assert probabilities.shape == (300, 10)
     assert np.allclose(probabilities.sum(1), 1, atol=1e-5)
 
@@ -79,3 +86,192 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
 def test_a_recipe_survives_its_json() -> None:
     for recipe in recipes.RECIPES.values():
         assert recipes.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+
+
+def test_a_finished_run_is_resumed_to_itself(finished: tuple[Path, Done], weights: Path, tmp_path: Path) -> None:
+    run = tmp_path / "again"
+    shutil.copytree(finished[0], run)
+    before = {name: (run / name).read_bytes() for name in ("model/model.safetensors", "history.csv")}
+    found = runs.resume(run)
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert found.accuracy == load_result(finished[0]).test.accuracy
+    assert found.load().classes == FASHION_CLASSES
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{}", "not the config of a run ('recipe')"),
+        ('{"recipe": {}, "data": {"path": 1}}', "not the config of a run ("),
+        ('{"recipe": {"epochs": "3"}}', "epochs: expected int, found '3'"),
+        ("[]", "expected a JSON object, found list"),
+    ],
+)
+def test_a_config_that_is_no_run_s_is_named(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(AttireError) as caught:
+        runs.resume(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}/config.json: {said}")
+
+
+# Who may write into a folder.
+
+
+def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
+    refusal = rf"another attire \(process {os.getpid()}\) is training into it"
+    with runs.claimed_folder(tmp_path):
+        with pytest.raises(AttireError, match=refusal), runs.claimed_folder(tmp_path):
+            pytest.fail("two held one folder")
+        assert (tmp_path / ".pid").read_text() == f"{os.getpid()}\n"
+    with runs.claimed_folder(tmp_path):
+        (tmp_path / ".pid").unlink()
+        with pytest.raises(AttireError, match=r"another attire \(process unknown\)"), runs.claimed_folder(tmp_path):
+            pytest.fail("two held one folder")
+
+
+def test_what_times_out_inside_is_not_taken_for_another_process(tmp_path: Path) -> None:
+    with pytest.raises(TimeoutError, match="mine"), runs.claimed_folder(tmp_path):
+        raise TimeoutError("mine")
+    assert not (tmp_path / ".pid").exists()
+
+
+def test_of_a_series_that_is_stopped_in_a_run_the_series_goes_on(tmp_path: Path) -> None:
+    inner = tmp_path / "seed-0"
+    with pytest.raises(Stopped) as caught, runs.claimed_folder(tmp_path), runs.claimed_folder(inner):
+        raise Stopped(inner / "checkpoints", "stopped in epoch 1")
+    assert (caught.value.subject, caught.value.what) == (str(tmp_path), "stopped in epoch 1")
+
+
+def fail_after(folder: Path, name: str) -> None:
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / name).touch()
+    raise AttireError("disk", "full")
+
+
+def test_a_new_folder_keeps_what_training_began(tmp_path: Path) -> None:
+    for name in ("half.part", "epoch-001-step-000000.ckpt"):
+        assert not list(tmp_path.iterdir())
+        with pytest.raises(AttireError), runs.new_folder(tmp_path / "deep" / "run") as folder:
+            fail_after(folder, name)
+    assert (tmp_path / "deep/run/checkpoints/epoch-001-step-000000.ckpt").exists()
+
+
+# Where a run may be written, and what a failed start leaves.
+
+
+def tree(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("file", "file: expected a folder, found a file; give --out another name"),
+        ("full", "full: the folder is not empty; give --out another name"),
+        ("file/below", "file/below: cannot make the folder (Not a directory)"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_an_output_folder_that_cannot_be_is_refused(
+    small_csv: Path, here: Path, bundle: Path, weights: Path, command: str, out: str, said: str
+) -> None:
+    (here / "full").mkdir()
+    for name in ("file", "full/kept.txt"):
+        (here / name).write_text("mine")
+    before = tree(here)
+    given = FLAGS if command == "train" else [str(bundle)]
+    done = attire(command, *given, "--data", small_csv, "--out", out)
+    assert done.status == 1
+    assert said in done.last
+    assert tree(here) == before
+    assert (here / "full/kept.txt").read_text() == "mine"
+
+
+def test_a_folder_where_a_run_stands_points_to_its_resumption(finished: tuple[Path, Done]) -> None:
+    again = f"give --out another name, or go on with: attire train --resume {shlex.quote(str(finished[0]))}"
+    assert attire("train", "--out", finished[0]).error.endswith(f": the folder is not empty; {again}")
+
+
+@pytest.mark.parametrize("more", [[], ["--seeds", "2"], ["--folds", "2"], ["--out", "new/deep/run"], ["--no-cache"]])
+def test_a_start_that_fails_leaves_no_folder(here: Path, more: list[str]) -> None:
+    done = attire("train", "--data", "none.csv", *more)
+    assert done.status == 1
+    assert done.err.endswith("error: none.csv: no such file\n")
+    assert not tree(here)
+
+
+def test_a_start_that_fails_later_leaves_no_folder_and_the_next_one_its_number(
+    here: Path, small_csv: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object) -> None:
+        raise OSError(28, "No space left on device", "shard")
+
+    (here / "runs" / "7").mkdir(parents=True)
+    (here / "mine").mkdir()
+    monkeypatch.setattr(features, "extract_shard", full)
+    for out in ([], ["--out", "mine"]):
+        done = attire("train", "--data", small_csv, *FLAGS, *out)
+        assert (done.status, done.last) == (1, "error: shard: No space left on device")
+    assert tree(here) == [here / "mine", here / "runs", here / "runs" / "7"]
+    assert runs.free_folder(None) == Path("runs/8")
+
+
+# Stopping.
+
+# `attire`, that gets the signal `number` in the training step `last`.
+SIGNALLED = """
+import os, signal, sys
+from pathlib import Path
+from attire import fetch, training
+weights, number, last = Path(sys.argv.pop(1)), int(sys.argv.pop(1)), int(sys.argv.pop(1))
+fetch.vgg16_weights = lambda source=None, progress=None: weights
+step, steps = training.train_step, []
+def stepping(*given):
+    steps.append(None)
+    if len(steps) == last:
+        os.kill(os.getpid(), number)
+    return step(*given)
+training.train_step = stepping
+from attire.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_training_with_a_checkpoint_and_the_line_that_goes_on(
+    finished: tuple[Path, Done], weights: Path, number: int, here: Path
+) -> None:
+    run, csv = finished[0], finished[0].parent / "small.csv"
+    command = ["train", "--data", csv, *FLAGS, "--out", "it's mine"]
+    given = [str(value) for value in (weights, int(number), 5, *command)]
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, *given], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    last = done.stderr.splitlines()[-1]
+    assert last == (
+        "it's mine: stopped in epoch 2 after step 2 of 3; go on with: attire train --resume 'it'\"'\"'s mine'"
+    )
+    newest = max((here / "it's mine/checkpoints").iterdir())
+    assert (read_checkpoint(newest)[0].epoch, read_checkpoint(newest)[0].step) == (1, 2)
+    if number == signal.SIGINT:  # the other way ends no differently
+        name = "model/model.safetensors"
+        assert attire(*shlex.split(last.partition("attire ")[2])).status == 0
+        assert (here / "it's mine" / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_ctrl_c_before_training_names_the_line_that_goes_on(
+    here: Path, small_csv: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(features, "extract_shard", stop)
+    again = "go on with: attire train --resume runs"
+    done = attire("train", "--data", small_csv, *FLAGS)
+    assert done.status == 130
+    assert done.last == f"runs/1: stopped, what was finished is kept; {again}/1"
+    for kind in ("--seeds", "--folds"):
+        done = attire("train", "--data", small_csv, *FLAGS, kind, "2", "--out", f"runs/{kind[2:]}")
+        line = f"runs/{kind[2:]}: stopped, what was finished is kept; {again}/{kind[2:]}"
+        assert (done.status, done.last) == (130, line)
+        assert attire(*shlex.split(line.partition("attire ")[2])).last == line
+    assert attire("train", "--resume", "runs/1").last == f"runs/1: stopped, what was finished is kept; {again}/1"
