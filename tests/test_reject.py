@@ -44,9 +44,9 @@ def rejecter() -> Rejecter:
 
 @pytest.fixture
 def many_csv(tmp_path: Path) -> Path:
-    """Images that can be learnt, enough of them for a threshold: 400, of which 32 validate and 80 test."""
+    """Images that can be learnt, enough of them for a threshold: 260, of which 20 validate and 52 test."""
     path = tmp_path / "many.csv"
-    write_csv(blocks_and_noise(400), path)
+    write_csv(blocks_and_noise(260), path)
     return path
 
 
@@ -163,7 +163,7 @@ def test_metrics_tell_the_share_of_test_rows_rejected(
     model = load_bundle(run.bundle, "cpu")
     assert model.rejecter is not None
     assert told["threshold"] == model.rejecter.threshold
-    assert (told["rate"], told["rows"], told["test"]["n"]) == (0.05, 32, 80)
+    assert (told["rate"], told["rows"], told["test"]["n"]) == (0.05, 20, 52)
     assert told["test"]["low"] <= told["test"]["value"] <= told["test"]["high"]
     assert attire.results.load_result(run.folder).reject == told
 
@@ -183,7 +183,7 @@ def test_every_recipe_gets_a_threshold(
 ) -> None:
     model = trained(many_csv, replace(tiny, **change), tmp_path / "run")
     assert model.rejecter is not None
-    assert model.rejecter.rows == 32
+    assert model.rejecter.rows == 20
 
 
 def test_the_cache_changes_nothing(weights: Path, many_csv: Path, tiny: Recipe, tmp_path: Path) -> None:
