@@ -312,10 +312,12 @@ def read_checkpoint(path: Path) -> tuple[State, dict[str, Tensor]]:
                 with archive.open(name) as member:
                     array = np.lib.format.read_array(member, allow_pickle=False)
                 tensors[name.removesuffix(".npy")] = torch.from_numpy(array)
+        values["history"] = [Epoch(**line) for line in values["history"]]
+        return State(**{**values, "resumed": True}), tensors
     except OSError as error:
         raise files.cannot("read", path, error) from error
-    values["history"] = [Epoch(**line) for line in values["history"]]
-    return State(**{**values, "resumed": True}), tensors
+    except (zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
+        raise AttireError(path, "not an Attire checkpoint", str(error)[:80]) from error
 
 
 def restore(classifier: nn.Module, optimiser: torch.optim.Adam, tensors: dict[str, Tensor], path: Path) -> None:

@@ -1,0 +1,47 @@
+"""The int8 trunk: close to the exact one, built once, refused where it was damaged."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from attire import vgg
+from attire.data import ImageDataset
+from attire.errors import AttireError
+from attire.quantised import BACKEND, Int8Trunk, backend
+
+pytest.importorskip("openvino")
+pytest.importorskip("nncf")
+
+
+@pytest.fixture
+def trunk(random_weights: Path) -> vgg.Trunk:
+    return vgg.Trunk(vgg.vgg16(random_weights, "block2", 0, nn.Sequential()), torch.device("cpu"), "fp32")
+
+
+def test_its_features_are_close_to_the_exact_ones_and_it_is_built_once(
+    trunk: vgg.Trunk, synthetic: ImageDataset, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = Int8Trunk(trunk, "test", 16, synthetic.images)
+    pictures = vgg.preprocess(synthetic.images, 16)
+    with torch.inference_mode():
+        exact = trunk(pictures)
+    found = quick(pictures)
+    error = ((found - exact).norm() / exact.norm()).item()
+    assert found.shape == exact.shape
+    assert 0 < error < 0.1
+    monkeypatch.setattr("attire.quantised.quantise", lambda *given: pytest.fail("quantised again"))
+    assert torch.equal(Int8Trunk(trunk, "test", 16, synthetic.images)(pictures), found)
+    folder = cache / "backends" / f"{BACKEND}-test"
+    assert sorted(path.name for path in folder.iterdir()) == ["MANIFEST.json", "network.bin", "network.xml"]
+    weights = folder / "network.bin"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(AttireError, match=r"network\.bin: damaged: its digest does not match; delete"):
+        Int8Trunk(trunk, "test", 16, synthetic.images)
+
+
+def test_where_it_is_not_installed_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "nncf", None)
+    with pytest.raises(AttireError, match=r"openvino: not installed; pip install 'attire\[openvino\]'"):
+        backend()
