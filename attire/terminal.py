@@ -5,12 +5,22 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 if TYPE_CHECKING:
     from attire.intervals import Interval
     from attire.training import Epoch
+
+
+NARROW = 72  # columns; below it a bar and its figures do not fit in a line
+
+
+class Rows(ProgressColumn):
+    """`35,000/70,000`; nothing where a stage has a text of its own, such as its epoch."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.fields["text"] else f"{task.completed:,.0f}/{task.total:,.0f}")
 
 
 class Rate(ProgressColumn):
@@ -38,9 +48,11 @@ class Terminal:
     def advance(self, stage: str, done: int, total: int, text: str = "") -> None:
         if self.quiet:
             return
-        if not self.console.is_terminal:
+        if not self.console.is_terminal or self.console.width < NARROW:
             self._plain(stage, done, total)
             return
+        if stage not in self.tasks and self.bars and self.bars.finished:
+            self._stop()  # what is shown together has columns in common: a stage of its own has room for its text
         bars = self._started()
         if stage not in self.tasks:
             self.tasks[stage] = bars.add_task(stage, total=total, text="")
@@ -60,18 +72,21 @@ class Terminal:
         """Shown with the result."""
 
     def close(self) -> None:
+        self._stop()
+        self.began.clear()
+
+    def _stop(self) -> None:
         if self.bars:
             self.bars.stop()
             self.bars = None
         self.tasks.clear()
-        self.began.clear()
 
     def _started(self) -> Progress:
         if self.bars is None:
             self.bars = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
+                BarColumn(bar_width=min(24, self.console.width - NARROW + 8)),
+                Rows(),
                 Rate(),
                 TimeRemainingColumn(elapsed_when_finished=True),
                 TextColumn("{task.fields[text]}"),
