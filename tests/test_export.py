@@ -1,6 +1,8 @@
 """Exports answer as their bundle does, are refused when they do not, and say no to what is not theirs."""
 
 import json
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from attire import runs, scoring
 from attire.classifier import load_bundle
@@ -224,6 +227,31 @@ def test_a_seal_has_exactly_one_place() -> None:
     for data in (b"none", 2 * NO_SEAL.encode() + b"x" + NO_SEAL.encode()):
         with pytest.raises(ValueError, match="the place of the seal once"):
             seal_bytes(data)
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino", "torch-export"])
+def test_the_example_consumers_answer_as_the_bundle_does_without_attire(
+    kind: str, bundle: Path, synthetic: ImageDataset, tmp_path: Path
+) -> None:
+    needs(kind)
+    suffix = {"onnx": ".onnx", "openvino": ".openvino", "torch-export": ".pt2"}[kind]
+    path = export(bundle, kind, out=tmp_path / f"m{suffix}", data=synthetic).path
+    pictures = [tmp_path / f"{i}.png" for i in range(3)]
+    for picture, image in zip(pictures, synthetic.images, strict=False):
+        Image.fromarray(image).save(picture)
+    script = EXAMPLES / f"{kind.replace('-', '_')}_classify.py"
+    told = subprocess.run(
+        [sys.executable, "-X", "importtime", script, path, *pictures], capture_output=True, text=True, check=True
+    )
+    expected = load_bundle(bundle).predict(synthetic.images[:3])
+    lines = [f"{picture} {found}" for picture, found in zip(pictures, expected, strict=True)]
+    assert told.stdout.splitlines() == lines
+    imported = {line.rpartition("|")[2].strip() for line in told.stderr.splitlines()}
+    assert not {"attire", "torchvision"} & imported
+    assert kind == "torch-export" or "torch" not in imported
 
 
 @pytest.mark.real
