@@ -540,6 +540,49 @@ def compare(compared: tuple[Path, ...], out: Path | None, as_json: bool) -> None
     click.echo(f"\nReport          {page}")
 
 
+@cli.command()
+@click.argument("data", required=False)
+@click.option("--test", metavar="FILE", help="This file or folder is the test set.")
+@click.option("--classes", help="Class names in the order of their labels, separated by commas.")
+@click.option("--run", type=click.Path(path_type=Path), help="Take this run's accuracy apart; tested on the same set.")
+@click.option("--out", type=click.Path(path_type=Path), default="audit", show_default=True, help="A new folder.")
+@device_option
+@json_option
+def audit(
+    data: str | None,
+    test: str | None,
+    classes: str | None,
+    run: Path | None,
+    out: Path,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Look for doubles, leaks between training and test part, odd images and wrong labels in DATA.
+
+    \b
+    attire audit                       the official data
+    attire audit mine.csv              a file, as for train
+    attire audit --run runs/1          and what that does to the accuracy of a run
+    """
+    from attire.audit import audit as look_through
+    from attire.audit import write_audit
+    from attire.report import audit_table
+    from attire.runs import free_folder
+    from attire.terminal import Terminal, print_result
+
+    watch, folder = Terminal(as_json), free_folder(out)
+    try:
+        found = look_through(data, test=test, classes=class_names(classes), run=run, device=device, watcher=watch)
+    finally:
+        watch.close()
+    page = write_audit(found, folder)
+    if as_json:
+        click.echo(json.dumps({"page": str(page), **found.to_json()}))
+        return
+    print_result(audit_table(found.counts(), found.accuracies))
+    click.echo(f"\nReport          {page}")
+
+
 def main() -> NoReturn:
     """The one place where errors become a line and an exit status."""
     debug = "--debug" in sys.argv

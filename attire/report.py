@@ -230,6 +230,20 @@ def sweep_table(cells: Sequence[Any], front: Sequence[Any]) -> Table:
     return table
 
 
+def audit_table(counts: Mapping[str, Any], accuracies: Sequence[tuple[str, Interval]]) -> Table:
+    """What an audit found, a line each, then the accuracies with and without the rows in question."""
+    lines = Table.grid(padding=(0, 2, 0, 0))
+    lines.add_column(no_wrap=True)
+    lines.add_column()
+    for key, value in counts.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{n:,} in {part}" for part, n in value.items())
+        lines.add_row(key.replace("_", " ").capitalize(), Text(f"{value}"))
+    for name, found in accuracies:
+        lines.add_row(f"Accuracy, {name}", Text(str(found)))
+    return lines
+
+
 def class_table(found: Evaluation, width: int) -> Table:
     """Every score with its interval; on a narrow terminal only recall keeps one."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
