@@ -108,7 +108,7 @@ class Audit:
 
     def label(self, row: int) -> str:
         name, own = self.place(row)
-        return self.classes[self.parts[name].labels[own]]
+        return str(self.classes[self.parts[name].labels[own]])
 
     def counts(self) -> dict[str, Any]:
         found, groups = self.findings, self.findings.groups
@@ -157,8 +157,8 @@ def audit(
     """Look through a data set, its training and test part together where it has both.
 
     data, test, classes: as for `train`; None is the official set. Features are those of recipe `fast`, from the cache
-    where they are there. run: a finished run on the same test set, whose accuracy is then taken apart; without one, that
-    of a linear classifier. Raises AttireError where the optional package cleanlab is missing.
+    where they are there. run: a finished run on the same test set, whose accuracy is then taken apart; without one,
+    that of a linear classifier. Raises AttireError where the optional package cleanlab is missing.
     """
     watcher = watcher or Silent()
     suspects.cleanlab_filter()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attire import files, runtimes, vgg
+from attire import devices, files, runtimes, vgg
 from attire.classifier import Classifier, load_bundle
 from attire.data import ImageDataset, load_dataset
 from attire.errors import AttireError, UsageError
@@ -253,6 +253,7 @@ def stamp_onnx(built: Path, facts: dict[str, Any], card: str, path: Path) -> Non
     files.write_bytes(path, seal_bytes(model.SerializeToString(deterministic=True)))
 
 
+@devices.signal_stack_kept()
 def build_openvino(network: WholeNetwork, precision: str, folder: Path) -> Built:
     try:
         import nncf

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attire import files, vgg
+from attire import devices, files, vgg
 from attire.errors import AttireError
 
 BACKEND = "openvino-int8"
@@ -35,6 +35,7 @@ class Int8Trunk:
         return torch.from_numpy(np.array(self.network(x.numpy())[0]))
 
 
+@devices.signal_stack_kept()
 def quantise(trunk: nn.Module, image_size: int, calibration: NDArray[np.uint8], folder: Path) -> None:
     """NNCF post-training quantisation: int8 weights per channel, int8 activations per tensor."""
     nncf, openvino = backend()
@@ -58,6 +59,7 @@ def quantise(trunk: nn.Module, image_size: int, calibration: NDArray[np.uint8], 
     files.write_json(folder / "MANIFEST.json", {"schema": 1, "sha256": digests, "nncf": nncf.__version__})
 
 
+@devices.signal_stack_kept()
 def compile_network(folder: Path) -> Any:
     _, openvino = backend()
     for name, digest in files.read_json(folder / "MANIFEST.json")["sha256"].items():

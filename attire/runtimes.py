@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from attire import files
+from attire import devices, files
 from attire.classifier import Prediction, as_images, ranked
 from attire.errors import AttireError
 
@@ -132,6 +132,7 @@ def read_openvino(path: Path) -> dict[str, Any]:
     return facts
 
 
+@devices.signal_stack_kept()
 def run_openvino(path: Path, facts: dict[str, Any]) -> Run:
     try:
         import openvino

@@ -16,8 +16,8 @@ from attire.errors import AttireError
 from attire.sources import Standardiser, measure
 
 FOLDS = 5
-# On the diagonal of the Gram matrix of standardised features: worth so many rows. The log loss of 600, 3,000, 10,000 and
-# 70,000 rows is lowest at 1,800, 3,000, 3,000 and 700.
+# On the diagonal of the Gram matrix of standardised features: worth so many rows. The log loss of 600, 3,000, 10,000
+# and 70,000 rows is lowest at 1,800, 3,000, 3,000 and 700.
 PENALTY = 3000.0
 AXES = 12  # principal axes of the features that say how far an image is from others
 NEIGHBOURS = 5
@@ -25,7 +25,7 @@ FAR = 2.75  # times the median distance to the fifth neighbour
 PANEL = 1024  # columns of a Gram matrix at a time
 BLANK = 5.0  # grey levels of contrast; the flattest of the 70,000 images of Fashion-MNIST has 16.5
 
-Blocks = Callable[[], Iterator[Tensor]]  # features (b, D) of all rows in order, as often as it is called
+Blocks = Callable[[], Iterator[Tensor]]  # features (b, D) of all rows in order, made anew at every call
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def rank_suspects(labels: Rows, found: NDArray[np.float64]) -> Rows:
     """Rows whose label is probably wrong by confident learning (Northcutt et al. 2021), the least likely label first.
 
     found: out-of-fold probabilities (n, K). cleanlab's `find_label_issues` with its defaults, ranked by the
-    probability of the given label: of 300 planted errors in 70,000 rows the first 600 hold 262 so, 217 by margin.
+    probability of the given label: of 300 planted errors in 70,000 rows the first 600 held 262 so, 217 by margin.
     """
     if len(np.unique(labels)) < 2:
         return np.empty(0, dtype=np.int64)

@@ -1,12 +1,16 @@
 """The int8 trunk: close to the exact one, built once, refused where it was damaged."""
 
+import ctypes
+import faulthandler
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from attire import vgg
+from attire import devices, vgg
 from attire.data import ImageDataset
 from attire.errors import AttireError
 from attire.quantised import BACKEND, Int8Trunk, backend
@@ -39,6 +43,21 @@ def test_its_features_are_close_to_the_exact_ones_and_it_is_built_once(
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(AttireError, match=r"network\.bin: damaged: its digest does not match; delete"):
         Int8Trunk(trunk, "test", 16, synthetic.images)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the fault is Linux's")
+def test_a_signal_after_it_does_not_end_the_process(trunk: vgg.Trunk, synthetic: ImageDataset, tmp_path: Path) -> None:
+    """OpenVINO left a signal stack behind that it had freed: Ctrl-C in the training that follows was fatal."""
+    Int8Trunk(trunk, "test", 16, synthetic.images)
+    stack = devices.SignalStack()
+    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack))
+    before = faulthandler.is_enabled()
+    assert bool(stack.pointer) == before or stack.flags == 2  # Python's own, or SS_DISABLE
+    caught: list[int] = []
+    previous = signal.signal(signal.SIGUSR1, lambda number, frame: caught.append(number))
+    signal.raise_signal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, previous)
+    assert caught == [signal.SIGUSR1]
 
 
 def test_where_it_is_not_installed_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
