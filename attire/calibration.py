@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from scipy.special import softmax as scipy_softmax
 
@@ -39,6 +38,8 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
 
     The loss is convex in 1 / T, so it has one minimum; it is sought in log T between 0.05 and 20.
     """
+    from scipy.optimize import minimize_scalar  # takes half a second, and only fitting needs it
+
     z, y = np.asarray(logits, dtype=np.float64), np.asarray(labels)
     if z.ndim != 2 or y.shape != z.shape[:1] or not len(y) or not np.isfinite(z).all():
         raise AttireError(

@@ -583,6 +583,38 @@ def audit(
     click.echo(f"\nReport          {page}")
 
 
+@cli.command()
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE EXPORT...")
+@click.option("--data", metavar="PATH", help="Test images, as for evaluate.  [default: the official set]")
+@click.option("--images", type=click.IntRange(0), default=0, help="Accuracy on so many of them.  [default: all]")
+@click.option("--threads", type=click.IntRange(0), default=0, help="For PyTorch.  [default: the machine's]")
+@click.option("--out", type=click.Path(path_type=Path), default="bench", show_default=True, help="A new folder.")
+@json_option
+def bench(models: tuple[Path, ...], data: str | None, images: int, threads: int, out: Path, as_json: bool) -> None:
+    """Latency, throughput, memory, size and accuracy of a bundle and its exports, side by side in one run.
+
+    \b
+    attire bench runs/1/model model.onnx model.openvino
+    """
+    from attire.bench import bench as measure
+    from attire.bench import write_bench
+    from attire.report import bench_table
+    from attire.runs import free_folder
+    from attire.terminal import Terminal, print_result
+
+    watch, folder = Terminal(as_json), free_folder(out)
+    try:
+        found = measure(models, data, images=images, threads=threads, watcher=watch)
+    finally:
+        watch.close()
+    picture = write_bench(found, folder)
+    if as_json:
+        click.echo(json.dumps({"picture": str(picture), **found.to_json()}))
+        return
+    print_result(bench_table(found))
+    click.echo(f"\nPicture         {picture}")
+
+
 def main() -> NoReturn:
     """The one place where errors become a line and an exit status."""
     debug = "--debug" in sys.argv

@@ -160,6 +160,24 @@ def accuracy_by_speed(cells: Sequence[Any], front: Sequence[Any]) -> Figure:
 
 
 @matplotlib.rc_context(STYLE)
+def speeds(candidates: Sequence[Any]) -> Figure:
+    """Bars of images/s, the range over rounds as a line, with latency, size and accuracy in words."""
+    figure, plot = axes(7.2, 0.9 + 0.5 * len(candidates))
+    for i, found in enumerate(candidates):
+        plot.barh(i, found.speed, 0.6, color=BLUE)
+        plot.plot([min(found.speeds), max(found.speeds)], [i, i], color=INK, linewidth=1)
+        told = f"  {found.speed:,.0f}/s   {found.p50:.1f} ms   {found.size / 1e6:.1f} MB   "
+        told += f"{100 * found.accuracy.value:.2f} %"
+        plot.text(max(found.speeds), i, told, va="center", size=8)
+    names = [plain(f"{found.kind} {found.precision}") for found in candidates]
+    plot.set_yticks(range(len(candidates)), names)
+    plot.invert_yaxis()
+    plot.set_xlim(0, 1.75 * max(max(found.speeds) for found in candidates))
+    plot.set(xlabel="images/s at the best batch size; then latency of one image (median), size, accuracy")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
 def confusion(table: Ints, classes: Sequence[str]) -> Figure:
     """Counts, shaded by the share of the true class."""
     k = len(classes)

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binomtest
 
 from attire.errors import AttireError
 
@@ -81,13 +80,19 @@ class Claim:
         return cls(value["claimed"], Interval.from_json(value["measured"]), value["p_value"], value["verdict"])
 
 
+def binomial(correct: int, n: int, expected: float = 0.5) -> Any:
+    from scipy.stats import binomtest  # takes a third of a second, and predicting needs none of it
+
+    return binomtest(int(correct), int(n), expected)
+
+
 def wilson(correct: int, n: int) -> Interval:
     """The proportion `correct` of `n` with Wilson's score interval (1927); undefined, as NaN, for n = 0."""
     if not 0 <= correct <= n:
         raise AttireError("wilson", f"expected 0 <= correct <= n, found {correct} of {n}")
     if n == 0:
         return Interval(float("nan"), float("nan"), float("nan"), 0, WILSON)
-    bounds = binomtest(int(correct), int(n)).proportion_ci(0.95, method="wilson")
+    bounds = binomial(correct, n).proportion_ci(0.95, method="wilson")
     return Interval(correct / n, float(bounds.low), float(bounds.high), int(n), WILSON)
 
 
@@ -95,7 +100,7 @@ def check_claim(correct: int, n: int, claimed: float = 0.98) -> Claim:
     """Test a claimed accuracy against `correct` of `n` rows with the two-sided exact binomial test."""
     if n < 1 or not 0 <= claimed <= 1:
         raise AttireError("claim", f"expected an accuracy from 0 to 1 and one row or more, found {claimed} and {n}")
-    measured, p_value = wilson(correct, n), float(binomtest(int(correct), int(n), claimed).pvalue)
+    measured, p_value = wilson(correct, n), float(binomial(correct, n, claimed).pvalue)
     if p_value < 0.05:
         verdict = "not confirmed" if measured.value < claimed else "exceeded"
     else:  # claims are made in whole percent: an interval wider than a point either way cannot confirm one
@@ -106,7 +111,7 @@ def check_claim(correct: int, n: int, claimed: float = 0.98) -> Claim:
 def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> float:
     """McNemar's exact two-sided p-value (1947) that a and b, on the same rows, are right equally often."""
     only_a, only_b, _ = discordant(correct_a, correct_b)
-    return float(binomtest(only_a, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
+    return float(binomial(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike, resamples: int = 1000, seed: int = 0) -> Interval:

@@ -3,10 +3,9 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import csv
@@ -14,6 +13,9 @@ from pyarrow import csv
 from attire.errors import AttireError, one_line
 from attire.files import atomic
 from attire.formats import name_format, opened
+
+if TYPE_CHECKING:
+    import pandas as pd  # which takes a while, and only `read_frame` makes a frame
 
 Columns = tuple[str, ...]
 
@@ -29,7 +31,7 @@ HEAD = 1 << 16  # bytes; the header line needs 6,949 of them
 BLOCK = 1 << 23  # bytes that Arrow parses at a time; with its own 1 MB, 785 columns become 100,000 tiny arrays
 
 
-def read_frame(path: str | Path, class_count: int = 10, labelled: bool = True) -> pd.DataFrame:
+def read_frame(path: str | Path, class_count: int = 10, labelled: bool = True) -> "pd.DataFrame":
     """The table as a DataFrame: `label` int64 in 0..class_count-1, `pixel1` .. `pixel784` uint8; one row per line.
 
     With `labelled` false a file of `pixel1` .. `pixel784` alone is accepted too, and gives a frame without `label`.
@@ -86,7 +88,7 @@ def body(path: Path, text: bytes) -> tuple[int, int]:
     return start, end
 
 
-def parse(text: bytes, start: int, end: int, columns: Columns) -> pd.DataFrame | None:
+def parse(text: bytes, start: int, end: int, columns: Columns) -> "pd.DataFrame | None":
     """The frame, or None when any cell is not a plain number of its column's range.
 
     Arrow forgives blanks around numbers and reads 0x1F; the byte check keeps such cells from passing.

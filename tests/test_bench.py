@@ -1,0 +1,78 @@
+"""The bench: what it measures, its ratios, its table, picture and refusals. No test looks at a time."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import attire
+
+from attire import bench
+from attire.bench import Bench, Measured, time_calls, write_bench
+from attire.data import ImageDataset, write_csv
+from attire.intervals import wilson
+
+
+def measured(name: str, *speeds: float) -> Measured:
+    return Measured(name, "bundle", "fp32", 10**7, 100, 2.0, 3.5, 32, speeds, 2**28, 2**29, wilson(9, 10))
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    found = Bench((measured("a", 100, 50, 200), measured("b", 150, 100, 200)), {})
+    assert found.ratio(found.candidates[1]) == (1.5, 1.0, 2.0)
+    assert found.ratio(found.candidates[0]) == (1, 1, 1)
+    assert found.candidates[1].speed == 150
+
+
+def test_the_files(tmp_path: Path) -> None:
+    picture = write_bench(Bench((measured("a", 1, 2, 3), measured("b", 2, 4, 6)), {"cores": 2}), tmp_path)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    told = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["ratio"][0] for row in told["candidates"]] == [1, 2]
+    assert told["environment"] == {"cores": 2}
+
+
+def test_few_images_make_any_batch(synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Model:
+        def predict_proba(self, images: np.ndarray) -> np.ndarray:
+            asked.append(len(images))
+            return np.zeros((len(images), 10))
+
+    monkeypatch.setattr(bench, "_opened", Model())
+    monkeypatch.setattr(bench, "SECONDS", 0)
+    for batch in (1, 32, 60, 256):
+        assert len(time_calls(synthetic.images, batch)) == 3
+    assert asked == [1] * 3 + [32] * 3 + [60] * 3 + [256] * 3
+
+
+def test_the_command_measures_a_bundle_and_an_export(
+    bundle: Path, synthetic: ImageDataset, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(bench, "BATCHES", (1, 8))
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    write_csv(synthetic, "test.csv")
+    from attire.export import export
+
+    with pytest.warns():
+        export(bundle, "torch-export", out=Path("m.pt2"), data=synthetic)
+    done = attire("bench", bundle, "m.pt2", "--data", "test.csv", "--images", 40, "--json")
+    assert done.status == 0, done
+    told = json.loads(done.out)
+    one, two = told["candidates"]
+    assert (one["kind"], two["kind"]) == ("bundle", "torch-export")
+    assert one["accuracy"] == two["accuracy"]
+    assert one["accuracy"]["n"] == 40
+    assert two["size"] == Path("m.pt2").stat().st_size
+    assert min(one["memory"], two["memory"]) > 2**26
+    assert one["ratio"] == [1, 1, 1]
+    assert 0 < one["p50"] <= one["p99"]
+    assert Path(told["picture"]).exists()
+
+
+def test_what_is_no_model_is_one_line(here: Path, small_csv: Path) -> None:
+    assert attire("bench", "nothing", "--data", small_csv).status == 1
+    assert "nothing" in attire("bench", "nothing", "--data", small_csv).error
+    assert not Path("bench").exists()
