@@ -4,23 +4,25 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torchvision
 from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from attire import calibration, devices, files, reject, vgg
-from attire.blocks import BLOCKS, CHANNELS, feature_shape
+from attire.blocks import CHANNELS, feature_shape
 from attire.data import check_classes
 from attire.errors import AttireError, UsageError
 from attire.pictures import read_image
 from attire.recipes import Recipe
 from attire.reject import Rejecter
+
+if TYPE_CHECKING:
+    import torchvision
 
 SCHEMA = 1
 BATCH_PIXELS = 400_000  # pictures a forward pass: bounded memory for any number of images
@@ -81,7 +83,7 @@ class Classifier:
 
     def __init__(
         self,
-        model: torchvision.models.VGG,
+        model: "torchvision.models.VGG",
         architecture: Architecture,
         classes: Sequence[str],
         temperature: float = 1.0,
@@ -260,10 +262,7 @@ def read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
 def assemble(architecture: Architecture, classes: int, tensors: dict[str, Tensor], where: Path) -> Any:
     """The network around these tensors. Names a tensor that is missing, extra, misshapen or not finite."""
     with torch.device("meta"):
-        model = torchvision.models.vgg16(weights=None)
-        model.features = model.features[: BLOCKS[architecture.freeze_to]]
-        model.avgpool = nn.AdaptiveAvgPool2d(architecture.pool) if architecture.pool else nn.Identity()
-        model.classifier = architecture.build(classes)
+        model = vgg.Network(architecture.freeze_to, architecture.pool, architecture.build(classes))
     wanted = model.state_dict()
     for name in sorted(set(wanted) ^ set(tensors)):
         raise AttireError(where, f"tensor {name} is {'missing' if name in wanted else 'not part of this model'}")

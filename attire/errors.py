@@ -17,6 +17,10 @@ class AttireError(Exception):
         line += f"; {do}" if do else ""
         super().__init__(one_line(line))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """From a process of its own an error comes back whole."""
+        return type(self), (self.subject, self.what, self.where, self.do)
+
 
 class UsageError(AttireError):
     """A command, option or argument that cannot be meant; status 2."""

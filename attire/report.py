@@ -247,14 +247,17 @@ def audit_table(counts: Mapping[str, Any], accuracies: Sequence[tuple[str, Inter
 def bench_table(found: Any) -> Table:
     """A line for each candidate of a `bench.Bench`."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in ("Model", "", "p50, ms", "p99, ms", "images/s", "batch", "times", "MB", "peak MiB", "accuracy, %"):
-        table.add_column(name, justify="left" if name in ("Model", "") else "right", no_wrap=name != "Model")
+    for name in ("Model", "p50, ms", "p99, ms", "images/s", "times", "MB", "peak MiB", "accuracy, %"):
+        table.add_column(name, justify="left" if name == "Model" else "right", no_wrap=name != "Model")
+    kinds = [f"{one.kind} {one.precision}" for one in found.candidates]
     for one in found.candidates:
         ratio, low, high = found.ratio(one)
-        cells = [f"{one.p50:.1f}", f"{one.p99:.1f}", f"{one.speed:,.0f}", str(one.batch)]
+        kind = f"{one.kind} {one.precision}"
+        name = kind if kinds.count(kind) == 1 else f"{kind} {one_line(one.name)}"
+        cells = [f"{one.p50:.1f}", f"{one.p99:.1f}", f"{one.speed:,.0f}"]
         cells += [f"{ratio:.2f} ({low:.2f}-{high:.2f})", f"{one.size / 1e6:.1f}", f"{one.memory / 2**20:,.0f}"]
         cells.append(f"{100 * one.accuracy.value:.2f} ({one.accuracy.span()})")
-        table.add_row(Text(one_line(Path(one.name).name)), f"{one.kind} {one.precision}", *cells)
+        table.add_row(Text(name), *cells)
     return table
 
 

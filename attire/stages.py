@@ -3,11 +3,10 @@
 import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torchvision
 from numpy.typing import NDArray
 from torch import nn
 
@@ -25,6 +24,9 @@ from attire.report import write_report
 from attire.sources import CachedSource, OnTheFlySource, Standardiser, measure
 from attire.watching import Watcher
 from attire.weights import read_weights, tensor_digest
+
+if TYPE_CHECKING:
+    import torchvision
 
 BOUNDS = ("accuracy_low", "accuracy_high")
 
@@ -98,7 +100,7 @@ class Stage:
     def environment(self) -> dict[str, Any]:
         return {**devices.environment(self.device), "precision": self.spec.precision, "backend": self.spec.backend}
 
-    def model(self, classifier: nn.Sequential) -> torchvision.models.VGG:
+    def model(self, classifier: nn.Sequential) -> "torchvision.models.VGG":
         return vgg.vgg16(self.weights, self.recipe.freeze_to, self.recipe.pool, classifier)
 
     def load_trunk(self) -> features.Trunk:
@@ -247,7 +249,7 @@ class Stage:
         write_model_card(folder / "model", result)
 
 
-def open_trunk(model: torchvision.models.VGG, spec: FeatureSpec, device: torch.device) -> features.Trunk:
+def open_trunk(model: "torchvision.models.VGG", spec: FeatureSpec, device: torch.device) -> features.Trunk:
     """The frozen part of a model as the function that extraction calls, on the backend that the spec names."""
     if spec.backend == "torch":
         return vgg.Trunk(model, device, spec.precision)

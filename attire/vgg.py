@@ -2,18 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from attire.blocks import BLOCKS
 from attire.errors import AttireError
+from attire.weights import SHAPES
+
+if TYPE_CHECKING:
+    import torchvision  # takes longer to import than a prediction, and only `vgg16` needs it
 
 # ImageNet's channel means and deviations, as VGG16_Weights.IMAGENET1K_V1.transforms() normalises.
 MEAN = (0.485, 0.456, 0.406)
@@ -60,13 +63,15 @@ def build_classifier(inputs: int, hidden: Sequence[int], classes: int, dropout: 
     return nn.Sequential(*layers, nn.Linear(inputs, classes))
 
 
-def vgg16(weights: Path, freeze_to: str, pool: int, classifier: nn.Sequential) -> torchvision.models.VGG:
+def vgg16(weights: Path, freeze_to: str, pool: int, classifier: nn.Sequential) -> "torchvision.models.VGG":
     """torchvision's VGG16 cut at the freeze boundary, its `features` frozen, its `classifier` replaced.
 
     weights: safetensors with torchvision's names (`features.0.weight` ...); pool: side that `avgpool` averages the
     feature map to, 0 to leave it as it is. Built without allocating the 123 million weights of the original
     classifier. Raises AttireError where a tensor is missing or misshapen.
     """
+    import torchvision
+
     with torch.device("meta"):
         model = torchvision.models.vgg16(weights=None)
     model.features = model.features[: BLOCKS[freeze_to]]
@@ -80,7 +85,28 @@ def vgg16(weights: Path, freeze_to: str, pool: int, classifier: nn.Sequential) -
     model.avgpool = nn.AdaptiveAvgPool2d(pool) if pool else nn.Identity()
     model.classifier = classifier
     freeze(model.features)
-    return cast(torchvision.models.VGG, model.eval())
+    return cast("torchvision.models.VGG", model.eval())
+
+
+class Network(nn.Module):
+    """What `vgg16` returns, layer for layer, for a bundle that is loaded: without torchvision, whose import alone takes
+    half as long again as the rest of a prediction."""
+
+    def __init__(self, freeze_to: str, pool: int, classifier: nn.Sequential) -> None:
+        super().__init__()
+        self.features = nn.Sequential(*(layer(i) for i in range(BLOCKS[freeze_to])))
+        self.avgpool = nn.AdaptiveAvgPool2d(pool) if pool else nn.Identity()
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.classifier(self.avgpool(self.features(x)).flatten(1)))
+
+
+def layer(index: int) -> nn.Module:
+    """Number `index` of torchvision's `vgg16().features`."""
+    if shape := SHAPES.get(f"features.{index}.weight"):
+        return nn.Conv2d(shape[1], shape[0], 3, padding=1)
+    return nn.ReLU(inplace=True) if f"features.{index - 1}.weight" in SHAPES else nn.MaxPool2d(2)
 
 
 def freeze(trunk: nn.Module) -> None:
@@ -94,7 +120,7 @@ class Trunk(nn.Module):
     (n, 3, S, S) normalised pictures to (n, D) float32 features in torchvision's C, H, W order.
     """
 
-    def __init__(self, model: torchvision.models.VGG, device: torch.device, precision: str) -> None:
+    def __init__(self, model: "torchvision.models.VGG", device: torch.device, precision: str) -> None:
         super().__init__()
         self.device, self.dtype = device, torch.bfloat16 if precision == "bf16" else torch.float32
         self.features = model.features.to(device, self.dtype, memory_format=torch.channels_last)

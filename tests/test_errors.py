@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 
 from attire.errors import AttireError, AttireWarning, Stopped, UsageError, one_line
@@ -49,3 +51,9 @@ def test_a_line_break_in_any_part_is_escaped(part: str) -> None:
 )
 def test_one_line_escapes_what_cannot_be_printed_and_nothing_else(text: str, shown: str) -> None:
     assert one_line(text) == shown
+
+
+def test_an_error_survives_the_way_between_processes() -> None:
+    error = UsageError("--lr", "expected a number", "line 3", "try 0.001")
+    again = copy.copy(error)
+    assert (type(again), str(again), again.status) == (UsageError, str(error), 2)

@@ -141,3 +141,14 @@ def test_the_real_weights_see_what_torchvision_would() -> None:
     assert found.shape == (1, 25088)
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
     assert 0.05 < found.mean() < 5
+
+
+@pytest.mark.parametrize("freeze_to", BLOCKS)
+def test_the_network_of_a_loaded_bundle_is_torchvision_s_layer_for_layer(freeze_to: str, random_weights: Path) -> None:
+    original = vgg.vgg16(random_weights, freeze_to, 0, nn.Sequential())
+    own = vgg.Network(freeze_to, 0, nn.Sequential())
+    assert str(own.features) == str(original.features)
+    own.features.load_state_dict(original.features.state_dict())
+    picture = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(own(picture), original(picture))
