@@ -134,7 +134,7 @@ def signal_stack_kept() -> Iterator[None]:
     """Put this thread's alternate signal stack back afterwards; nothing is done elsewhere than on Linux.
 
     OpenVINO's processor plugin sets one when it compiles and frees it later: the next signal, be it Ctrl-C, then ended
-    the process with a segmentation fault (measured with OpenVINO 2026.3 and Python 3.11).
+    the process with a segmentation fault (measured with OpenVINO 2026.4.1 and Python 3.11).
     """
     if sys.platform != "linux":
         yield

@@ -1,8 +1,13 @@
 """Exports answer as their bundle does, are refused when they do not, and say no to what is not theirs."""
 
+import functools
+import http.server
 import json
+import re
+import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +20,7 @@ from PIL import Image
 
 from attire import runs, scoring
 from attire.classifier import load_bundle
-from attire.data import ImageDataset, write_csv
+from attire.data import ImageDataset, load_dataset, write_csv
 from attire.errors import AttireError, UsageError
 from attire.export import export
 from attire.recipes import Recipe
@@ -267,3 +272,40 @@ def test_the_official_images_are_the_gate(tmp_path: Path) -> None:
     made: Exported = export(bundle, "onnx", out=tmp_path / "m.onnx")
     assert made.facts["gate"]["n"] == 2000
     assert made.facts["gate"]["agreement"]["value"] == 1
+
+
+@pytest.mark.real
+def test_the_page_classifies_in_a_real_browser(tmp_path: Path) -> None:
+    """examples/browser over a local server, in Chromium: its answer is the exported file's own."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    npm = shutil.which("npm")
+    if not chromium or not npm:
+        pytest.skip("needs npm and Chromium")
+    needs("onnx")
+    folder = tmp_path / "browser"
+    shutil.copytree(EXAMPLES / "browser", folder, ignore=shutil.ignore_patterns("node_modules"))
+    install = subprocess.run(
+        [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, capture_output=True
+    )
+    if install.returncode:
+        pytest.skip("npm could not fetch onnxruntime-web")
+    image = load_dataset(part="test").images[0]
+    Image.fromarray(image).save(folder / "picture.png")
+    handler = functools.partial(QuietHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = f"http://127.0.0.1:{server.server_port}/index.html?picture=picture.png"
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=60000", "--dump-dom"]
+        done = subprocess.run([chromium, *flags, page], capture_output=True, text=True, timeout=120, check=True)
+        server.shutdown()
+    answers = re.findall(r"<li>([^<]+)<meter[^>]*></meter>([\d.]+)</li>", done.stdout)
+    assert len(answers) == 3, done.stdout[-2000:]
+    model = load_export(folder / "small.onnx")
+    expected = model.predict(image[None])[0].ranking[:3]
+    assert [name for name, _ in answers] == [name for name, _ in expected]
+    assert float(answers[0][1]) == pytest.approx(expected[0][1], abs=0.01)  # WebAssembly rounds int8 sums otherwise
+    assert (EXAMPLES / "browser" / "small.onnx").stat().st_size <= 3e6
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *given: object) -> None: ...
