@@ -395,7 +395,9 @@ def predict_file(classifier: "Classifier | Exported", path: Path, top: int, as_j
 
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--format", "kind", default="onnx", show_default=True, help="onnx, openvino or torch-export.")
+@click.option(
+    "--format", "kind", default="onnx", show_default=True, help="onnx, openvino, torch-export or safetensors."
+)
 @click.option("--precision", default="fp32", show_default=True, help="fp32, bf16 or int8; not every format has each.")
 @click.option("--out", type=click.Path(path_type=Path), help="The file.  [default: the bundle's name and .onnx ...]")
 @click.option("--max-drop", default=0.3, show_default=True, help="Points of accuracy that bf16 and int8 may lose.")

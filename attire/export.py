@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -29,7 +31,12 @@ from attire.runtimes import METADATA, NO_SEAL, READERS, SCHEMA, SUFFIXES, Export
 from attire.watching import Silent, Watcher
 
 FORMATS = tuple(SUFFIXES)
-PRECISIONS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8"), "torch-export": ("fp32", "bf16")}
+PRECISIONS = {
+    "onnx": ("fp32", "int8"),
+    "openvino": ("fp32", "bf16", "int8"),
+    "torch-export": ("fp32", "bf16"),
+    "safetensors": ("fp32", "bf16"),
+}
 OPSET = 20  # of ONNX: the newest whose operators the web runtime has too
 TOLERANCE = 1e-4  # largest difference of a probability that fp32 may show
 CALIBRATION_IMAGES = 300  # of the training set: what NNCF takes by default
@@ -89,7 +96,7 @@ def export(
 ) -> Exported:
     """Write the bundle as `out` (default: the bundle's folder name with the format's suffix) and return it, opened.
 
-    kind: onnx, openvino (a folder) or torch-export; precision: fp32, bf16 or int8, not every format has each.
+    kind: onnx, openvino (a folder), torch-export or safetensors; precision: fp32, bf16 or int8, not every format has each.
     data: labelled images for the gate, default 2,000 of the official test set; max_drop: accuracy, as a share, that
     bf16 and int8 may lose. Raises AttireError, and writes nothing, where the export does not pass.
     """
@@ -305,13 +312,30 @@ def stamp_torch_export(built: Path, facts: dict[str, Any], card: str, path: Path
     files.write_bytes(path, built.read_bytes())
 
 
+def build_safetensors(network: WholeNetwork, precision: str, folder: Path) -> Built:
+    """The weights alone, in 16 bits for bf16; who reads them computes in fp32."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    path = folder / "network.safetensors"
+    tensors = {name: value.to(dtype).contiguous() for name, value in network.model.state_dict().items()}
+    path.write_bytes(safetensors.torch.save(tensors))
+    return path, {"safetensors": safetensors.__version__, "torch": torch.__version__}
+
+
+def stamp_safetensors(built: Path, facts: dict[str, Any], card: str, path: Path) -> None:
+    told = {"format": "pt", "attire": json.dumps({**facts, "seal": NO_SEAL}), "card": card}
+    tensors = safetensors.torch.load(built.read_bytes())
+    files.write_bytes(path, seal_bytes(safetensors.torch.save(tensors, metadata=told)))
+
+
 BUILDERS: dict[str, Callable[[WholeNetwork, str, Path], Built]] = {
     "onnx": build_onnx,
     "openvino": build_openvino,
     "torch-export": build_torch_export,
+    "safetensors": build_safetensors,
 }
 STAMPS: dict[str, Callable[[Path, dict[str, Any], str, Path], None]] = {
     "onnx": stamp_onnx,
     "openvino": stamp_openvino,
     "torch-export": stamp_torch_export,
+    "safetensors": stamp_safetensors,
 }

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from attire import devices, files
-from attire.classifier import Prediction, as_images, ranked
+from attire.classifier import Architecture, Classifier, Prediction, as_images, assemble, ranked
 from attire.errors import AttireError
 
 SCHEMA = 1
 NO_SEAL = "0" * 64  # stands in the metadata while the digest over the file is computed
-SUFFIXES = {"onnx": ".onnx", "openvino": ".openvino", "torch-export": ".pt2"}
+SUFFIXES = {"onnx": ".onnx", "openvino": ".openvino", "torch-export": ".pt2", "safetensors": ".safetensors"}
 EXTRAS = {"onnx": "onnx", "openvino": "openvino"}  # what `pip install 'attire[...]'` is called
 METADATA = "attire.json"
 BATCH = 256
@@ -181,6 +181,33 @@ def run_torch_export(path: Path, facts: dict[str, Any]) -> Run:
     return run
 
 
+# safetensors: tensors named as torchvision names them, everything else in the header; sealed as ONNX is.
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    data = read(path)
+    try:
+        length = int.from_bytes(data[:8], "little")
+        facts: dict[str, Any] = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["attire"])
+        seal = str(facts["seal"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise AttireError(path, "not a safetensors file that `attire export` wrote, or damaged") from error
+    if files.sha256(data.replace(seal.encode(), NO_SEAL.encode())) != seal:
+        raise damaged(path)
+    return facts
+
+
+def run_safetensors(path: Path, facts: dict[str, Any]) -> Run:
+    """In PyTorch, in fp32 whatever the weights are kept in."""
+    from safetensors.torch import load
+
+    about = {**facts["architecture"], "hidden": tuple(facts["architecture"]["hidden"])}
+    tensors = {name: value.float() for name, value in load(read(path)).items()}
+    classes = tuple(facts["classes"])
+    model = assemble(Architecture(**about), len(classes), tensors, path)
+    return Classifier(model, Architecture(**about), classes, facts["temperature"], {}).predict_proba
+
+
 def read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -192,4 +219,5 @@ READERS: dict[str, tuple[Callable[[Path], dict[str, Any]], Callable[[Path, dict[
     "onnx": (read_onnx, run_onnx),
     "openvino": (read_openvino, run_openvino),
     "torch-export": (read_torch_export, run_torch_export),
+    "safetensors": (read_safetensors, run_safetensors),
 }

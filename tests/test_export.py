@@ -24,7 +24,7 @@ from attire.data import ImageDataset, load_dataset, write_csv
 from attire.errors import AttireError, UsageError
 from attire.export import export
 from attire.recipes import Recipe
-from attire.runtimes import NO_SEAL, Exported, load_export, seal_bytes
+from attire.runtimes import NO_SEAL, SUFFIXES, Exported, load_export, seal_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporters' own deprecations
 
@@ -45,12 +45,12 @@ def calibrated(synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("attire.export.calibration", lambda: synthetic.images)
 
 
-@pytest.mark.parametrize("kind", ["onnx", "openvino", "torch-export"])
+@pytest.mark.parametrize("kind", list(SUFFIXES))
 def test_an_export_answers_as_its_bundle_for_any_number_of_images(
     kind: str, bundle: Path, synthetic: ImageDataset, tmp_path: Path
 ) -> None:
     needs(kind)
-    suffix = {"onnx": ".onnx", "openvino": ".openvino", "torch-export": ".pt2"}[kind]
+    suffix = SUFFIXES[kind]
     made = export(bundle, kind, out=tmp_path / f"m{suffix}", data=synthetic)
     classifier = load_bundle(bundle)
     for rows in (1, 2, 7, 60):
@@ -65,12 +65,14 @@ def test_an_export_answers_as_its_bundle_for_any_number_of_images(
     assert made.predict_proba(synthetic.images[:0]).shape == (0, 10)
 
 
-@pytest.mark.parametrize(("kind", "precision"), [("onnx", "int8"), ("openvino", "int8"), ("torch-export", "bf16")])
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("onnx", "int8"), ("openvino", "int8"), ("torch-export", "bf16"), ("safetensors", "bf16")]
+)
 def test_smaller_precisions_are_measured_and_smaller(
     kind: str, precision: str, bundle: Path, synthetic: ImageDataset, calibrated: None, tmp_path: Path
 ) -> None:
     needs(kind)
-    suffix = {"onnx": ".onnx", "openvino": ".openvino", "torch-export": ".pt2"}[kind]
+    suffix = SUFFIXES[kind]
     exact = export(bundle, kind, out=tmp_path / f"exact{suffix}", data=synthetic)
     small = export(bundle, kind, out=tmp_path / f"small{suffix}", precision=precision, max_drop=1, data=synthetic)
     assert size(small.path) < 0.6 * size(exact.path)
@@ -145,13 +147,14 @@ def damage_openvino(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "damage"), [("onnx", damage_onnx), ("torch-export", damage_pt2), ("openvino", damage_openvino)]
+    ("kind", "damage"),
+    [("onnx", damage_onnx), ("torch-export", damage_pt2), ("openvino", damage_openvino), ("safetensors", damage_onnx)],
 )
 def test_tampered_and_truncated_files_are_refused(
     kind: str, damage: Callable[[Path], None], bundle: Path, synthetic: ImageDataset, tmp_path: Path
 ) -> None:
     needs(kind)
-    suffix = {"onnx": ".onnx", "openvino": ".openvino", "torch-export": ".pt2"}[kind]
+    suffix = SUFFIXES[kind]
     path = export(bundle, kind, out=tmp_path / f"m{suffix}", data=synthetic).path
     damage(path)
     with pytest.raises(AttireError, match="damaged"):
@@ -168,7 +171,7 @@ def test_tampered_and_truncated_files_are_refused(
         ("a.onnx", b"hello", "not an ONNX file that `attire export` wrote, or damaged"),
         ("a.onnx", b"", "not an ONNX file that `attire export` wrote, or damaged"),
         ("a.pt2", b"PK\x03\x04 no", "not a torch.export file that `attire export` wrote, or damaged"),
-        ("a.bin", b"hello", "not an exported file by its name; expected .onnx, .openvino, .pt2"),
+        ("a.bin", b"hello", "not an exported file by its name; expected .onnx, .openvino, .pt2, .safetensors"),
     ],
 )
 def test_foreign_files_are_refused_in_one_line(name: str, content: bytes, line: str, tmp_path: Path) -> None:
@@ -186,7 +189,7 @@ def test_foreign_files_are_refused_in_one_line(name: str, content: bytes, line: 
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"kind": "tflite"}, "--format: expected one of onnx, openvino, torch-export, found 'tflite'"),
+        ({"kind": "tflite"}, "--format: expected one of onnx, openvino, torch-export, safetensors, found 'tflite'"),
         ({"kind": "onnx", "precision": "bf16"}, "--precision: onnx has fp32 and int8, found 'bf16'"),
         ({"max_drop": -0.1}, "--max-drop: expected 0 to 100 points, found -10"),
         ({"kind": "torch-export", "out": "m.onnx"}, "--out: expected a name that ends in .pt2, found 'm.onnx'"),
@@ -237,12 +240,12 @@ def test_a_seal_has_exactly_one_place() -> None:
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.mark.parametrize("kind", ["onnx", "openvino", "torch-export"])
+@pytest.mark.parametrize("kind", list(SUFFIXES))
 def test_the_example_consumers_answer_as_the_bundle_does_without_attire(
     kind: str, bundle: Path, synthetic: ImageDataset, tmp_path: Path
 ) -> None:
     needs(kind)
-    suffix = {"onnx": ".onnx", "openvino": ".openvino", "torch-export": ".pt2"}[kind]
+    suffix = SUFFIXES[kind]
     path = export(bundle, kind, out=tmp_path / f"m{suffix}", data=synthetic).path
     pictures = [tmp_path / f"{i}.png" for i in range(3)]
     for picture, image in zip(pictures, synthetic.images, strict=False):
@@ -256,7 +259,7 @@ def test_the_example_consumers_answer_as_the_bundle_does_without_attire(
     assert told.stdout.splitlines() == lines
     imported = {line.rpartition("|")[2].strip() for line in told.stderr.splitlines()}
     assert not {"attire", "torchvision"} & imported
-    assert kind == "torch-export" or "torch" not in imported
+    assert kind in ("torch-export", "safetensors") or "torch" not in imported
 
 
 @pytest.mark.real
