@@ -96,9 +96,9 @@ def export(
 ) -> Exported:
     """Write the bundle as `out` (default: the bundle's folder name with the format's suffix) and return it, opened.
 
-    kind: onnx, openvino (a folder), torch-export or safetensors; precision: fp32, bf16 or int8, not every format has each.
-    data: labelled images for the gate, default 2,000 of the official test set; max_drop: accuracy, as a share, that
-    bf16 and int8 may lose. Raises AttireError, and writes nothing, where the export does not pass.
+    kind: onnx, openvino (a folder), torch-export or safetensors; precision: fp32, bf16 or int8, not every format has
+    each. data: labelled images for the gate, default 2,000 of the official test set; max_drop: accuracy, as a share,
+    that bf16 and int8 may lose. Raises AttireError, and writes nothing, where the export does not pass.
     """
     check(kind, precision, max_drop)
     path = Path(out) if out else Path(f"{Path(bundle).resolve().name}{SUFFIXES[kind]}")

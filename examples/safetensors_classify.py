@@ -1,4 +1,4 @@
-"""python safetensors_classify.py model.safetensors picture.png ...    needs safetensors, torch and Pillow: no Attire."""
+"""python safetensors_classify.py model.safetensors picture.png ...    needs safetensors, torch, Pillow: no Attire."""
 
 import json
 import sys
