@@ -12,6 +12,17 @@ def map_side(freeze_to: str, size: int) -> int:
     return size >> (list(BLOCKS).index(freeze_to) + 1)
 
 
+def above(freeze_to: str, blocks: int) -> str:
+    """The block that lies `blocks` above `freeze_to`. Raises UsageError where VGG16 has none."""
+    names = list(BLOCKS)
+    if freeze_to not in BLOCKS:
+        return freeze_to  # `feature_shape` says what is wrong
+    most = len(names) - 1 - names.index(freeze_to)
+    if blocks > most:
+        raise UsageError("--train-blocks", f"expected at most {most} above {freeze_to}, found {blocks}")
+    return names[names.index(freeze_to) + blocks]
+
+
 def feature_shape(freeze_to: str, size: int, pool: int) -> tuple[int, int, int]:
     """(channels, side, side) of one picture's features. Raises UsageError where nothing would be left."""
     if freeze_to not in BLOCKS:

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from attire import calibration, devices, files, reject, vgg
-from attire.blocks import CHANNELS, feature_shape
+from attire import calibration, devices, files, heads, reject, vgg
+from attire.blocks import CHANNELS, above, feature_shape
 from attire.data import check_classes
 from attire.errors import AttireError, UsageError
 from attire.pictures import read_image
@@ -40,14 +40,22 @@ class Architecture:
     pool: int
     hidden: tuple[int, ...]
     dropout: float
+    train_blocks: int = 0  # blocks above `freeze_to` that are part of `features`, their weights no longer ImageNet's
+    conv: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        Recipe(**self.__dict__)  # raises UsageError for what no recipe can ask for
+        object.__setattr__(self, "conv", tuple(self.conv))
+        Recipe(**self.__dict__, standardise=False)  # raises UsageError for what no recipe can ask for
+
+    @property
+    def end(self) -> str:
+        """The block that `features` ends with."""
+        return above(self.freeze_to, self.train_blocks)
 
     def build(self, classes: int) -> nn.Sequential:
         """A new classifier for the features of this trunk, initialised from torch's random state."""
-        inputs = math.prod(feature_shape(self.freeze_to, self.image_size, self.pool))
-        return vgg.build_classifier(inputs, self.hidden, classes, self.dropout)
+        shape = feature_shape(self.end, self.image_size, self.pool)
+        return heads.build(shape, self.conv, self.hidden, classes, self.dropout)
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,11 @@ class Classifier:
         about = {
             "schema": SCHEMA,
             "classes": list(self.classes),
-            "architecture": {**self.architecture.__dict__, "hidden": list(self.architecture.hidden)},
+            "architecture": {
+                **self.architecture.__dict__,
+                "hidden": list(self.architecture.hidden),
+                "conv": list(self.architecture.conv),
+            },
             "preprocess": {"version": vgg.PREPROCESS_VERSION, "mean": vgg.MEAN, "std": vgg.STD},
             "temperature": self.temperature,
             "reject": self.rejecter.about() if self.rejecter else None,
@@ -210,7 +222,7 @@ def load_bundle(folder: str | Path, device: str = "auto") -> Classifier:
     model = assemble(architecture, len(about["classes"]), network, folder)
     rejecter = None  # of a bundle made before there was one, or from too few images
     if told := about.get("reject"):
-        rejecter = reject.restore(tensors, told, CHANNELS[architecture.freeze_to], folder)
+        rejecter = reject.restore(tensors, told, CHANNELS[architecture.end], folder)
     where = devices.choose_device(device)
     return Classifier(model, architecture, about["classes"], about["temperature"], about["facts"], where, rejecter)
 
@@ -262,7 +274,7 @@ def read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
 def assemble(architecture: Architecture, classes: int, tensors: dict[str, Tensor], where: Path) -> Any:
     """The network around these tensors. Names a tensor that is missing, extra, misshapen or not finite."""
     with torch.device("meta"):
-        model = vgg.Network(architecture.freeze_to, architecture.pool, architecture.build(classes))
+        model = vgg.Network(architecture.end, architecture.pool, architecture.build(classes))
     wanted = model.state_dict()
     for name in sorted(set(wanted) ^ set(tensors)):
         raise AttireError(where, f"tensor {name} is {'missing' if name in wanted else 'not part of this model'}")

@@ -30,6 +30,16 @@ FIELD_HELP = {
     "pool": "Average the feature map to this side; 0 leaves it as it is.",
     "flips": "Also cache mirrored pictures and train on either.",
     "standardise": "Scale each feature to mean 0, deviation 1.",
+    "shifts": "Also cache this many shifted pictures of each (0 to 8).",
+    "train_blocks": "VGG16 blocks above the boundary that are trained on from ImageNet.",
+    "batch_norm": "Batch normalisation in trained blocks; folded away in the bundle.",
+    "probe_epochs": "Of the epochs, those in which trained blocks wait for the classifier.",
+    "block_lr": "Factor on the learning rate for each block below the classifier.",
+    "conv": "Widths of 3x3 convolutions in front of the hidden layers, such as 256,512.",
+    "erase": "Probability that a rectangle of a feature map is erased.",
+    "cutmix": "Probability that a batch is mixed by CutMix.",
+    "ema": "Decay of the weights' moving average, which then ships; 0: none.",
+    "clip": "Largest norm of the gradient; 0: any.",
     "hidden": "Widths of the classifier's hidden layers, such as 1024,512.",
     "dropout": "Share of hidden values dropped in training.",
     "lr": "Adam's learning rate.",
@@ -244,8 +254,8 @@ def train_arguments(name: str | None, config: Path | None, options: dict[str, An
     recipe = recipes.from_json(stored.get("recipe", {}), str(config)) if stored else recipes.named(name or "fast")
     names = {field.name for field in fields(Recipe)}
     changes = {key: value for key, value in options.items() if key in names and value is not None}
-    if "hidden" in changes:
-        changes["hidden"] = numbers("--hidden", changes["hidden"])
+    for field in {"hidden", "conv"} & set(changes):
+        changes[field] = numbers(f"--{field}", changes[field])
     data = stored.get("data", {})
     given = {key: options[key] if options[key] is not None else data.get(key) for key in ("data", "test", "classes")}
     size = options["test_size"] if options["test_size"] is not None else data.get("test_size", 0.2)

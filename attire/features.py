@@ -22,6 +22,7 @@ SHARD_BYTES = 16 * 2**20  # a stopped extraction redoes at most one shard: 2,048
 BATCH_PIXELS = 1_700_000  # pictures a forward pass: 1,660 of 32 px, 415 of 64, 33 of 224
 RESIDENT_BYTES = 64 * 2**20  # mapped pages kept resident while rows are gathered at random
 VIEWS = ("plain", "flip", "negative")  # as it is, mirrored, black on white
+SHIFTS = ((0, -2), (0, 2), (-2, 0), (2, 0), (-1, -1), (1, 1), (-1, 1), (1, -1))  # (down, right), of 28 px
 
 Trunk = Callable[[Tensor], Tensor]  # (n, 3, S, S) normalised pictures to (n, D) float features
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
@@ -163,13 +164,38 @@ def batch_rows(image_size: int) -> int:
 
 def compute(images: NDArray[np.uint8], spec: FeatureSpec, trunk: Trunk) -> NDArray[np.float16]:
     """(n, D) float16 features of (n, 28, 28) uint8 images, by the one path of cache, prediction and training."""
-    if spec.view == "flip":
-        images = images[:, :, ::-1].copy()
-    if spec.view == "negative":
-        images = 255 - images
+    images = seen(images, spec.view)
     with torch.inference_mode():
         features = trunk(vgg.preprocess(images, spec.image_size))
         return features.half().cpu().numpy()
+
+
+def seen(images: NDArray[np.uint8], view: str) -> NDArray[np.uint8]:
+    """Images (n, H, W) of a view: one of VIEWS, or "shift+1-2", moved down and right, black filled in.
+
+    "... flip" mirrors what was shifted.
+    """
+    if view == "negative":
+        return 255 - images
+    if view.startswith("shift"):
+        down, right = int(view[5:7]), int(view[7:9])
+        height, width = images.shape[1:]
+        moved = np.zeros_like(images)
+        moved[:, max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = images[
+            :, max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)
+        ]
+        images = moved
+    return images[:, :, ::-1].copy() if view.endswith("flip") else images
+
+
+def view_names(flips: bool, shifts: int) -> tuple[str, ...]:
+    """The views that training draws from, in the order of their numbers: as it is, mirrored, then shifted ones."""
+    names = ["plain", *(f"shift{down:+d}{right:+d}" for down, right in SHIFTS[:shifts])]
+    return tuple(name for base in names for name in ([base, mirrored(base)] if flips else [base]))
+
+
+def mirrored(view: str) -> str:
+    return "flip" if view == "plain" else f"{view} flip"
 
 
 def verified_shards(folder: Path, rows: int, spec: FeatureSpec) -> dict[int, dict[str, Any]]:

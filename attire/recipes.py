@@ -5,10 +5,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from attire.blocks import feature_shape
+from attire.blocks import above, feature_shape
 from attire.errors import UsageError
 
-LEAST = {"epochs": 1, "batch_size": 1, "val_size": 0, "pool": 0, "seed": 0, "split_seed": 0}
+LEAST = {
+    "epochs": 1,
+    "train_blocks": 0,
+    "probe_epochs": 0,
+    "shifts": 0,
+    "batch_size": 1,
+    "val_size": 0,
+    "pool": 0,
+    "seed": 0,
+    "split_seed": 0,
+}
 BACKENDS = ("torch", "openvino-int8")
 
 
@@ -21,13 +31,23 @@ class Recipe:
     image_size: int = 32  # px, side of the square picture that VGG16 sees
     pool: int = 0  # side the feature map is averaged to; 0: as it is
     flips: bool = True  # also cache mirrored pictures and train on either, drawn anew each epoch
+    shifts: int = 0  # also cache this many shifted pictures of each, 1 or 2 of 28 px
     standardise: bool = True  # scale each feature to mean 0, deviation 1 (of the training rows)
+    train_blocks: int = 0  # VGG16 blocks above the boundary that are trained on from ImageNet
+    batch_norm: bool = False  # in trained blocks; folded away in the bundle
+    probe_epochs: int = 0  # of the epochs, those in which trained blocks wait for the classifier
+    block_lr: float = 1.0  # factor on the learning rate for each block below the classifier
+    conv: tuple[int, ...] = ()  # widths of 3x3 convolutions in front of the hidden layers
     hidden: tuple[int, ...] = (512,)  # widths of the classifier's hidden layers
     dropout: float = 0.5
     lr: float = 1e-3
     schedule: str = "cosine"  # cosine: warm-up over a tenth of the steps, then down to 0; constant
     weight_decay: float = 0.02
     label_smoothing: float = 0.05
+    erase: float = 0.0  # probability that a rectangle of a feature map is erased
+    cutmix: float = 0.0  # probability that a batch is mixed by CutMix
+    ema: float = 0.0  # decay of the weights' moving average, which is then what ships; 0: none
+    clip: float = 0.0  # largest norm of the gradient; 0: any
     batch_size: int = 256
     epochs: int = 15
     val_size: int = 5000  # rows cut from the training part; 0: none
@@ -38,19 +58,32 @@ class Recipe:
     split_seed: int = 42  # which rows are validation (and test, when one file is split)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden", tuple(self.hidden))
-        feature_shape(self.freeze_to, self.image_size, self.pool)
+        for field in ("hidden", "conv"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
         for field, least in LEAST.items():
             value = getattr(self, field)
             self._check(field, type(value) is int and value >= least, f"a whole number >= {least}")
         for field in ("seed", "split_seed"):
             self._check(field, getattr(self, field) < 2**32, "at most 4294967295")
+        feature_shape(above(self.freeze_to, self.train_blocks), self.image_size, self.pool)
+        self._check("shifts", self.shifts <= 8, "at most 8")
         self._check("image_size", self.image_size <= 1024, "at most 1024 px")
         self._check("lr", math.isfinite(self.lr) and self.lr > 0, "a number > 0")
         self._check("weight_decay", math.isfinite(self.weight_decay) and self.weight_decay >= 0, "a number >= 0")
         self._check("dropout", 0 <= self.dropout < 1, "at least 0, below 1")
         self._check("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0, below 1")
         self._check("hidden", all(type(w) is int and w > 0 for w in self.hidden), "widths > 0, such as 512,128")
+        self._check("conv", all(type(w) is int and w > 0 for w in self.conv), "widths > 0, such as 256,512")
+        self._check("block_lr", 0 < self.block_lr <= 1, "above 0, at most 1")
+        self._check("ema", 0 <= self.ema < 1, "at least 0, below 1")
+        self._check("clip", math.isfinite(self.clip) and self.clip >= 0, "a number >= 0")
+        self._check("erase", 0 <= self.erase <= 1, "a probability")
+        self._check("cutmix", 0 <= self.cutmix <= 1, "a probability")
+        plain = not (self.train_blocks or self.conv)
+        self._check("standardise", plain or not self.standardise, "no, as convolutions are trained (--no-standardise)")
+        self._check("batch_norm", self.train_blocks > 0 or not self.batch_norm, "no, as no block is trained")
+        most = self.epochs - 1 if self.train_blocks else 0
+        self._check("probe_epochs", self.probe_epochs <= most, f"at most {most}")
         self._check("schedule", self.schedule in ("cosine", "constant"), "cosine or constant")
         self._check("backend", self.backend in BACKENDS, " or ".join(BACKENDS))
         self._check("precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
@@ -59,18 +92,25 @@ class Recipe:
         if not good:
             raise UsageError(f"--{field.replace('_', '-')}", f"expected {expected}, found {getattr(self, field)}")
 
+    @property
+    def map_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the cache keeps of one picture: not yet pooled where blocks are trained behind it."""
+        return feature_shape(self.freeze_to, self.image_size, 0 if self.train_blocks else self.pool)
+
     def describe(self) -> str:
         """One line for people, as `attire train` prints it."""
-        widths = "-".join(str(width) for width in self.hidden) or "linear"
+        widths = "-".join([*(f"conv{width}" for width in self.conv), *map(str, self.hidden)]) or "linear"
+        last = above(self.freeze_to, self.train_blocks)
+        trained = f", trained to {last}" if self.train_blocks else ""
         pool = f" averaged to {self.pool}x{self.pool}" if self.pool else ""
         flips = ", mirrored views" if self.flips else ""
         return (
-            f"{self.name}: frozen to {self.freeze_to}, {self.image_size} px{pool}{flips}, "
+            f"{self.name}: frozen to {self.freeze_to}, {self.image_size} px{pool}{flips}{trained}, "
             f"classifier {widths}, Adam lr {self.lr:g} {self.schedule}, {self.epochs} epochs"
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "hidden": list(self.hidden)}
+        return {**asdict(self), "hidden": list(self.hidden), "conv": list(self.conv)}
 
 
 # The protocol as it was asked for. No validation rows: nothing in it is chosen.
@@ -110,8 +150,9 @@ def from_json(values: Mapping[str, Any], subject: str = "config") -> Recipe:
         do = f"the fields are {', '.join(sorted(known))}"
         raise UsageError(subject, f"unknown recipe field {unknown[0]!r}", do=do)
     changes = dict(values)
-    if isinstance(changes.get("hidden"), list):
-        changes["hidden"] = tuple(changes["hidden"])
+    for key in ("hidden", "conv"):
+        if isinstance(changes.get(key), list):
+            changes[key] = tuple(changes[key])
     for key, value in changes.items():
         default = getattr(FAST, key)
         numeric = isinstance(default, float) and type(value) in (int, float)

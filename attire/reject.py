@@ -1,8 +1,9 @@
 """Reject: how far a picture lies from the training images, and from where on it is none of the classes."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from attire.errors import AttireError
 from attire.intervals import wilson
-from attire.sources import CachedSource, OnTheFlySource
-from attire.training import Rows
+from attire.sources import Standardiser
+from attire.training import Rows, Views
 
 FALSE_REJECTS = 0.05  # share of garments that may be turned away; the threshold is set for it
 SHRINKAGE = 0.1  # 0.01 rejected the same strangers (docs/log.md, Reject); more is safer where training rows are few
@@ -21,7 +22,14 @@ BATCH = 512  # rows pooled at a time
 TENSORS = ("centre", "means", "whiten")
 PREFIX = "reject."
 
-Source = CachedSource | OnTheFlySource
+
+class Source(Protocol):
+    """Features in batches (b, D), and what they were standardised with."""
+
+    @property
+    def standardise(self) -> Standardiser: ...
+
+    def batches(self, order: Rows, batch_size: int, views: Views | None) -> Iterator[Tensor]: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset
 
-from attire.features import Features
-from attire.training import Rows
-from attire.vgg import GarmentDataset
+from attire.features import Features, seen
+from attire.training import Rows, Views
+from attire.vgg import GarmentDataset, preprocess
 
 IN_MEMORY = 1_200 * 2**20  # bytes of cached features that are read into memory once; above it rows are read as needed
 SPREAD = 0.05  # of the mean deviation, added to each: features that hardly vary are not blown up
@@ -45,29 +44,28 @@ def measure(blocks: Iterator[Tensor]) -> Standardiser:
 
 
 class CachedSource:
-    """Rows of finished cache entries: the plain view, and the mirrored one where the recipe uses it."""
+    """Rows of finished cache entries: the plain view first, then the others in the order of their numbers."""
 
-    def __init__(self, plain: Features, mirrored: Features | None = None) -> None:
+    def __init__(self, *views: Features) -> None:
         self.standardise = Standardiser()
-        self.views = [plain] + ([mirrored] if mirrored else [])
-        self.rows = len(plain)
+        self.views = list(views)
+        self.rows = len(views[0])
         small = sum(2 * len(view) * view.shape[1] for view in self.views) <= IN_MEMORY
         self.table = whole(self.views) if small else None  # (views * N, D): view after view
 
-    def batches(self, order: Rows, batch_size: int, views: NDArray[np.bool_] | None) -> Iterator[Tensor]:
+    def batches(self, order: Rows, batch_size: int, views: Views | None) -> Iterator[Tensor]:
         """(b, D) float32; see `training.Source`."""
         for start in range(0, len(order), batch_size):
             part = slice(start, start + batch_size)
             yield self.standardise(self._rows(order[part], None if views is None else views[part]))
 
-    def _rows(self, rows: Rows, mirrored: NDArray[np.bool_] | None) -> Tensor:
-        if mirrored is None or len(self.views) == 1:
-            mirrored = np.zeros(len(rows), np.bool_)
+    def _rows(self, rows: Rows, views: Views | None) -> Tensor:
+        number = np.zeros(len(rows), np.int64) if views is None or len(self.views) == 1 else views.astype(np.int64)
         if self.table is not None:
-            return self.table[torch.from_numpy(rows + self.rows * mirrored)].float()
+            return self.table[torch.from_numpy(rows + self.rows * number)].float()
         out = torch.empty(len(rows), self.views[0].shape[1])
-        for view, mask in zip(self.views, (~mirrored, mirrored), strict=False):
-            if mask.any():
+        for i, view in enumerate(self.views):
+            if (mask := number == i).any():
                 out[torch.from_numpy(mask)] = torch.from_numpy(view.gather(rows[mask])).float()
         return out
 
@@ -84,27 +82,47 @@ def whole(views: Sequence[Features]) -> Tensor:
     return table
 
 
+class Viewed(Dataset[Tensor]):
+    """Rows of a GarmentDataset in this order, each in its view; all as they are where `names` is None."""
+
+    def __init__(self, dataset: GarmentDataset, order: Rows, names: Sequence[str] | None) -> None:
+        self.dataset, self.order, self.names = dataset, order, names
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Tensor:
+        row = int(self.order[index])
+        if self.names is None or self.names[index] == "plain":
+            return self.dataset[row][0]
+        image = np.array(self.dataset.rows[row]).reshape(1, 28, 28)
+        return preprocess(seen(image, self.names[index]), self.dataset.size)[0]
+
+
 class OnTheFlySource:
     """`--no-cache`: each batch goes from rows of pixels through `GarmentDataset` and the frozen trunk, every epoch.
 
     Features are rounded to 16 bits as the cache rounds them, so that both ways train on the same numbers.
     """
 
-    def __init__(self, dataset: GarmentDataset, trunk: Callable[[Tensor], Tensor], forward_rows: int) -> None:
-        self.dataset, self.trunk, self.forward_rows = dataset, trunk, forward_rows
+    def __init__(
+        self,
+        dataset: GarmentDataset,
+        trunk: Callable[[Tensor], Tensor],
+        forward_rows: int,
+        names: Sequence[str] = ("plain", "flip"),
+    ) -> None:
+        self.dataset, self.trunk, self.forward_rows, self.names = dataset, trunk, forward_rows, names
         self.standardise = Standardiser()
 
-    def batches(self, order: Rows, batch_size: int, views: NDArray[np.bool_] | None) -> Iterator[Tensor]:
+    def batches(self, order: Rows, batch_size: int, views: Views | None) -> Iterator[Tensor]:
         """(b, D) float32; see `training.Source`."""
         # A generator of its own: a loader draws from torch's global one, which would shift the dropout that follows.
         own = torch.Generator().manual_seed(0)
-        loader: DataLoader[Any] = DataLoader(Subset(self.dataset, order.tolist()), batch_size=batch_size, generator=own)
-        start = 0
-        for x, _ in loader:
-            if views is not None:
-                mirrored = torch.from_numpy(views[start : start + len(x)])
-                x[mirrored] = x[mirrored].flip(-1)
-            start += len(x)
+        names = None if views is None else [self.names[int(view)] for view in views]
+        shown = Viewed(self.dataset, order, names)
+        loader: DataLoader[Any] = DataLoader(shown, batch_size=batch_size, generator=own)
+        for x in loader:
             yield self.standardise(self._features(x))
 
     def _features(self, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The stages of a run, in memory: rows, features, fit, evaluation. What `runs` puts in order and on disk."""
 
 import shlex
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from attire import calibration, devices, features, fetch, files, reject, results, training, vgg
+from attire import calibration, devices, features, fetch, files, heads, reject, results, training, vgg
 from attire.blocks import CHANNELS
 from attire.card import write_model_card
 from attire.classifier import Architecture, Classifier, fold_standardisation
@@ -28,6 +29,7 @@ from attire.weights import read_weights, tensor_digest
 if TYPE_CHECKING:
     import torchvision
 
+CALIBRATION_ROWS = 2048  # whose moments batch normalisation starts from
 BOUNDS = ("accuracy_low", "accuracy_high")
 
 
@@ -86,7 +88,8 @@ class Stage:
         watcher.note("Weights", "VGG16 ImageNet, 13 convolutions   verified")
         watcher.note("Recipe", recipe.describe())
         widths = (recipe.freeze_to, recipe.image_size, recipe.pool)
-        self.architecture = Architecture(*widths, recipe.hidden, recipe.dropout)
+        self.architecture = Architecture(*widths, recipe.hidden, recipe.dropout, recipe.train_blocks, recipe.conv)
+        widths = (*widths[:2], 0 if recipe.train_blocks else recipe.pool)
         int8 = recipe.backend != "torch"
         precision = "int8" if int8 else devices.choose_precision(recipe.precision, device)
         self.digest = tensor_digest(read_weights(self.weights))
@@ -101,11 +104,12 @@ class Stage:
         return {**devices.environment(self.device), "precision": self.spec.precision, "backend": self.spec.backend}
 
     def model(self, classifier: nn.Sequential) -> "torchvision.models.VGG":
-        return vgg.vgg16(self.weights, self.recipe.freeze_to, self.recipe.pool, classifier)
+        return vgg.vgg16(self.weights, self.architecture.end, self.recipe.pool, classifier)
 
     def load_trunk(self) -> features.Trunk:
         """The frozen part alone, on the device and in the precision of the run."""
-        return open_trunk(self.model(nn.Sequential()), self.spec, self.device)
+        frozen = vgg.vgg16(self.weights, self.recipe.freeze_to, self.spec.pool, nn.Sequential())
+        return open_trunk(frozen, self.spec, self.device)
 
     def extract(self, data: ImageDataset, view: str, what: str) -> features.Features:
         def progress(done: int, total: int) -> None:
@@ -128,8 +132,9 @@ class Stage:
     def train_features(self) -> CachedSource:
         """Of the data that training rows are taken from, not standardised."""
         data, test = self.splits.data, self.splits.test_data
-        plain = self.extract(data, "plain", "train" if test is not data else "all")
-        return CachedSource(plain, self.extract(data, "flip", "train, mirrored") if self.recipe.flips else None)
+        told = {"plain": "train" if test is not data else "all", "flip": "train, mirrored"}
+        names = features.view_names(self.recipe.flips, self.recipe.shifts)
+        return CachedSource(*(self.extract(data, name, told.get(name, f"train, {name}")) for name in names))
 
     def measured(self, source: CachedSource) -> Standardiser:
         """What scales the training rows to mean 0 and deviation 1, where the recipe wants it."""
@@ -143,7 +148,9 @@ class Stage:
         trunk, size = self.load_trunk(), self.recipe.image_size
 
         def source(data: ImageDataset) -> OnTheFlySource:
-            return OnTheFlySource(vgg.GarmentDataset(data.images, data.labels, size), trunk, features.batch_rows(size))
+            dataset = vgg.GarmentDataset(data.images, data.labels, size)
+            names = features.view_names(self.recipe.flips, self.recipe.shifts)
+            return OnTheFlySource(dataset, trunk, features.batch_rows(size), names)
 
         trained = source(self.splits.data)
         if self.recipe.standardise:
@@ -157,11 +164,21 @@ class Stage:
         labels = self.splits.data.labels
         with torch.random.fork_rng(devices=[0] if self.device.type == "cuda" else []):
             torch.manual_seed(self.recipe.seed)
-            head = self.architecture.build(len(self.splits.data.classes)).to(self.device)
+            head = self.new_head(source)
             checkpoints = folder / "checkpoints"
             rows = (self.train, self.val)
             history = training.fit(head, source, labels, *rows, self.recipe, checkpoints, self.report_epoch)
         return head, history
+
+    def new_head(self, source: Source) -> nn.Sequential:
+        """The classifier, and in front of it the blocks that are trained, if any; from torch's random state."""
+        head = self.architecture.build(len(self.splits.data.classes))
+        if self.recipe.train_blocks:
+            tuned = heads.tuned_head(self.weights, self.recipe, head)
+            if self.recipe.batch_norm:
+                heads.calibrate(tuned, source.batches(self.train[:CALIBRATION_ROWS], 256, None))
+            head = tuned
+        return head.to(self.device).to(memory_format=torch.channels_last)
 
     def report_epoch(self, state: training.State, done: int, total: int) -> None:
         epochs = self.recipe.epochs
@@ -189,7 +206,8 @@ class Stage:
         trained = calibration.softmax(logits(sources[0], self.train), temperature)
         tested = calibration.softmax(logits(sources[1], self.splits.test_rows), temperature)
         test_labels = self.splits.test_data.labels[self.splits.test_rows]
-        rejecter = self.rejecter(sources[0])
+        behind = [TunedSource(s, head) if isinstance(head, heads.TunedHead) else s for s in sources]
+        rejecter = self.rejecter(behind[0])
         return Found(
             temperature,
             test=evaluate(tested, test_labels, classes),
@@ -197,13 +215,13 @@ class Stage:
             val=val,
             probabilities=tested,
             rejecter=rejecter,
-            reject=reject.measure(rejecter, sources[1], self.splits.test_rows) if rejecter else None,
+            reject=reject.measure(rejecter, behind[1], self.splits.test_rows) if rejecter else None,
         )
 
-    def rejecter(self, source: Source) -> Rejecter | None:
+    def rejecter(self, source: "Source | TunedSource") -> Rejecter | None:
         """From training rows alone; its threshold from validation rows, or from a part of the training rows."""
         rows = reject.share_rows(self.train, self.val, self.recipe.split_seed)
-        channels = CHANNELS[self.recipe.freeze_to]
+        channels = CHANNELS[self.architecture.end]
         return reject.fit(source, self.splits.data.labels, rows, channels, self.recipe.flips)
 
     def result(
@@ -228,6 +246,15 @@ class Stage:
             claimed=claimed,
         )
 
+    def assembled(self, head: nn.Sequential) -> "torchvision.models.VGG":
+        """The network that ships: a plain VGG16 with the head's classifier, trained blocks put where they came from."""
+        head.cpu()
+        if not isinstance(head, heads.TunedHead):
+            return self.model(head)
+        model = self.model(head.classifier)
+        model.load_state_dict({**model.state_dict(), **heads.folded(head)})
+        return model
+
     def save(
         self, folder: Path, head: nn.Sequential, scaled: Standardiser, found: Found, result: results.RunResult
     ) -> None:
@@ -243,10 +270,25 @@ class Stage:
         }
         results.save_result(folder, result)
         write_report(folder, result)
-        model, classes = self.model(head.cpu()), self.splits.data.classes
+        model, classes = self.assembled(head), self.splits.data.classes
         whole = Classifier(model, self.architecture, classes, found.temperature, facts, rejecter=found.rejecter)
         whole.save(folder / "model")
         write_model_card(folder / "model", result)
+
+
+class TunedSource:
+    """Features behind the trained blocks, for the Rejecter: what the bundle will hand to its classifier."""
+
+    def __init__(self, source: Source, head: heads.TunedHead) -> None:
+        self.source, self.head, self.standardise = source, head.eval(), Standardiser()
+
+    def batches(self, order: training.Rows, batch_size: int, views: training.Views | None) -> Iterator[torch.Tensor]:
+        """(b, D) float32; see `training.Source`."""
+        device = next(self.head.parameters()).device
+        for x in self.source.batches(order, batch_size, views):
+            with torch.inference_mode():
+                found = self.head.tuned(x.to(device)).cpu()
+            yield found
 
 
 def open_trunk(model: "torchvision.models.VGG", spec: FeatureSpec, device: torch.device) -> features.Trunk:

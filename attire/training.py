@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from attire import files
+from attire import augment, files, heads
 from attire.errors import AttireError, AttireWarning, Stopped
 from attire.recipes import Recipe
 
@@ -31,13 +32,14 @@ KEPT_CHECKPOINTS = 2  # the newest, and the one to fall back on
 WARM_UP = 0.1  # share of the steps of a cosine schedule that rise to the full learning rate
 
 Rows = NDArray[np.int64]
+Views = NDArray[np.bool_] | NDArray[np.int64]
 
 
 class Source(Protocol):
     """Where feature rows come from: the cache, or the trunk on the fly."""
 
-    def batches(self, order: Rows, batch_size: int, views: NDArray[np.bool_] | None) -> Iterator[Tensor]:
-        """Feature rows (b, D) float in this order; where `views` is true the row of the mirrored picture."""
+    def batches(self, order: Rows, batch_size: int, views: Views | None) -> Iterator[Tensor]:
+        """Feature rows (b, D) float in this order, each of its view: 0 the picture, 1 mirrored, then shifted ones."""
 
 
 @dataclass(frozen=True)
@@ -82,21 +84,24 @@ def fit(
     same thread count). Ctrl-C and SIGTERM end it with a checkpoint and `Stopped`. Only the classifier's parameters
     are given to Adam; `labels` is (N,) over all rows of the source.
     """
-    optimiser = make_optimiser(classifier, recipe)
-    state = resume(classifier, optimiser, folder)
+    optimiser, average = make_optimiser(classifier, recipe), make_average(classifier, recipe)
+    state = resume(classifier, optimiser, folder, average)
     with stop_requests() as stop:
         while state.epoch < recipe.epochs:
-            before = {} if state.history else digests(classifier)
-            run_epoch(
-                classifier, optimiser, source, torch.from_numpy(labels), train, recipe, state, folder, stop, report
-            )
-            if before and not state.resumed:
+            heads.set_phase(classifier, state.epoch < recipe.probe_epochs)
+            first = state.epoch in (0, recipe.probe_epochs) and not state.resumed
+            before = digests(classifier) if first else {}
+            targets = torch.from_numpy(labels)
+            run_epoch(classifier, optimiser, source, targets, train, recipe, state, folder, stop, report, average)
+            if before:
                 check_all_changed(before, classifier)
-            end_epoch(classifier, source, torch.from_numpy(labels), val, state, len(train))
-            save_checkpoint(classifier, optimiser, state, folder)
+            end_epoch(measured(classifier, average), source, targets, val, state, len(train))
+            save_checkpoint(classifier, optimiser, state, folder, average)
             write_history(folder.parent / "history.csv", state.history)
             report(state, 0, len(train))
     check_loss_fell(state.history)
+    if measured(classifier, average) is not classifier:
+        classifier.load_state_dict(measured(classifier, average).state_dict())
     optimiser.zero_grad(set_to_none=True)
     classifier.eval()
     return state.history
@@ -113,9 +118,10 @@ def run_epoch(
     folder: Path,
     stop: list[int],
     report: Report,
+    average: AveragedModel | None = None,
 ) -> None:
     """The steps of one epoch that are still to do, each followed by a look at the clock and at `stop`."""
-    classifier.train()
+    heads.set_phase(classifier, state.epoch < recipe.probe_epochs)
     order, mirrored = epoch_order(train, recipe, state.epoch)
     steps = math.ceil(len(train) / recipe.batch_size)
     position = state.step * recipe.batch_size
@@ -123,17 +129,20 @@ def run_epoch(
     device = next(classifier.parameters()).device
     start, saved = time.perf_counter() - state.seconds, time.perf_counter()
     for x in source.batches(order[position:], recipe.batch_size, views):
-        set_learning_rate(optimiser, recipe, state.epoch * steps + state.step, recipe.epochs * steps)
+        set_learning_rate(optimiser, recipe, state.epoch * steps + state.step, steps)
         y = targets[order[position : position + len(x)]].to(device)
-        loss = train_step(classifier, optimiser, x.to(device), y, recipe.label_smoothing)
+        x, target = augment.augment(x.to(device), y, recipe, state.epoch, state.step)
+        loss = train_step(classifier, optimiser, x, target, recipe)
+        if average is not None and state.epoch >= recipe.probe_epochs:
+            average.update_parameters(classifier)
         if state.epoch == state.step == 0:
-            check_first_loss(loss, classes_of(classifier))
+            check_first_loss(loss, heads.classes_of(classifier))
         position, state.step = position + len(x), state.step + 1
         state.loss_sum += loss * len(x)
         state.seconds = time.perf_counter() - start
         report(state, position, len(train))
         if stop or time.perf_counter() - saved > CHECKPOINT_SECONDS:
-            save_checkpoint(classifier, optimiser, state, folder)
+            save_checkpoint(classifier, optimiser, state, folder, average)
             saved = time.perf_counter()
         if stop:
             raise Stopped(folder.parent, f"stopped in epoch {state.epoch + 1} after step {state.step} of {steps}")
@@ -142,33 +151,63 @@ def run_epoch(
 
 
 def make_optimiser(classifier: nn.Module, recipe: Recipe) -> torch.optim.Adam:
-    """Adam over the classifier's weights only; AdamW's decoupled decay where the recipe asks for decay."""
-    parameters = list(classifier.parameters())
+    """Adam over what is trained only; AdamW's decoupled decay where the recipe asks for decay."""
+    parameters = heads.parameter_groups(classifier, recipe.block_lr)
     if recipe.weight_decay:
         return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     return torch.optim.Adam(parameters, lr=recipe.lr, fused=True)
 
 
-def train_step(classifier: nn.Module, optimiser: torch.optim.Adam, x: Tensor, y: Tensor, smoothing: float) -> float:
+def make_average(classifier: nn.Module, recipe: Recipe) -> AveragedModel | None:
+    """The exponential moving average of weights and batch statistics, where the recipe asks for one."""
+    if not recipe.ema:
+        return None
+    moving = get_ema_multi_avg_fn(recipe.ema)  # type: ignore[no-untyped-call]
+    return AveragedModel(classifier, multi_avg_fn=moving, use_buffers=True)
+
+
+def measured(classifier: nn.Sequential, average: AveragedModel | None) -> nn.Sequential:
+    """What validation sees and what ships: the average, once it holds something."""
+    if average is None or not int(average.n_averaged):
+        return classifier
+    return cast(nn.Sequential, average.module)
+
+
+def train_step(
+    classifier: nn.Module, optimiser: torch.optim.Adam, x: Tensor, target: augment.Target, recipe: Recipe
+) -> float:
     optimiser.zero_grad(set_to_none=True)
-    loss = F.cross_entropy(classifier(x), y, label_smoothing=smoothing)
+    logits, smoothing = classifier(x), recipe.label_smoothing
+    loss = F.cross_entropy(logits, target.labels, label_smoothing=smoothing)
+    if target.others is not None:
+        rest = F.cross_entropy(logits, target.others, label_smoothing=smoothing)
+        loss = target.share * loss + (1 - target.share) * rest
     torch.autograd.backward(loss)
+    if recipe.clip:
+        nn.utils.clip_grad_norm_(classifier.parameters(), recipe.clip)
     optimiser.step()
     return loss.item()
 
 
-def epoch_order(train: Rows, recipe: Recipe, epoch: int) -> tuple[Rows, NDArray[np.bool_] | None]:
-    """A permutation of the training rows, and which of them are mirrored, from the seed and the epoch alone."""
+def epoch_order(train: Rows, recipe: Recipe, epoch: int) -> tuple[Rows, Views | None]:
+    """A permutation of the training rows, and the view of each, from the seed and the epoch alone."""
     rng = np.random.default_rng([recipe.seed, epoch])
     order = rng.permutation(train)
     if not np.array_equal(np.sort(order), np.sort(train)):
         raise AttireError("training", "an epoch's order does not hold each row once")
+    if recipe.shifts:
+        return order, rng.integers(0, (1 + recipe.flips) * (1 + recipe.shifts), len(order))
     return order, rng.random(len(order)) < 0.5 if recipe.flips else None
 
 
-def set_learning_rate(optimiser: torch.optim.Adam, recipe: Recipe, step: int, total: int) -> None:
+def set_learning_rate(optimiser: torch.optim.Adam, recipe: Recipe, step: int, steps: int) -> None:
+    """The schedule runs over the epochs after the probe, which has the full rate; steps: in an epoch."""
+    probe = recipe.probe_epochs * steps
+    factor = 1.0
+    if step >= probe:
+        factor = learning_rate_factor(recipe.schedule, step - probe, recipe.epochs * steps - probe)
     for group in optimiser.param_groups:
-        group["lr"] = recipe.lr * learning_rate_factor(recipe.schedule, step, total)
+        group["lr"] = recipe.lr * group["scale"] * factor
 
 
 def learning_rate_factor(schedule: str, step: int, total: int) -> float:
@@ -219,13 +258,14 @@ def digests(classifier: nn.Module) -> dict[str, str]:
     return {
         name: files.sha256(parameter.detach().cpu().numpy().tobytes())
         for name, parameter in classifier.named_parameters()
+        if parameter.requires_grad
     }
 
 
 def check_all_changed(before: dict[str, str], classifier: nn.Module) -> None:
     after = digests(classifier)
     for name, parameter in classifier.named_parameters():
-        if before[name] == after[name]:
+        if name in before and before[name] == after[name]:
             raise AttireError("training", f"classifier.{name} did not change in an epoch; it is not being trained")
         if not torch.isfinite(parameter).all():
             raise AttireError("training", f"classifier.{name} is no longer finite", do="lower --lr")
@@ -258,12 +298,20 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def save_checkpoint(classifier: nn.Module, optimiser: torch.optim.Adam, state: State, folder: Path) -> None:
+def save_checkpoint(
+    classifier: nn.Module,
+    optimiser: torch.optim.Adam,
+    state: State,
+    folder: Path,
+    average: AveragedModel | None = None,
+) -> None:
     """One .npz: weights, Adam's moments, the random state, the rest as JSON; then the SHA-256 of all that.
 
     Array by array, so that 315 MB of `classic` are never copied whole.
     """
     arrays = {f"classifier.{name}": value for name, value in classifier.state_dict().items()}
+    if average is not None:
+        arrays |= {f"average.{name}": value for name, value in average.state_dict().items()}
     for i, moments in optimiser.state_dict()["state"].items():
         arrays |= {f"adam.{i}.{name}": torch.as_tensor(value) for name, value in moments.items()}
     arrays["random.cpu"] = torch.get_rng_state()
@@ -285,7 +333,9 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("*.ckpt") if re.fullmatch(r"epoch-\d+-step-\d+\.ckpt", p.name)), reverse=True)
 
 
-def resume(classifier: nn.Module, optimiser: torch.optim.Adam, folder: Path) -> State:
+def resume(
+    classifier: nn.Module, optimiser: torch.optim.Adam, folder: Path, average: AveragedModel | None = None
+) -> State:
     """Restore the newest sound checkpoint; a damaged one is passed over with a warning. A fresh state without any."""
     for path in checkpoints(folder):
         try:
@@ -293,7 +343,7 @@ def resume(classifier: nn.Module, optimiser: torch.optim.Adam, folder: Path) -> 
         except AttireError as error:
             warnings.warn(f"{error}; going on from the one before", AttireWarning, stacklevel=3)
             continue
-        restore(classifier, optimiser, tensors, path)
+        restore(classifier, optimiser, tensors, path, average)
         return state
     return State()
 
@@ -320,13 +370,21 @@ def read_checkpoint(path: Path) -> tuple[State, dict[str, Tensor]]:
         raise AttireError(path, "not an Attire checkpoint", str(error)[:80]) from error
 
 
-def restore(classifier: nn.Module, optimiser: torch.optim.Adam, tensors: dict[str, Tensor], path: Path) -> None:
+def restore(
+    classifier: nn.Module,
+    optimiser: torch.optim.Adam,
+    tensors: dict[str, Tensor],
+    path: Path,
+    average: AveragedModel | None,
+) -> None:
     """Put weights, moments and the random state back. Raises AttireError where one does not fit the classifier."""
     wanted = {f"classifier.{name}": value for name, value in classifier.state_dict().items()}
+    if average is not None:
+        wanted |= {f"average.{name}": value for name, value in average.state_dict().items()}
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         kind, _, rest = name.partition(".")
-        if kind == "classifier" and (name not in wanted or wanted[name].shape != value.shape):
+        if kind in ("classifier", "average") and (name not in wanted or wanted[name].shape != value.shape):
             raise AttireError(
                 path, f"{name} does not fit the recipe's classifier", do="resume with the run's own recipe"
             )
@@ -335,7 +393,10 @@ def restore(classifier: nn.Module, optimiser: torch.optim.Adam, tensors: dict[st
             moments.setdefault(int(index), {})[moment] = value
     if missing := sorted(set(wanted) - set(tensors)):
         raise AttireError(path, f"{missing[0]} is missing", do="resume with the run's own recipe")
-    classifier.load_state_dict({name.removeprefix("classifier."): tensors[name] for name in wanted})
+    for kind, module in (("classifier.", classifier), ("average.", average)):
+        if module is not None:
+            own = {name.removeprefix(kind): tensors[name] for name in wanted if name.startswith(kind)}
+            module.load_state_dict(own)
     optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors:
@@ -348,9 +409,3 @@ def write_history(path: Path, history: list[Epoch]) -> None:
     writer.writeheader()
     writer.writerows(asdict(epoch) for epoch in history)
     files.write_text(path, text.getvalue())
-
-
-def classes_of(classifier: nn.Sequential) -> int:
-    last = classifier[-1]
-    assert isinstance(last, nn.Linear)
-    return last.out_features

@@ -64,7 +64,7 @@ def test_a_recipe_survives_its_json(name: str) -> None:
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        ({"epoch": 3}, "c.json: unknown recipe field 'epoch'; the fields are backend, batch_size"),
+        ({"epoch": 3}, "c.json: unknown recipe field 'epoch'; the fields are backend, batch_norm"),
         ({"epochs": "3"}, "c.json: epochs: expected int, found '3'"),
         ({"flips": 1}, "c.json: flips: expected bool, found 1"),
         ({"epochs": True}, "c.json: epochs: expected int, found True"),

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -170,9 +171,9 @@ def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
 def test_a_long_epoch_is_saved_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved, save = [], training.save_checkpoint
 
-    def noting(head: nn.Module, optimiser: torch.optim.Adam, state: State, folder: Path) -> None:
+    def noting(head: nn.Module, optimiser: torch.optim.Adam, state: State, folder: Path, *average: Any) -> None:
         saved.append((state.epoch, state.step))
-        save(head, optimiser, state, folder)
+        save(head, optimiser, state, folder, *average)
 
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(training, "save_checkpoint", noting)

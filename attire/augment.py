@@ -1,0 +1,69 @@
+"""What happens to a batch of feature maps before a training step: random erasing, CutMix. Drawn from seed and step."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from attire.recipes import Recipe
+
+ERASED = (0.02, 0.25)  # share of the map, uniform; the paper goes to 0.4 on pictures of 32 px
+ASPECT = (0.3, 3.3)  # height over width, uniform in the logarithm
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a batch is to be answered: labels (b,); of a mixed one `share` of each row, and `others` for the rest."""
+
+    labels: Tensor
+    others: Tensor | None = None
+    share: float = 1.0
+
+
+def augment(x: Tensor, labels: Tensor, recipe: Recipe, epoch: int, step: int) -> tuple[Tensor, Target]:
+    """Rows (b, D) as the recipe wants them in this step, changed in place, and their targets."""
+    if not (recipe.erase or recipe.cutmix):
+        return x, Target(labels)
+    rng = np.random.default_rng([recipe.seed, epoch, step, 1])
+    maps = x.view(len(x), *recipe.map_shape)
+    if recipe.erase:
+        erase(maps, recipe.erase, rng)
+    if len(x) < 2 or rng.random() >= recipe.cutmix:
+        return x, Target(labels)
+    return x, cutmix(maps, labels, rng)
+
+
+def erase(maps: Tensor, probability: float, rng: np.random.Generator) -> None:
+    """Random erasing (Zhong et al. 2017): a rectangle of (b, C, H, W) becomes 0 with this probability, in place."""
+    count, side = len(maps), maps.shape[-1]
+    area = rng.uniform(*ERASED, count) * side * side
+    aspect = np.exp(rng.uniform(np.log(ASPECT[0]), np.log(ASPECT[1]), count))
+    heights, widths = np.sqrt(area * aspect), np.sqrt(area / aspect)
+    mask = boxes(heights, widths, side, rng) & (rng.random(count) < probability)[:, None, None]
+    maps.masked_fill_(torch.from_numpy(mask)[:, None].to(maps.device), 0)
+
+
+def boxes(
+    heights: NDArray[np.float64], widths: NDArray[np.float64], side: int, rng: np.random.Generator
+) -> NDArray[np.bool_]:
+    """(b, side, side): true inside one rectangle each, rounded to at least one cell, at a uniform place."""
+    inside = []
+    for length in (heights, widths):
+        cells = np.clip(np.round(length), 1, side)
+        start = np.floor(rng.random(len(cells)) * (side - cells + 1))
+        at = np.arange(side)[None]
+        inside.append((at >= start[:, None]) & (at < (start + cells)[:, None]))
+    return inside[0][:, :, None] & inside[1][:, None, :]
+
+
+def cutmix(maps: Tensor, labels: Tensor, rng: np.random.Generator) -> Target:
+    """CutMix (Yun et al. 2019, alpha 1): one rectangle of each map is another row's, in place."""
+    order = torch.from_numpy(rng.permutation(len(maps))).to(maps.device)
+    length = np.array([np.sqrt(1 - rng.random()) * maps.shape[-1]])
+    mask = torch.from_numpy(boxes(length, length, maps.shape[-1], rng)[0])
+    rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+    top, bottom, left, right = (int(v) for v in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
+    maps[:, :, top:bottom, left:right] = maps[order, :, top:bottom, left:right]
+    return Target(labels, labels[order], 1 - float(mask.float().mean()))

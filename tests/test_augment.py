@@ -1,0 +1,55 @@
+"""Erased rectangles, mixed batches, and the same ones again from the same seed and step."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from attire.augment import augment, boxes, cutmix, erase
+from attire.recipes import FAST
+
+RECIPE = replace(FAST, erase=0.5, cutmix=1.0)
+
+
+def test_without_settings_nothing_happens() -> None:
+    x = torch.ones(4, 12)
+    found, target = augment(x, torch.arange(4), FAST, 0, 0)
+    assert found is x
+    assert (target.others, target.share) == (None, 1.0)
+
+
+def test_the_same_step_is_augmented_the_same_and_another_is_not() -> None:
+    def made(step: int) -> torch.Tensor:
+        x = torch.arange(8.0)[:, None].repeat(1, 4096) + 1
+        return augment(x, torch.arange(8), RECIPE, 2, step)[0]
+
+    assert torch.equal(made(3), made(3))
+    assert not torch.equal(made(3), made(4))
+
+
+def test_erasing_empties_one_rectangle_of_every_channel() -> None:
+    maps = torch.ones(200, 3, 8, 8)
+    erase(maps, 0.5, np.random.default_rng(0))
+    hit = (maps == 0).any(1).flatten(1).any(1)
+    assert 70 < int(hit.sum()) < 130
+    for one in maps[hit]:
+        empty = (one == 0).all(0)
+        assert torch.equal(empty, (one == 0).any(0))
+        assert int(empty.sum()) == int(empty.any(1).sum()) * int(empty.any(0).sum())
+
+
+def test_boxes_have_the_size_asked_for_and_stay_inside() -> None:
+    found = boxes(np.full(100, 3.0), np.full(100, 2.0), 5, np.random.default_rng(0))
+    assert (found.sum((1, 2)) == 6).all()
+    assert found.any(0).all()
+
+
+def test_cutmix_takes_a_rectangle_of_another_row_and_weighs_labels_by_area() -> None:
+    maps = torch.arange(6.0)[:, None, None, None].repeat(1, 2, 8, 8)
+    target = cutmix(maps, torch.arange(6), np.random.default_rng(1))
+    assert target.others is not None
+    for row in range(6):
+        own = float((maps[row] == row).float().mean())
+        other = int(target.others[row])
+        assert own == (1.0 if other == row else target.share)
+        assert float((maps[row] == other).float().mean()) == (1.0 if other == row else 1 - target.share)
