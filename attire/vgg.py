@@ -137,6 +137,4 @@ class Trunk(nn.Module):
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`function` of pictures (n, 3, S, S), which get here the device, type and layout that `features` wants."""
         x = x.to(self.device, self.dtype, memory_format=torch.channels_last)
-        if self.device.type != "cpu":
-            return function(x)
-        return cores.side_by_side(function, x) if self.fast else cores.in_turn(function, x)
+        return cores.side_by_side(function, x) if self.fast else function(x)

@@ -117,7 +117,8 @@ def trunks(block: str, size: int, images: int) -> None:
     product, operations = matrix_product()
     variants: dict[str, Callable[[Tensor], Tensor]] = {
         "direct": direct,
-        "whole batches": lambda x: direct.features(x).flatten(1),  # not cut into small ones
+        "in small ones": lambda x: cores.in_turn(direct.features, x).flatten(1),
+        "a core each": lambda x: cores.side_by_side(direct.features, x).flatten(1),
         "winograd 2x2": lambda x: cores.side_by_side(small, x).flatten(1),
         "one by one": lambda x: cores.in_turn(quick.features, x).flatten(1),  # winograd 4x4, all cores on each part
         "winograd 4x4": quick,
