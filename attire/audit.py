@@ -203,8 +203,9 @@ def feature_blocks(parts: Mapping[str, ImageDataset], device: torch.device, watc
     """Plain features of all parts, as recipe `fast` has them: after a run of it nothing is extracted."""
     weights = fetch.vgg16_weights(progress=watcher.advance)
     precision = devices.choose_precision(FAST.precision, device)
+    backend = devices.choose_backend(FAST.backend, precision, device)
     digest = tensor_digest(read_weights(weights))
-    spec = FeatureSpec(FAST.freeze_to, FAST.image_size, FAST.pool, digest, precision, backend=FAST.backend)
+    spec = FeatureSpec(FAST.freeze_to, FAST.image_size, FAST.pool, digest, precision, backend=backend)
 
     def load_trunk() -> features.Trunk:
         return open_trunk(vgg.vgg16(weights, spec.freeze_to, spec.pool, nn.Sequential()), spec, device)

@@ -5,21 +5,23 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
-from attire import files
+from attire import cores, files, winograd
 from attire.errors import AttireError, UsageError
 
 Precision = Literal["fp32", "bf16"]
 DEVICES = ("auto", "cpu", "cuda", "mps")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h, see mallopt(3)
 PRECISIONS = ("auto", "fp32", "bf16")
+WINOGRAD = "torch-winograd"  # the backend of a cache entry whose convolutions are `winograd`'s
+WORTH = 1.2  # times as fast as direct: that layer gains more than those before it, which have fewer channels
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -41,8 +43,7 @@ def choose_precision(name: str = "auto", device: torch.device | None = None) -> 
     """The faster of fp32 and bf16 for convolutions on this device.
 
     On a CPU the instruction set does not settle it: processors with AVX512_BF16 were measured to run bf16 twice as
-    fast as fp32 (one kind) and half as fast (another). So both are timed once, on one VGG16 layer, and the answer
-    is kept in the cache folder under the processor's name.
+    fast as fp32 (one kind) and half as fast (another). So it is measured.
     """
     if name in ("fp32", "bf16"):
         return cast(Precision, name)
@@ -53,7 +54,16 @@ def choose_precision(name: str = "auto", device: torch.device | None = None) -> 
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     if device.type != "cpu" or not has_bf16():
         return "fp32"
-    return measured_precision(files.cache_dir() / "precision.json")
+    seconds = measured_seconds(("direct", "winograd", "bf16"))
+    return "bf16" if seconds["bf16"] < min(seconds["direct"], seconds["winograd"]) else "fp32"
+
+
+def choose_backend(name: str, precision: str, device: torch.device) -> str:
+    """What a cache entry is made by: `torch`, or on a CPU in fp32 Winograd's convolutions where they pay."""
+    if name != "torch" or precision != "fp32" or device.type != "cpu":
+        return name
+    seconds = measured_seconds(("direct", "winograd"))
+    return WINOGRAD if WORTH * seconds["winograd"] < seconds["direct"] else name
 
 
 def has_bf16() -> bool:
@@ -61,30 +71,40 @@ def has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def measured_precision(path: Path) -> Precision:
-    here = f"{processor()}, torch {torch.__version__}"
-    known: dict[str, object] = {}
+def measured_seconds(kinds: Sequence[str]) -> dict[str, float]:
+    """What one VGG16 layer takes by each kind of convolution: measured once, then kept in the cache folder under the
+    processor's name."""
+    path = files.cache_dir() / "convolutions.json"
+    here = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    known: dict[str, Any] = {}
     if path.exists():
-        try:
+        with suppress(AttireError):  # only a note of a measurement that takes a second: it is made again
             known = files.read_json(path)
-        except AttireError:
-            known = {}  # only a note of a measurement that takes a second: make it again
-    answer = known.get(here)
-    if answer not in ("fp32", "bf16"):
-        answer = "bf16" if seconds_per_layer(torch.bfloat16) < seconds_per_layer(torch.float32) else "fp32"
-        files.write_json(path, {**known, here: answer})
-    return "bf16" if answer == "bf16" else "fp32"
+    kept = known.get(here)
+    found = {k: v for k, v in kept.items() if isinstance(v, float) and v > 0} if isinstance(kept, dict) else {}
+    if missing := [kind for kind in kinds if kind not in found]:
+        found |= {kind: seconds_per_layer(kind) for kind in missing}
+        files.write_json(path, {**known, here: found})
+    return found
 
 
-def seconds_per_layer(dtype: torch.dtype) -> float:
-    """The fastest of five passes of a 128-channel VGG16 layer over a (8, 128, 56, 56) input."""
-    layer = nn.Conv2d(128, 128, 3, padding=1).to(dtype).to(memory_format=torch.channels_last)
-    x = torch.ones(8, 128, 56, 56, dtype=dtype).contiguous(memory_format=torch.channels_last)
+def seconds_per_layer(kind: str) -> float:
+    """The fastest of five passes of a 128-channel VGG16 layer and its ReLU over pictures of 56 px, four a core.
+
+    kind: direct or winograd, in fp32, or bf16.
+    """
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    convolution = nn.Conv2d(128, 128, 3, padding=1).to(dtype).to(memory_format=torch.channels_last)
+    layer: nn.Module = nn.Sequential(convolution, nn.ReLU(inplace=True))
+    if kind == "winograd":
+        layer = winograd.Convolution(convolution, pool=False)
+    count = cores.LEAST * torch.get_num_threads()
+    x = torch.ones(count, 128, 56, 56, dtype=dtype).contiguous(memory_format=torch.channels_last)
     times = []
     with torch.inference_mode():
         for _ in range(6):
             start = time.perf_counter()
-            layer(x)
+            cores.side_by_side(layer, x) if kind == "winograd" else layer(x)
             times.append(time.perf_counter() - start)
     return min(times[1:])
 

@@ -90,6 +90,7 @@ def bundle_features(classifier: Classifier, data: ImageDataset, backend: str, wa
     whole = {f"features.{name}": value for name, value in tensors.items()}
     digest = classifier.facts.get("trunk", "") or files.sha256(b"".join(v.tobytes() for v in whole.values()))
     precision = devices.choose_precision("auto", classifier.device) if backend == "torch" else "int8"
+    backend = devices.choose_backend(backend, precision, classifier.device)
     spec = FeatureSpec(about.freeze_to, about.image_size, about.pool, digest, precision, backend=backend)
 
     def load_trunk() -> features.Trunk:

@@ -92,8 +92,9 @@ class Stage:
         widths = (*widths[:2], 0 if recipe.train_blocks else recipe.pool)
         int8 = recipe.backend != "torch"
         precision = "int8" if int8 else devices.choose_precision(recipe.precision, device)
+        backend = devices.choose_backend(recipe.backend, precision, device)
         self.digest = tensor_digest(read_weights(self.weights))
-        self.spec = FeatureSpec(*widths, self.digest, precision, backend=recipe.backend)
+        self.spec = FeatureSpec(*widths, self.digest, precision, backend=backend)
 
     def describe_data(self) -> dict[str, Any]:
         rows = {"train": len(self.train), "val": len(self.val), "test": len(self.splits.test_rows)}
@@ -293,8 +294,8 @@ class TunedSource:
 
 def open_trunk(model: "torchvision.models.VGG", spec: FeatureSpec, device: torch.device) -> features.Trunk:
     """The frozen part of a model as the function that extraction calls, on the backend that the spec names."""
-    if spec.backend == "torch":
-        return vgg.Trunk(model, device, spec.precision)
+    if spec.backend in ("torch", devices.WINOGRAD):
+        return vgg.Trunk(model, device, spec.precision, spec.backend == devices.WINOGRAD)
     from attire.quantised import CALIBRATION_IMAGES, Int8Trunk  # an optional extra, imported only where it is used
 
     name = f"{spec.freeze_to}-{spec.image_size}-{spec.pool}-{spec.weights[:8]}"

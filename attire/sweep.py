@@ -64,7 +64,9 @@ class TapTrunk(nn.Module):
         self.trunk, self.taps = trunk, tuple(taps)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.trunk.device, self.trunk.dtype, memory_format=torch.channels_last)
+        return self.trunk.spread(self.tapped, x)
+
+    def tapped(self, x: Tensor) -> Tensor:
         found, end = {}, 0
         for boundary in sorted({boundary for boundary, _ in self.taps}, key=lambda name: BLOCKS[name]):
             x = self.trunk.features[end : BLOCKS[boundary]](x)
@@ -217,7 +219,9 @@ class Bench:
         weights = fetch.vgg16_weights(progress=watcher.advance)
         self.weights = tensor_digest(read_weights(weights))
         self.precision = devices.choose_precision("auto", device)
-        self.trunk = vgg.Trunk(vgg.vgg16(weights, self.boundaries[-1], 0, nn.Sequential()), device, self.precision)
+        self.backend = devices.choose_backend("torch", self.precision, device)
+        model = vgg.vgg16(weights, self.boundaries[-1], 0, nn.Sequential())
+        self.trunk = vgg.Trunk(model, device, self.precision, self.backend == devices.WINOGRAD)
 
     def taps(self, size: int) -> tuple[tuple[str, int], ...]:
         """Boundaries that this size reaches, each with the sides its map is averaged to, the whole map among them."""
@@ -233,7 +237,7 @@ class Bench:
         """All cells of one size: extract once (a stopped extraction goes on), then a classifier for each tap."""
         taps = self.taps(size)
         where = "+".join(self.boundaries)
-        spec = TapSpec(where, size, 0, self.weights, self.precision, VIEWS[background], taps=taps)
+        spec = TapSpec(where, size, 0, self.weights, self.precision, VIEWS[background], backend=self.backend, taps=taps)
         stage = f"{size} px, {background}"
 
         def progress(done: int, total: int) -> None:

@@ -1,6 +1,6 @@
 """VGG16's convolutions with torchvision's names, its blocks as freeze boundaries, and the one preprocessing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from attire import cores, winograd
 from attire.blocks import BLOCKS
 from attire.errors import AttireError
 from attire.weights import SHAPES
@@ -115,17 +116,25 @@ def freeze(trunk: nn.Module) -> None:
 
 
 class Trunk(nn.Module):
-    """`features`, `avgpool` and flatten of a frozen VGG16, on its device and in its precision.
+    """`features`, `avgpool` and flatten of a frozen VGG16, on its device and in its precision; no gradients.
 
-    (n, 3, S, S) normalised pictures to (n, D) float32 features in torchvision's C, H, W order.
+    (n, 3, S, S) normalised pictures to (n, D) float32 features in torchvision's C, H, W order. fast: by Winograd's
+    convolutions, float32 on the CPU only.
     """
 
-    def __init__(self, model: "torchvision.models.VGG", device: torch.device, precision: str) -> None:
+    def __init__(
+        self, model: "torchvision.models.VGG", device: torch.device, precision: str, fast: bool = False
+    ) -> None:
         super().__init__()
         self.device, self.dtype = device, torch.bfloat16 if precision == "bf16" else torch.float32
-        self.features = model.features.to(device, self.dtype, memory_format=torch.channels_last)
-        self.avgpool = model.avgpool
+        features = model.features.to(device, self.dtype, memory_format=torch.channels_last)
+        self.features = winograd.accelerate(features) if fast else features
+        self.avgpool, self.fast = model.avgpool, fast
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.spread(lambda part: self.avgpool(self.features(part).float()).flatten(1), x)
+
+    def spread(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`function` of pictures (n, 3, S, S), which get here the device, type and layout that `features` wants."""
         x = x.to(self.device, self.dtype, memory_format=torch.channels_last)
-        return cast(Tensor, self.avgpool(self.features(x).float()).flatten(1))
+        return cores.side_by_side(function, x) if self.fast else function(x)

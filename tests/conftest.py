@@ -29,8 +29,8 @@ def cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
         folder.mkdir()
         for part in ("data", "weights"):
             (folder / part).symlink_to(cache_dir() / part)
-        if (cache_dir() / "precision.json").exists():
-            shutil.copy(cache_dir() / "precision.json", folder)
+        if (cache_dir() / "convolutions.json").exists():
+            shutil.copy(cache_dir() / "convolutions.json", folder)
     monkeypatch.setenv("ATTIRE_CACHE", str(folder))
     return folder
 

@@ -1,6 +1,7 @@
 """The device is taken at its word or found; the precision is measured once and remembered."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,37 +41,70 @@ def test_a_precision_that_is_asked_for_is_taken() -> None:
 def test_a_processor_without_bf16_is_not_measured(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(devices, "has_bf16", lambda: False)
     assert devices.choose_precision("auto", CPU) == "fp32"
-    assert not (cache / "precision.json").exists()
+    assert not (cache / "convolutions.json").exists()
 
 
-@pytest.mark.parametrize(("bf16", "answer"), [(1.0, "bf16"), (3.0, "fp32")])
-def test_the_faster_precision_is_measured_once(
-    bf16: float, answer: str, monkeypatch: pytest.MonkeyPatch, cache: Path
+Timed = Callable[..., list[str]]
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Timed:
+    """A processor with bf16 on which layers take these seconds; the list tells which were measured."""
+
+    def pretend(**seconds: float) -> list[str]:
+        calls: list[str] = []
+
+        def measure(kind: str) -> float:
+            calls.append(kind)
+            return seconds[kind]
+
+        monkeypatch.setattr(devices, "has_bf16", lambda: True)
+        monkeypatch.setattr(devices, "seconds_per_layer", measure)
+        return calls
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("direct", "quick", "bf16", "precision", "backend"),
+    [
+        (2.0, 1.0, 3.0, "fp32", "torch-winograd"),
+        (2.0, 1.0, 0.9, "bf16", "torch-winograd"),
+        (2.0, 1.0, 1.5, "fp32", "torch-winograd"),  # faster than direct fp32, not than Winograd's
+        (2.0, 1.9, 3.0, "fp32", "torch"),  # not worth it
+    ],
+)
+def test_the_fastest_convolution_is_measured_once(
+    direct: float, quick: float, bf16: float, precision: str, backend: str, timed: Timed, cache: Path
 ) -> None:
-    timed = []
-
-    def seconds(dtype: torch.dtype) -> float:
-        timed.append(dtype)
-        return bf16 if dtype == torch.bfloat16 else 2.0
-
-    monkeypatch.setattr(devices, "has_bf16", lambda: True)
-    monkeypatch.setattr(devices, "seconds_per_layer", seconds)
-    assert [devices.choose_precision("auto", CPU) for _ in range(3)] == [answer] * 3
-    assert len(timed) == 2
-    assert list(json.loads((cache / "precision.json").read_text()).values()) == [answer]
+    calls = timed(direct=direct, winograd=quick, bf16=bf16)
+    assert [devices.choose_precision("auto", CPU) for _ in range(3)] == [precision] * 3
+    assert [devices.choose_backend("torch", "fp32", CPU) for _ in range(3)] == [backend] * 3
+    assert calls == ["direct", "winograd", "bf16"]
+    kept = json.loads((cache / "convolutions.json").read_text())
+    assert list(kept.values()) == [{"direct": direct, "winograd": quick, "bf16": bf16}]
 
 
-def test_a_damaged_note_of_the_measurement_is_made_again(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    monkeypatch.setattr(devices, "has_bf16", lambda: True)
-    monkeypatch.setattr(devices, "seconds_per_layer", lambda dtype: 1.0 if dtype == torch.bfloat16 else 2.0)
+def test_only_fp32_on_a_cpu_has_another_convolution(timed: Timed) -> None:
+    calls = timed()
+    assert devices.choose_backend("openvino-int8", "int8", CPU) == "openvino-int8"
+    assert devices.choose_backend("torch", "bf16", CPU) == "torch"
+    assert devices.choose_backend("torch", "fp32", torch.device("cuda")) == "torch"
+    assert not calls
+
+
+def test_a_damaged_note_of_the_measurement_is_made_again(timed: Timed, cache: Path) -> None:
+    timed(direct=2.0, winograd=1.5, bf16=1.0)
     cache.mkdir(exist_ok=True)
-    for damaged in ("{", '{"x": 1}', json.dumps({f"{devices.processor()}, torch {torch.__version__}": "fp7"})):
-        (cache / "precision.json").write_text(damaged)
+    here = f"{devices.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    for damaged in ("{", '{"x": 1}', json.dumps({here: "fp7"}), json.dumps({here: {"bf16": -1.0, "direct": None}})):
+        (cache / "convolutions.json").write_text(damaged)
         assert devices.choose_precision("auto", CPU) == "bf16"
 
 
-def test_a_layer_takes_time() -> None:
-    assert devices.seconds_per_layer(torch.float32) > 0
+@pytest.mark.parametrize("kind", ["direct", "winograd"])
+def test_a_layer_takes_time(kind: str) -> None:
+    assert devices.seconds_per_layer(kind) > 0
 
 
 def test_the_environment_says_what_a_figure_depends_on() -> None:

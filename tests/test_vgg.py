@@ -67,16 +67,17 @@ def test_only_the_new_classifier_is_trainable(random_weights: Path) -> None:
     assert trainable == ["classifier.0.weight", "classifier.0.bias", "classifier.3.weight", "classifier.3.bias"]
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_cut_network_computes_what_the_whole_one_does(
-    block: str, random_weights: Path, random_tensors: Tensors, synthetic: ImageDataset
+    block: str, fast: bool, random_weights: Path, random_tensors: Tensors, synthetic: ImageDataset
 ) -> None:
     with torch.device("meta"):
         whole = torchvision.models.vgg16(weights=None).features
     state = {name.removeprefix("features."): torch.from_numpy(value) for name, value in random_tensors.items()}
     whole.load_state_dict(state, assign=True)
     pictures = vgg.preprocess(synthetic.images[:3], 32)
-    trunk = vgg.Trunk(vgg.vgg16(random_weights, block, 0, nn.Sequential()), CPU, "fp32")
+    trunk = vgg.Trunk(vgg.vgg16(random_weights, block, 0, nn.Sequential()), CPU, "fp32", fast)
     with torch.inference_mode():
         expected = whole[: BLOCKS[block]](pictures)
         found = trunk(pictures)

@@ -1,0 +1,56 @@
+"""A forward pass on every core: small batches that stay in the caches, each worked on by one thread."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from threading import Barrier
+
+import torch
+from torch import Tensor
+
+PIXELS = 2**16  # of a small batch: 64 pictures of 32 px, 16 of 64; what lies between two layers then takes 17 MB
+LEAST = 4  # pictures of a small batch, however large they are: deep layers are mostly weights
+
+
+def small_batch(x: Tensor) -> int:
+    """How many of the pictures (n, C, H, W) make a small batch."""
+    return max(LEAST, PIXELS // (x.shape[2] * x.shape[3]))
+
+
+def in_turn(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function` of all pictures (n, C, H, W), one small batch after the other, each on all cores."""
+    return torch.cat([function(part) for part in torch.split(x, small_batch(x))])
+
+
+def side_by_side(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function` of all pictures (n, C, H, W) without gradients, as many small batches at a time as torch has threads.
+
+    For functions of many short operations: the threads then wait for each other once, not after each operation.
+    """
+    threads = torch.get_num_threads()
+    parts = -(-len(x) // (small_batch(x) * threads)) * threads  # equal ones, so that no core is left over at the end
+    if threads == 1 or len(x) < max(parts, 1):
+        return in_turn(function, x)
+
+    def run(part: Tensor) -> Tensor:
+        with torch.no_grad():  # the mode of the calling thread is not that of this one
+            return function(part)
+
+    return torch.cat(list(workers(threads, os.getpid()).map(run, x.tensor_split(parts))))
+
+
+@cache
+def workers(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads whose operations use one core each. A forked process has none of its parent's: it gets its own."""
+    pool = ThreadPoolExecutor(threads, "attire-core")
+    met = Barrier(threads)
+
+    def start(_: int) -> None:
+        torch.set_num_threads(1)  # this thread's, and what other threads begin with
+        torch.get_num_threads()  # this thread has begun: without it, its first operation would begin it once more
+        met.wait()
+
+    list(pool.map(start, range(threads)))
+    torch.set_num_threads(threads)  # so that other threads begin with what this one has
+    return pool

@@ -1,0 +1,186 @@
+"""The trunk's convolutions, direct against Winograd's, layer by layer and whole, with the matrix limit of the same run.
+
+    python benchmarks/extraction.py                      every layer and trunk at 32, 64 and 224 px
+    python benchmarks/extraction.py --gradients          forward and backward of one layer, batch 128, instead
+
+Variants take turns in each round, the rate of a 2,048-square matrix product among them; medians, and the median and
+range of the ratios round by round. GFLOP/s are those of the direct convolution (2 x 9 x C x K for each output place),
+whatever it is computed by: what needs fewer can exceed the limit. Errors are relative norms against float64.
+"""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attire import cores, devices, features, fetch, vgg, winograd
+from attire.blocks import BLOCKS
+from attire.data import load_dataset
+
+ROUNDS = 7
+TRUNKS = (("block3", 32, 1024), ("block3", 64, 256), ("block5", 224, 16))
+GRADIENTS = ((64, 64, 32), (64, 128, 16), (128, 128, 16), (128, 256, 8), (256, 256, 8), (256, 512, 4), (512, 512, 4))
+Times = dict[str, list[float]]
+
+
+def alternate(variants: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> Times:
+    """Seconds of each variant in each round; the first round warms up."""
+    times: Times = {name: [] for name in variants}
+    for done in range(rounds + 1):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            if done:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def matrix_product() -> tuple[Callable[[], object], float]:
+    a, b, out = (torch.rand(2048, 2048) for _ in range(3))
+    return lambda: torch.mm(a, b, out=out), 2 * 2048**3
+
+
+def ratio(times: Times, name: str, base: str = "direct") -> str:
+    found = sorted(slow / fast for slow, fast in zip(times[base], times[name], strict=True))
+    return f"{statistics.median(found):5.2f} ({found[0]:.2f}-{found[-1]:.2f})"
+
+
+def rate(work: float, seconds: list[float]) -> float:
+    return work / statistics.median(seconds)
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def line(name: str, times: Times, work: float, images: int, told: str = "") -> None:
+    """work: floating-point operations of the direct convolution for all images."""
+    speed, giga = rate(images, times[name]), rate(work, times[name]) / 1e9
+    print(f"    {name:14} {speed:9.1f} images/s {giga:6.0f} GFLOP/s   x {ratio(times, name)}   {told}", flush=True)
+
+
+def layers(trunk: nn.Sequential, size: int, images: int) -> None:
+    """Every convolution with its ReLU and pooling, on as many random images as keep both cores busy."""
+    product, operations = matrix_product()
+    for i, layer in enumerate(trunk):
+        if not isinstance(layer, nn.Conv2d):
+            size //= 2 if isinstance(layer, nn.MaxPool2d) else 1
+            continue
+        pool = isinstance(trunk[i + 2], nn.MaxPool2d) if i + 2 < len(trunk) else False
+        x = torch.rand(images, layer.in_channels, size, size).contiguous(memory_format=torch.channels_last)
+        direct = trunk[i : i + 2 + pool]
+        variants: dict[str, Callable[[], object]] = {"product": product, "direct": lambda x=x, f=direct: f(x)}
+        exact = direct.double()(x[:1].double())
+        direct.float()
+        errors = {"direct": error(direct(x[:1]), exact)}
+        if layer.in_channels >= winograd.LEAST_CHANNELS:
+            for form, name in ((winograd.F2, "winograd 2x2"), (winograd.F4, "winograd 4x4")):
+                quick = winograd.Convolution(layer, pool, form)
+                errors[name] = error(quick(x[:1]), exact)
+                variants[name] = lambda x=x, f=quick: f(x)
+        times = alternate(variants)
+        limit = rate(operations, times["product"]) / 1e9
+        print(f"  {size} px, {layer.in_channels} to {layer.out_channels}, {images} images, limit {limit:.0f} GFLOP/s")
+        for name, found in errors.items():
+            line(name, times, flops(layer, size) * images, images, f"error {found:.0e}")
+
+
+def flops(layer: nn.Conv2d, size: int) -> float:
+    return 2.0 * 9 * layer.in_channels * layer.out_channels * size**2
+
+
+def trunk_flops(trunk: nn.Sequential, size: int) -> float:
+    total = 0.0
+    for layer in trunk:
+        total += flops(layer, size) if isinstance(layer, nn.Conv2d) else 0
+        size //= 2 if isinstance(layer, nn.MaxPool2d) else 1
+    return total
+
+
+def trunks(block: str, size: int, images: int) -> None:
+    """The whole trunk on real images, preprocessed before; batches as extraction makes them."""
+    cpu, weights = torch.device("cpu"), fetch.vgg16_weights()
+
+    def model() -> nn.Module:
+        return vgg.vgg16(weights, block, 0, nn.Sequential())
+
+    direct, quick = (vgg.Trunk(model(), cpu, "fp32", fast) for fast in (False, True))
+    small = winograd.accelerate(model().features.to(memory_format=torch.channels_last), winograd.F2)
+    pictures = vgg.preprocess(load_dataset(part="test").images[:images], size)
+    exact = model().features.double()(pictures[:4].double()).flatten(1)
+    batches = pictures.to(memory_format=torch.channels_last).split(features.batch_rows(size))
+    product, operations = matrix_product()
+    variants: dict[str, Callable[[Tensor], Tensor]] = {
+        "direct": direct,
+        "in small ones": lambda x: cores.in_turn(direct.features, x).flatten(1),
+        "a core each": lambda x: cores.side_by_side(direct.features, x).flatten(1),
+        "winograd 2x2": lambda x: cores.side_by_side(small, x).flatten(1),
+        "one by one": lambda x: cores.in_turn(quick.features, x).flatten(1),  # winograd 4x4, all cores on each part
+        "winograd 4x4": quick,
+    }
+    calls = {name: lambda f=f: [f(batch) for batch in batches] for name, f in variants.items()}
+    times = alternate({"product": product, **calls})
+    limit = rate(operations, times["product"]) / 1e9
+    print(f"{block} at {size} px, {images} images, limit {limit:.0f} GFLOP/s", flush=True)
+    for name, run in variants.items():
+        line(
+            name,
+            times,
+            trunk_flops(direct.features, size) * images,
+            images,
+            f"error {error(run(pictures[:4]), exact):.0e}",
+        )
+    one, other = direct(pictures), quick(pictures)
+    differ = (one.half() != other.half()).float().mean().item()
+    print(f"  cached in 16 bits {100 * differ:.2f} % of features differ, winograd 4x4 from direct", flush=True)
+
+
+def gradients(channels: int, outputs: int, size: int, batch: int = 128) -> None:
+    """A layer that is trained: its kernels are transformed in every step."""
+    x, dy = (
+        torch.randn(batch, c, size, size).contiguous(memory_format=torch.channels_last) for c in (channels, outputs)
+    )
+    x, bias = x.requires_grad_(), torch.randn(outputs, requires_grad=True)
+    weight = (torch.randn(outputs, channels, 3, 3) / (9 * channels) ** 0.5).requires_grad_()
+    forward: dict[str, Callable[[], Tensor]] = {
+        "direct": lambda: F.conv2d(x, weight.contiguous(memory_format=torch.channels_last), bias, padding=1),
+        "winograd": lambda: winograd.conv2d_winograd(x, winograd.transform_weight(weight, dtype=torch.float32), bias),
+    }
+
+    def step(name: str) -> list[Tensor]:
+        return list(torch.autograd.grad(forward[name](), (x, weight, bias), dy))
+
+    times = alternate({f"{name} {part}": call for name in forward for part, call in (
+        ("forward", forward[name]), ("both", lambda name=name: step(name)))})  # fmt: skip
+    told = [f"{name} {1e3 * statistics.median(found):.1f} ms" for name, found in times.items()]
+    gap = max(error(a, b.double()) for a, b in zip(step("winograd"), step("direct"), strict=True))
+    ratios = ratio(times, "winograd both", "direct both")
+    print(f"  {channels} to {outputs} at {size} x {size}: {', '.join(told)}; x {ratios}; gradients differ {gap:.0e}")
+
+
+def main(arguments: list[str]) -> None:
+    devices.keep_freed_memory()
+    print(
+        f"{devices.processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}, fp32"
+    )
+    if "--gradients" in arguments:
+        print(f"forward and backward, batch 128, {ROUNDS} rounds")
+        for case in GRADIENTS:
+            gradients(*case)
+        return
+    with torch.inference_mode():
+        for block, size, images in TRUNKS:
+            trunks(block, size, images)
+        for block, size, images in (("block5", 32, 64), ("block5", 64, 16), ("block5", 224, 2)):
+            whole = vgg.vgg16(fetch.vgg16_weights(), block, 0, nn.Sequential()).features
+            print(f"every layer at {size} px, {BLOCKS[block]} modules")
+            layers(whole.to(memory_format=torch.channels_last), size, images)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
