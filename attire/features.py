@@ -1,7 +1,6 @@
 """Extraction and the feature cache: what lies below the freeze boundary is computed once per image."""
 
 import io
-import mmap
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -87,11 +86,9 @@ class Features:
             yield self.gather(np.arange(start, min(start + rows, len(self))))
 
     def release(self) -> None:
-        """Give mapped pages back: they stay in the system's page cache but leave this process's resident memory."""
+        """Give mapped pages back; see `files.release`."""
         for shard in self.shards:
-            mapped = getattr(shard, "_mmap", None)
-            if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
+            files.release(shard)
         self._touched = 0
 
 
@@ -129,6 +126,7 @@ def extract(
                 part = images[starts[i] : starts[i] + spec.shard_rows]
                 done = sum(line["rows"] for line in ledger.values())
                 ledger[i] = extract_shard(part, spec, trunk, folder, i, lambda n, d=done: report(d + n, len(images)))  # type: ignore[misc]
+                files.release(images)
         if missing or not (folder / "MANIFEST.json").exists():
             write_manifest(folder, images_digest, spec, ledger)
     report(len(images), len(images))

@@ -14,6 +14,9 @@ from attire.training import Rows
 from attire.vgg import GarmentDataset
 
 IN_MEMORY = 1_200 * 2**20  # bytes of cached features that are read into memory once; above it rows are read as needed
+STREAMED = 4 * 2**30  # bytes; above it the system cannot be expected to keep the files in memory either
+STRETCH = 2**20  # bytes that lie together on the disk; rows drawn one by one from a disk take ten times as long
+WINDOW = 256 * 2**20  # bytes of rows held and drawn from at a time, from 256 such places
 SPREAD = 0.05  # of the mean deviation, added to each: features that hardly vary are not blown up
 
 
@@ -53,12 +56,38 @@ class CachedSource:
         self.rows = len(plain)
         small = sum(2 * len(view) * view.shape[1] for view in self.views) <= IN_MEMORY
         self.table = whole(self.views) if small else None  # (views * N, D): view after view
+        row = 2 * plain.shape[1]
+        large = row * sum(len(view) for view in self.views) > STREAMED
+        # Rows that lie together, and rows of a window: what the order of an epoch keeps to, see `training.epoch_order`.
+        self.stretch = (max(1, STRETCH // row), max(1, WINDOW // row)) if large else None
 
     def batches(self, order: Rows, batch_size: int, views: NDArray[np.bool_] | None) -> Iterator[Tensor]:
         """(b, D) float32; see `training.Source`."""
-        for start in range(0, len(order), batch_size):
-            part = slice(start, start + batch_size)
-            yield self.standardise(self._rows(order[part], None if views is None else views[part]))
+        window = batch_size
+        if self.stretch:
+            window *= max(1, self.stretch[1] // batch_size)
+        for first in range(0, len(order), window):
+            held = slice(first, first + window)
+            rows, mirrored = order[held], None if views is None else views[held]
+            table = self._window(rows, mirrored) if self.stretch else None
+            for start in range(0, len(rows), batch_size):
+                part = slice(start, start + batch_size)
+                if table is not None:
+                    yield self.standardise(table[part].float())
+                else:
+                    yield self.standardise(self._rows(rows[part], None if mirrored is None else mirrored[part]))
+
+    def _window(self, rows: Rows, mirrored: NDArray[np.bool_] | None) -> Tensor:
+        """(n, D) float16 in the order of `rows`, read from the map in the order of the files."""
+        if mirrored is None or len(self.views) == 1:
+            mirrored = np.zeros(len(rows), np.bool_)
+        out = np.empty((len(rows), self.views[0].shape[1]), np.float16)
+        for view, mask in zip(self.views, (~mirrored, mirrored), strict=False):
+            places = np.flatnonzero(mask)
+            places = places[np.argsort(rows[places])]
+            for part in np.array_split(places, -(-len(places) // 2048) or 1):
+                out[part] = view.gather(rows[part])
+        return torch.from_numpy(out)
 
     def _rows(self, rows: Rows, mirrored: NDArray[np.bool_] | None) -> Tensor:
         if mirrored is None or len(self.views) == 1:
