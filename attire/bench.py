@@ -93,7 +93,7 @@ def bench(
     watcher = watcher or Silent()
     candidates = [Path(path) for path in paths]
     if not candidates:
-        raise UsageError("attire bench", "name a bundle, and the exports to compare with it")
+        raise UsageError("attire bench", "name a bundle, and the exports to compare with it, or give --machine")
     test = load_dataset(data, part="test")
     if images:
         test = test.subset(np.sort(np.random.default_rng(0).permutation(len(test))[:images]))
