@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -145,13 +146,15 @@ def repeated(stage: str, path: Path, rows: int, cache: Path, times: int) -> dict
     return line
 
 
-def grown(rows: int, cache: Path, times: int) -> list[dict[str, Any]]:
+def grown(rows: int, cache: Path, times: int, stages: Sequence[str]) -> list[dict[str, Any]]:
     """All stages for so many rows; what they need is made before and removed after."""
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         path = Path(folder) / "rows.csv"
         child("make csv", path, rows)
-        lines = [repeated(stage, path, rows, cache, times) for stage in ("csv", "csv copy", "extraction")]
+        lines = [repeated(stage, path, rows, cache, times) for stage in stages if stage != "epoch"]
         path.unlink()
+        if "epoch" not in stages:
+            return lines
         child("make features", Path(folder) / "features", rows)
         return [*lines, repeated("epoch", Path(folder) / "features", rows, cache, times)]
 
@@ -173,6 +176,7 @@ def compare(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", help="numbers of rows, separated by commas")
+    parser.add_argument("--stages", default=",".join(STAGES), help="only these, separated by commas")
     parser.add_argument("--out", type=Path, help="folder for growth.json; default: benchmarks/results")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -183,13 +187,16 @@ def main() -> None:
         print(json.dumps(found or {"seconds": 0.0}))
         return
     sizes = [int(part) for part in given.rows.split(",")] if given.rows else (200, 2_000) if given.quick else ROWS
+    stages = given.stages.split(",")
+    if unknown := sorted(set(stages) - set(STAGES)):
+        raise SystemExit(f"error: --stages: expected some of {', '.join(STAGES)}, found {unknown[0]}")
     times = 1 if given.quick else ROUNDS
     with measuring.scratch_cache() as cache:
         room = 2.0 * WIDTH * max(sizes) * 1.5 + 3_000.0 * max(sizes)
         free = os.statvfs(cache).f_bavail * os.statvfs(cache).f_frsize
         if free < room:
             raise SystemExit(f"error: {cache}: {files.human_size(free)} free, {files.human_size(room)} needed")
-        lines = [line for rows in sorted(sizes) for line in grown(rows, cache, times)]
+        lines = [line for rows in sorted(sizes) for line in grown(rows, cache, times, stages)]
         print()
         pairs = compare(lines)
     out = measuring.results_folder(given.quick, given.out)
