@@ -80,6 +80,16 @@ class Features:
             self.release()
         return out
 
+    def read(self, rows: NDArray[np.int64], out: NDArray[np.float16]) -> None:
+        """Rows in ascending order into `out` (n, D); mapped pages are given back as it goes."""
+        ends = np.searchsorted(rows, self.shard_rows * np.arange(1, len(self.shards) + 1))
+        start = 0
+        for i, end in enumerate(ends.tolist()):
+            if end > start:
+                np.take(self.shards[i], rows[start:end] - i * self.shard_rows, 0, out=out[start:end], mode="clip")
+                files.release(self.shards[i])
+            start = end
+
     def blocks(self, rows: int = 2048) -> Iterator[NDArray[np.float16]]:
         """All rows in order, a block at a time."""
         for start in range(0, len(self), rows):

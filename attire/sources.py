@@ -15,8 +15,8 @@ from attire.vgg import GarmentDataset
 
 IN_MEMORY = 1_200 * 2**20  # bytes of cached features that are read into memory once; above it rows are read as needed
 STREAMED = 4 * 2**30  # bytes; above it the system cannot be expected to keep the files in memory either
-STRETCH = 2**20  # bytes that lie together on the disk; rows drawn one by one from a disk take ten times as long
-WINDOW = 256 * 2**20  # bytes of rows held and drawn from at a time, from 256 such places
+STRETCH = 2**19  # bytes that lie together on the disk, so that it need not be searched for each row
+WINDOW = 128 * 2**20  # bytes of rows held and drawn from at a time, from 256 such places
 SPREAD = 0.05  # of the mean deviation, added to each: features that hardly vary are not blown up
 
 
@@ -66,28 +66,31 @@ class CachedSource:
         window = batch_size
         if self.stretch:
             window *= max(1, self.stretch[1] // batch_size)
+        # One buffer for all windows: pages that the kernel has to find anew cost more than the rows that fill them.
+        buffer = np.empty((min(window, len(order)), self.views[0].shape[1]), np.float16) if self.stretch else None
         for first in range(0, len(order), window):
             held = slice(first, first + window)
             rows, mirrored = order[held], None if views is None else views[held]
-            table = self._window(rows, mirrored) if self.stretch else None
+            places = None if buffer is None else self._fill(buffer, rows, mirrored)
             for start in range(0, len(rows), batch_size):
                 part = slice(start, start + batch_size)
-                if table is not None:
-                    yield self.standardise(table[part].float())
+                if buffer is not None and places is not None:
+                    yield self.standardise(torch.from_numpy(buffer)[torch.from_numpy(places[part])].float())
                 else:
                     yield self.standardise(self._rows(rows[part], None if mirrored is None else mirrored[part]))
 
-    def _window(self, rows: Rows, mirrored: NDArray[np.bool_] | None) -> Tensor:
-        """(n, D) float16 in the order of `rows`, read from the map in the order of the files."""
+    def _fill(self, buffer: NDArray[np.float16], rows: Rows, mirrored: NDArray[np.bool_] | None) -> Rows:
+        """Read rows into the buffer in the order of the files; where in it each of them is."""
+        places, done = np.empty(len(rows), np.int64), 0
         if mirrored is None or len(self.views) == 1:
             mirrored = np.zeros(len(rows), np.bool_)
-        out = np.empty((len(rows), self.views[0].shape[1]), np.float16)
         for view, mask in zip(self.views, (~mirrored, mirrored), strict=False):
-            places = np.flatnonzero(mask)
-            places = places[np.argsort(rows[places])]
-            for part in np.array_split(places, -(-len(places) // 2048) or 1):
-                out[part] = view.gather(rows[part])
-        return torch.from_numpy(out)
+            own = np.flatnonzero(mask)
+            own = own[np.argsort(rows[own])]
+            places[own] = np.arange(done, done + len(own))
+            view.read(rows[own], buffer[done : done + len(own)])
+            done += len(own)
+        return places
 
     def _rows(self, rows: Rows, mirrored: NDArray[np.bool_] | None) -> Tensor:
         if mirrored is None or len(self.views) == 1:

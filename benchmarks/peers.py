@@ -9,8 +9,8 @@ Each peer runs in a process of its own and tells a JSON line at each evaluation:
 on so far, test accuracy. Its lines are kept in benchmarks/results/peers; one that is finished is not run again.
 
 The frozen VGG16 at 224 px does a few images a second, so nobody finishes with it in ten minutes. For those, `rates`
-measures images/s in alternating rounds, and the accuracy after each epoch is measured on cached features of the very same
-frozen network (`--classic-cache`); performance.py multiplies, and marks every such figure as extrapolated.
+measures images/s in alternating rounds, and the accuracy after each epoch is measured on cached features of the very
+same frozen network (`--classic-cache`); performance.py multiplies, and marks every such figure as extrapolated.
 The test set is watched here to compare speeds; nothing is chosen by it.
 """
 
@@ -19,7 +19,7 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from pathlib import Path
 
 import measuring
@@ -45,17 +45,14 @@ def run_peer(name: str, path: Path, options: list[str], limit: float) -> None:
     print(f"\n{name}", flush=True)
     with path.open("w") as out, subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
-        ends = time.monotonic() + limit
-        watch = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({limit})"])
-        watch.kill()
+        ends = threading.Timer(limit, child.kill)
+        ends.start()
         for line in child.stdout:
-            if not line.startswith("{"):
-                continue  # a library's own
-            out.write(line)
-            out.flush()
-            print(f"  {line.rstrip()}", flush=True)
-            if time.monotonic() > ends:
-                child.kill()
+            if line.startswith("{"):  # not a library's own
+                out.write(line)
+                out.flush()
+                print(f"  {line.rstrip()}", flush=True)
+        ends.cancel()
     status = child.returncode
     if status:
         print(f"  ended with status {status}; run it again with --only {name}", flush=True)
