@@ -56,6 +56,7 @@ def write_rows(path: Path, rows: int) -> None:
                 text.seek(len(tables.HEADER) + 1 if start else 0)
                 out.write(text.read())
             piece.unlink()
+    os.sync()
 
 
 def stage_csv(path: Path, rows: int) -> dict[str, float]:
@@ -109,6 +110,7 @@ def make_features(folder: Path, rows: int) -> None:
     import head_epoch
 
     head_epoch.synthetic_features(folder, rows, WIDTH)
+    os.sync()  # writing them back is not part of what is timed
 
 
 CHILDREN = {

@@ -131,6 +131,8 @@ def attire_classic(race: Race) -> None:
 
 def fastai_learner(race: Race, size: int, rows: NDArray[np.int64], batch_size: int) -> Any:
     """`vision_learner` with a frozen VGG16 that carries the same weights; no augmentation, as nobody else has any."""
+    import fastai.callback.progress
+    import fastai.callback.schedule  # noqa: F401  (they add methods to Learner)
     from fastai.data.core import DataLoaders
     from fastai.losses import CrossEntropyLossFlat
     from fastai.vision.learner import vision_learner
@@ -147,8 +149,8 @@ def fastai_learner(race: Race, size: int, rows: NDArray[np.int64], batch_size: i
 
 
 def watcher(race: Race, answers: Callable[[], Any], marks: int, kind: str = "point") -> Any:
-    """A fastai callback: no validation, and the test images scored `marks` times an epoch."""
-    from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelValidException
+    """A fastai callback: no validation, and the test images scored `marks` times an epoch, or never."""
+    from fastai.callback.core import Callback, CancelFitException, CancelValidException
 
     class Watch(Callback):
         trained = 0
@@ -160,8 +162,9 @@ def watcher(race: Race, answers: Callable[[], Any], marks: int, kind: str = "poi
             if not self.training:
                 return
             self.trained += len(self.xb[0])
-            each = max(1, self.n_iter // marks)
-            if ((self.iter + 1) % each == 0 and self.iter + 1 <= each * marks) or race.seconds > race.cap:
+            each = max(1, self.n_iter // max(1, marks))
+            due = (self.iter + 1) % each == 0 and self.iter + 1 <= each * marks
+            if marks and (due or race.seconds > race.cap):
                 self.point()
 
         def point(self) -> None:
@@ -172,7 +175,6 @@ def watcher(race: Race, answers: Callable[[], Any], marks: int, kind: str = "poi
                 raise CancelFitException from None
             self.model.train()
 
-    assert CancelEpochException is not None
     return Watch()
 
 
@@ -182,7 +184,7 @@ def fastai_64(race: Race) -> None:
     trial = fastai_learner(race, size, order[:64], 64)
     race.start()
     with trial.no_bar(), trial.no_logging():
-        rate = 64 / seconds(lambda: trial.fit(1, cbs=watcher(race, lambda: 0, 10**9)))
+        rate = 64 / seconds(lambda: trial.fit(1, cbs=watcher(race, lambda: 0, 0)))
     epochs = max(1, int(SHARE * race.cap * rate / len(order)))
     rows = order[: int(min(len(order), SHARE * race.cap * rate / epochs))]
     tell("note", text=f"{epochs} epochs of {len(rows):,} images were planned, at {rate:.0f} images/s")
@@ -214,6 +216,8 @@ def pooled(features: Any, rows: NDArray[np.int64], both: bool) -> Tensor:
 
 def fastai_224_head(race: Race) -> None:
     """fastai's own head on the cached 7x7 maps of the frozen VGG16: what `vision_learner` sees, epoch by epoch."""
+    import fastai.callback.progress
+    import fastai.callback.schedule  # noqa: F401  (they add methods to Learner)
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
     from fastai.losses import CrossEntropyLossFlat
@@ -226,7 +230,7 @@ def fastai_224_head(race: Race) -> None:
     y = torch.from_numpy(race.train.labels[found[2]])
     dataset = torch.utils.data.TensorDataset(x, y)
     loaders = DataLoaders.from_dsets(dataset, dataset, bs=64, num_workers=0, device=torch.device("cpu"))
-    head = create_head(512, 10, pool=False)
+    head = create_head(1024, 10, pool=False, concat_pool=False)  # behind its two poolings
     learner = Learner(loaders, head, loss_func=CrossEntropyLossFlat())
 
     def answers() -> NDArray[Any]:
@@ -248,7 +252,6 @@ def keras_vgg16(size: int) -> Any:
     import keras
 
     model = keras.applications.VGG16(weights=None, include_top=False, pooling="avg", input_shape=(size, size, 3))
-    tensors = iter(vgg_tensors().values())
     by_place = sorted(vgg_tensors().items(), key=lambda item: (int(item[0].split(".")[0]), "bias" in item[0]))
     tensors = iter([value for _, value in by_place])
     for layer in model.layers:
@@ -423,7 +426,7 @@ def plain_work(race: Race, count: int) -> Callable[[], object]:
 
 def fastai_work(race: Race, count: int) -> Callable[[], object]:
     learner = fastai_learner(race, 224, np.arange(count), 32 if count >= 32 else count)
-    watch = watcher(race, lambda: 0, 10**9)
+    watch = watcher(race, lambda: 0, 0)
     race.cap = float("inf")
 
     def work() -> None:
