@@ -187,7 +187,7 @@ def fastai_64(race: Race) -> None:
         rate = 64 / seconds(lambda: trial.fit(1, cbs=watcher(race, lambda: 0, 0)))
     epochs = max(1, int(SHARE * race.cap * rate / len(order)))
     rows = order[: int(min(len(order), SHARE * race.cap * rate / epochs))]
-    tell("note", text=f"{epochs} epochs of {len(rows):,} images were planned, at {rate:.0f} images/s")
+    tell("note", text=f"planned: {epochs} x {len(rows):,} images, at {rate:.0f} images/s")
     learner = fastai_learner(race, size, rows, 64)
 
     def answers() -> NDArray[Any]:
@@ -376,7 +376,7 @@ def small_cnn(race: Race) -> None:
     trial = torch.optim.AdamW(model.parameters(), lr=1e-5)
     rate = 10 * batch / seconds(lambda: [step(torch.arange(batch), trial) for _ in range(10)])
     epochs = min(15, max(1, int(SHARE * race.cap * rate / len(x))))
-    tell("note", text=f"{epochs} epochs were planned, at {rate:.0f} images/s")
+    tell("note", text=f"planned: {epochs} x {len(x):,} images, at {rate:.0f} images/s")
     steps = -(-len(x) // batch)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=epochs * steps)
