@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test check cover clean help
+.PHONY: train test check cover bench-all clean help
 
 help:
 	@echo "make train   data, weights, features, a trained classifier and its report"
 	@echo "make test    all tests, the real ones included"
 	@echo "make check   lint, format, types"
+	@echo "make bench-all  docs/performance.md measured anew, on a quiet machine: two hours; BUNDLE=runs/1/model"
 	@echo "make cover   all tests with the share of lines they run"
 
 train: $(READY)
@@ -23,6 +24,16 @@ check: $(READY)
 
 cover: $(READY)
 	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+BUNDLE ?= runs/1/model
+
+bench-all: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group peers
+	@$(BIN)/python benchmarks/stages.py --bundle $(BUNDLE)
+	@$(BIN)/python benchmarks/growth.py
+	@$(BIN)/python benchmarks/peers.py $(ARGS)
+	@$(BIN)/python benchmarks/performance.py
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

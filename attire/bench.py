@@ -5,6 +5,7 @@ for a while slows all alike.
 """
 
 import multiprocessing
+import re
 import statistics
 import sys
 import time
@@ -93,7 +94,7 @@ def bench(
     watcher = watcher or Silent()
     candidates = [Path(path) for path in paths]
     if not candidates:
-        raise UsageError("attire bench", "name a bundle, and the exports to compare with it")
+        raise UsageError("attire bench", "name a bundle, and the exports to compare with it, or give --machine")
     test = load_dataset(data, part="test")
     if images:
         test = test.subset(np.sort(np.random.default_rng(0).permutation(len(test))[:images]))
@@ -202,7 +203,13 @@ def time_calls(images: NDArray[np.uint8], batch: int) -> list[float]:
 
 
 def peak_memory() -> int:
-    """Bytes, the most that this process has had resident; 0 where the system does not say."""
+    """Bytes, the most that this process has had resident; 0 where the system does not say.
+
+    Linux hands the `ru_maxrss` of a process on to those it starts, but not `VmHWM` (proc(5)).
+    """
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.M)):
+        return 1024 * int(found[1])
     try:
         import resource
     except ImportError:

@@ -452,22 +452,25 @@ def export_csv(folder: Path, data_from: Path | None, weights_from: Path | None) 
 
 @cli.command()
 @click.option("--delete", "keys", metavar="KEY", multiple=True, help="Delete the entry whose key begins so.")
-@click.option("--clear", is_flag=True, help="Delete every entry of features.")
+@click.option("--clear", is_flag=True, help="Delete all of them.")
 @json_option
 def cache(keys: tuple[str, ...], clear: bool, as_json: bool) -> None:
-    """List the cached features with their size and what made them, or delete them."""
-    from attire import features
+    """List the cached features with their size and what made them, and the copies of CSV files; or delete them."""
+    from attire import copies, features
     from attire.files import human_size
 
+    freed = copies.delete_copies() if clear else 0
     if clear:
         keys = tuple(entry.key for entry in features.cache_entries())
-    freed = sum(features.delete_entry(key) for key in keys)
-    entries = features.cache_entries()
+    freed += sum(features.delete_entry(key) for key in keys)
+    entries, tables = features.cache_entries(), dict(copies.copies())
     if as_json:
-        click.echo(json.dumps({"freed": freed, "entries": [entry.to_json() for entry in entries]}))
+        click.echo(json.dumps({"freed": freed, "entries": [entry.to_json() for entry in entries], "tables": tables}))
         return
-    if keys:
+    if keys or clear:
         click.echo(f"freed {human_size(freed)}")
+    for key, size in tables.items():
+        click.echo(f"{key[:12]}  {human_size(size):>9}  a CSV file, parsed")
     for entry in entries:
         click.echo(f"{entry.key[:12]}  {human_size(entry.size):>9}  {entry.describe()}")
     click.echo(f"{len(entries)} entries, {human_size(sum(e.size for e in entries))} in {features.cache_folder()}")
@@ -596,18 +599,49 @@ def audit(
 
 
 @cli.command()
-@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE EXPORT...")
+@click.argument("models", nargs=-1, type=click.Path(path_type=Path), metavar="BUNDLE EXPORT...")
 @click.option("--data", metavar="PATH", help="Test images, as for evaluate.  [default: the official set]")
 @click.option("--images", type=click.IntRange(0), default=0, help="Accuracy on so many of them.  [default: all]")
 @click.option("--threads", type=click.IntRange(0), default=0, help="For PyTorch.  [default: the machine's]")
 @click.option("--out", type=click.Path(path_type=Path), default="bench", show_default=True, help="A new folder.")
+@click.option("--machine", is_flag=True, help="Instead: what this machine can do at most.")
+@click.option("--quick", is_flag=True, help="With --machine: tiny, to see that it works; the figures are no limits.")
 @json_option
-def bench(models: tuple[Path, ...], data: str | None, images: int, threads: int, out: Path, as_json: bool) -> None:
+def bench(models: tuple[Path, ...], machine: bool, quick: bool, as_json: bool, **options: Any) -> None:
     """Latency, throughput, memory, size and accuracy of a bundle and its exports, side by side in one run.
 
     \b
     attire bench runs/1/model model.onnx model.openvino
+    attire bench --machine          matrix products in fp32, bf16, int8; memory and disk
     """
+    if machine == bool(models) or quick > machine:
+        do = "name a bundle, and the exports to compare with it, or give --machine"
+        raise UsageError("attire bench", do if machine == bool(models) else "--quick goes with --machine")
+    if machine:
+        bench_machine(options["threads"], quick, as_json)
+    else:
+        bench_models(models, as_json=as_json, **options)
+
+
+def bench_machine(threads: int, quick: bool, as_json: bool) -> None:
+    from attire.machine import measure
+    from attire.report import machine_table
+    from attire.terminal import Terminal, print_result
+
+    watch = Terminal(as_json)
+    try:
+        found = measure(threads=threads, quick=quick, watcher=watch)
+    finally:
+        watch.close()
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+    else:
+        print_result(machine_table(found))
+
+
+def bench_models(
+    models: tuple[Path, ...], data: str | None, images: int, threads: int, out: Path, as_json: bool
+) -> None:
     from attire.bench import bench as measure
     from attire.bench import write_bench
     from attire.report import bench_table

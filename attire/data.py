@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from attire import idx, pictures, tables
+from attire import files, idx, pictures, tables
+from attire.copies import read_table
 from attire.errors import AttireError, AttireWarning, UsageError, one_line
 from attire.files import canonical_json
 from attire.formats import is_folder
@@ -94,14 +95,19 @@ class ImageDataset:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over images, labels and class names."""
-        sha = self._hash()
-        sha.update(self.labels.astype("<i8").tobytes())
+        return self._with_labels(self._hash(), self.labels)
+
+    def _with_labels(self, sha: "hashlib._Hash", labels: NDArray[np.int64]) -> str:
+        sha.update(labels.astype("<i8").tobytes())
         sha.update(canonical_json(list(self.classes)))
         return sha.hexdigest()
 
-    def _hash(self) -> "hashlib._Hash":
-        sha = hashlib.sha256(canonical_json(list(self.images.shape)))
-        sha.update(np.ascontiguousarray(self.images).data)
+    def _hash(self, rows: NDArray[np.int64] | None = None) -> "hashlib._Hash":
+        """Over all images or these rows, without a copy of them."""
+        count = len(self) if rows is None else len(rows)
+        sha = hashlib.sha256(canonical_json([count, *self.images.shape[1:]]))
+        for block in blocks(self.images, rows):
+            sha.update(block.data)
         return sha
 
     def subset(self, indices: ArrayLike) -> "ImageDataset":
@@ -109,15 +115,17 @@ class ImageDataset:
         chosen = np.asarray(indices)
         return ImageDataset(self.images[chosen], self.labels[chosen], self.classes, self.source)
 
-    def describe(self) -> dict[str, Any]:
-        """What `data.json` records: source, rows, rows per class, digests."""
-        counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
+    def describe(self, rows: NDArray[np.int64] | None = None) -> dict[str, Any]:
+        """What `data.json` records of all rows or of these: source, rows, rows per class, digests."""
+        labels = self.labels if rows is None else self.labels[rows]
+        counts = np.bincount(labels, minlength=len(self.classes)).tolist()
+        sha = self._hash(rows)
         return {
             "source": self.source,
-            "rows": len(self),
+            "rows": len(labels),
             "rows_per_class": dict(zip(self.classes, counts, strict=True)),
-            "digest": self.digest,
-            "image_digest": self.image_digest,
+            "digest": self._with_labels(sha.copy(), labels),
+            "image_digest": sha.hexdigest(),
         }
 
 
@@ -145,8 +153,11 @@ class Splits:
 
     def describe(self) -> dict[str, Any]:
         """What `data.json` records."""
-        parts = {"train": self.train.describe(), "test": self.test.describe()}
-        return {**parts, "test_images_in_train": self.shared, "split": dict(self.how)}
+        return {**self._parts, "test_images_in_train": self.shared, "split": dict(self.how)}
+
+    @cached_property
+    def _parts(self) -> dict[str, Any]:
+        return {"train": self.data.describe(self.train_rows), "test": self.test_data.describe(self.test_rows)}
 
 
 Reader = Callable[[Sequence[str] | None], ImageDataset]
@@ -199,7 +210,7 @@ def load_splits(
     if not np.ptp(found):
         what = f"every training image has the label {found[0]}, {everything.classes[found[0]]}"
         raise AttireError(everything.source, what, do="training needs at least two classes")
-    shared = count_shared(everything.images[rows], held_out.images[test_rows])
+    shared = count_shared(everything.images, held_out.images, rows, test_rows)
     if shared:
         what = f"{shared:,} of {len(test_rows):,} test images also stand in the training set"
         line = f"{one_line(held_out.source)}: {what}; the measured accuracy will be too high"
@@ -246,15 +257,14 @@ def folder_readers(folder: Path) -> dict[str, Reader]:
 def read_csv(path: str | Path, classes: Sequence[str] | None = None) -> ImageDataset:
     """`label,pixel1,...,pixel784` with labels into `classes` (default: Fashion-MNIST's ten); see `read_frame`."""
     names = check_classes(classes)
-    frame = read_frame(path, len(names))
-    images = np.ascontiguousarray(frame.iloc[:, 1:].to_numpy()).reshape(-1, 28, 28)
-    return ImageDataset(images, frame["label"].to_numpy(np.int64, copy=True), names, Path(path).name)
+    table = read_table(path, len(names))
+    assert table.labels is not None  # as it was not asked for otherwise
+    return ImageDataset(table.pixels.reshape(-1, 28, 28), table.labels, names, Path(path).name)
 
 
 def read_csv_images(path: str | Path, classes: Sequence[str] | None = None) -> NDArray[np.uint8]:
     """(N, 28, 28): the rows of a file that `read_csv` reads, or of one with `pixel1,...,pixel784` and no label."""
-    frame = read_frame(path, len(check_classes(classes)), labelled=False)
-    return np.ascontiguousarray(frame[list(tables.PIXEL_COLUMNS)].to_numpy()).reshape(-1, 28, 28)
+    return read_table(path, len(check_classes(classes)), labelled=False).pixels.reshape(-1, 28, 28)
 
 
 def write_csv(dataset: ImageDataset, path: str | Path) -> None:
@@ -331,7 +341,32 @@ def check_part(part: float | int) -> None:
         raise UsageError("--test-size", f"found {part}, expected a fraction between 0 and 1, or a count")
 
 
-def count_shared(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:
-    """How many images of `b` stand in `a` too, byte for byte."""
-    known = {image.tobytes() for image in a}
-    return sum(image.tobytes() in known for image in b)
+def count_shared(
+    a: NDArray[np.uint8],
+    b: NDArray[np.uint8],
+    a_rows: NDArray[np.int64] | None = None,
+    b_rows: NDArray[np.int64] | None = None,
+) -> int:
+    """How many images of `b` (of its rows `b_rows`, when given) stand in `a` too, byte for byte."""
+    rows = [np.arange(len(x)) if chosen is None else chosen for x, chosen in ((a, a_rows), (b, b_rows))]
+    sums = [checksums(x, chosen) for x, chosen in zip((a, b), rows, strict=True)]
+    alike = [chosen[np.isin(own, other)] for chosen, own, other in zip(rows, sums, sums[::-1], strict=True)]
+    known = {a[i].tobytes() for i in alike[0]}
+    return sum(b[i].tobytes() in known for i in alike[1])
+
+
+def checksums(images: NDArray[np.uint8], rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """(n,): equal for equal images, and for few others: a sum of the pixels with fixed random 64-bit weights."""
+    weights = np.random.default_rng(0).integers(2**64, size=images[0].size, dtype=np.uint64) | np.uint64(1)
+    parts = [block.reshape(len(block), -1).astype(np.uint64) @ weights for block in blocks(images, rows, 2048)]
+    return np.concatenate(parts)
+
+
+def blocks(
+    images: NDArray[np.uint8], rows: NDArray[np.int64] | None = None, size: int = 16_384
+) -> Iterator[NDArray[np.uint8]]:
+    """All images or these rows, contiguous, some at a time; of a memory map no more stays resident."""
+    for start in range(0, len(images) if rows is None else len(rows), size):
+        part = slice(start, start + size)
+        yield np.ascontiguousarray(images[part] if rows is None else images[rows[part]])
+        files.release(images)

@@ -74,7 +74,7 @@ def descriptors(images: Images) -> NDArray[np.float32]:
     their principal axes. Two black pixels around each image make shifts of up to two pixels cyclic."""
     parts = []
     for start in range(0, len(images), BLOCK):
-        pixels = torch.from_numpy(images[start : start + BLOCK]).float() / 255
+        pixels = torch.tensor(images[start : start + BLOCK]).float() / 255
         waves = torch.fft.rfft2(F.pad(pixels, (SHIFT,) * 4)).abs() / (28 + 2 * SHIFT)  # (b, 32, 17)
         low = torch.cat([waves[:, :LOW, :LOW], waves[:, 1 - LOW :, :LOW]], dim=1)  # positive and negative down
         parts.append(low.flatten(1).numpy())

@@ -1,7 +1,6 @@
 """Extraction and the feature cache: what lies below the freeze boundary is computed once per image."""
 
 import io
-import mmap
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -82,17 +81,25 @@ class Features:
             self.release()
         return out
 
+    def read(self, rows: NDArray[np.int64], out: NDArray[np.float16]) -> None:
+        """Rows in ascending order into `out` (n, D); mapped pages are given back as it goes."""
+        ends = np.searchsorted(rows, self.shard_rows * np.arange(1, len(self.shards) + 1))
+        start = 0
+        for i, end in enumerate(ends.tolist()):
+            if end > start:
+                np.take(self.shards[i], rows[start:end] - i * self.shard_rows, 0, out=out[start:end], mode="clip")
+                files.release(self.shards[i])
+            start = end
+
     def blocks(self, rows: int = 2048) -> Iterator[NDArray[np.float16]]:
         """All rows in order, a block at a time."""
         for start in range(0, len(self), rows):
             yield self.gather(np.arange(start, min(start + rows, len(self))))
 
     def release(self) -> None:
-        """Give mapped pages back: they stay in the system's page cache but leave this process's resident memory."""
+        """Give mapped pages back; see `files.release`."""
         for shard in self.shards:
-            mapped = getattr(shard, "_mmap", None)
-            if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
+            files.release(shard)
         self._touched = 0
 
 
@@ -130,6 +137,7 @@ def extract(
                 part = images[starts[i] : starts[i] + spec.shard_rows]
                 done = sum(line["rows"] for line in ledger.values())
                 ledger[i] = extract_shard(part, spec, trunk, folder, i, lambda n, d=done: report(d + n, len(images)))  # type: ignore[misc]
+                files.release(images)
         if missing or not (folder / "MANIFEST.json").exists():
             write_manifest(folder, images_digest, spec, ledger)
     report(len(images), len(images))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator
@@ -144,6 +145,15 @@ def lock(path: Path, wait: float = -1) -> Iterator[None]:
             yield
     except filelock.Timeout as error:
         raise TimeoutError(f"{path} is held by another process") from error
+
+
+def release(array: Any) -> None:
+    """Give the pages of a memory-mapped array back: they stay in the system's page cache but leave this process's
+    resident memory. Nothing is done to an array of another kind."""
+    while array is not None and not isinstance(array, mmap.mmap):
+        array = getattr(array, "base", None)
+    if array is not None and hasattr(mmap, "MADV_DONTNEED"):
+        array.madvise(mmap.MADV_DONTNEED)
 
 
 def sync_dir(path: Path) -> None:

@@ -261,6 +261,18 @@ def bench_table(found: Any) -> Table:
     return table
 
 
+def machine_table(found: Any) -> Table:
+    """A line for each limit of a `machine.Machine`: median and range."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in ("Limit", "median", "range", "", "by"):
+        table.add_column(name, justify="left" if name in ("Limit", "", "by") else "right", no_wrap=name != "by")
+    for limit in found.limits:
+        digits = 0 if limit.rate >= 100 else 2
+        low, middle, high = (f"{x:,.{digits}f}" for x in (min(limit.rates), limit.rate, max(limit.rates)))
+        table.add_row(limit.name, middle, f"{low}-{high}", limit.unit, f"{limit.how}, n = {len(limit.rates)}")
+    return table
+
+
 def class_table(found: Evaluation, width: int) -> Table:
     """Every score with its interval; on a narrow terminal only recall keeps one."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -13,6 +14,9 @@ from attire.training import Rows, Views
 from attire.vgg import GarmentDataset, preprocess
 
 IN_MEMORY = 1_200 * 2**20  # bytes of cached features that are read into memory once; above it rows are read as needed
+STREAMED = 4 * 2**30  # bytes; above it the system cannot be expected to keep the files in memory either
+STRETCH = 2**19  # bytes that lie together on the disk, so that it need not be searched for each row
+WINDOW = 128 * 2**20  # bytes of rows held and drawn from at a time, from 256 such places
 SPREAD = 0.05  # of the mean deviation, added to each: features that hardly vary are not blown up
 
 
@@ -52,15 +56,46 @@ class CachedSource:
         self.rows = len(views[0])
         small = sum(2 * len(view) * view.shape[1] for view in self.views) <= IN_MEMORY
         self.table = whole(self.views) if small else None  # (views * N, D): view after view
+        row = 2 * views[0].shape[1]
+        large = row * sum(len(view) for view in self.views) > STREAMED
+        # Rows that lie together, and rows of a window: what the order of an epoch keeps to, see `training.epoch_order`.
+        self.stretch = (max(1, STRETCH // row), max(1, WINDOW // row)) if large else None
 
     def batches(self, order: Rows, batch_size: int, views: Views | None) -> Iterator[Tensor]:
         """(b, D) float32; see `training.Source`."""
-        for start in range(0, len(order), batch_size):
-            part = slice(start, start + batch_size)
-            yield self.standardise(self._rows(order[part], None if views is None else views[part]))
+        window = batch_size
+        if self.stretch:
+            window *= max(1, self.stretch[1] // batch_size)
+        # One buffer for all windows: pages that the kernel has to find anew cost more than the rows that fill them.
+        buffer = np.empty((min(window, len(order)), self.views[0].shape[1]), np.float16) if self.stretch else None
+        for first in range(0, len(order), window):
+            held = slice(first, first + window)
+            rows, numbers = order[held], None if views is None else views[held]
+            places = None if buffer is None else self._fill(buffer, rows, numbers)
+            for start in range(0, len(rows), batch_size):
+                part = slice(start, start + batch_size)
+                if buffer is not None and places is not None:
+                    yield self.standardise(torch.from_numpy(buffer)[torch.from_numpy(places[part])].float())
+                else:
+                    yield self.standardise(self._rows(rows[part], None if numbers is None else numbers[part]))
+
+    def _fill(self, buffer: NDArray[np.float16], rows: Rows, views: Views | None) -> Rows:
+        """Read rows into the buffer in the order of the files; where in it each of them is."""
+        places, done = np.empty(len(rows), np.int64), 0
+        number = self._numbers(rows, views)
+        for i, view in enumerate(self.views):
+            own = np.flatnonzero(number == i)
+            own = own[np.argsort(rows[own])]
+            places[own] = np.arange(done, done + len(own))
+            view.read(rows[own], buffer[done : done + len(own)])
+            done += len(own)
+        return places
+
+    def _numbers(self, rows: Rows, views: Views | None) -> Rows:
+        return np.zeros(len(rows), np.int64) if views is None or len(self.views) == 1 else views.astype(np.int64)
 
     def _rows(self, rows: Rows, views: Views | None) -> Tensor:
-        number = np.zeros(len(rows), np.int64) if views is None or len(self.views) == 1 else views.astype(np.int64)
+        number = self._numbers(rows, views)
         if self.table is not None:
             return self.table[torch.from_numpy(rows + self.rows * number)].float()
         out = torch.empty(len(rows), self.views[0].shape[1])

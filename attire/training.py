@@ -122,7 +122,7 @@ def run_epoch(
 ) -> None:
     """The steps of one epoch that are still to do, each followed by a look at the clock and at `stop`."""
     heads.set_phase(classifier, state.epoch < recipe.probe_epochs)
-    order, mirrored = epoch_order(train, recipe, state.epoch)
+    order, mirrored = epoch_order(train, recipe, state.epoch, getattr(source, "stretch", None))
     steps = math.ceil(len(train) / recipe.batch_size)
     position = state.step * recipe.batch_size
     views = mirrored[position:] if mirrored is not None else None
@@ -189,15 +189,29 @@ def train_step(
     return loss.item()
 
 
-def epoch_order(train: Rows, recipe: Recipe, epoch: int) -> tuple[Rows, Views | None]:
-    """A permutation of the training rows, and the view of each, from the seed and the epoch alone."""
+def epoch_order(
+    train: Rows, recipe: Recipe, epoch: int, stretch: tuple[int, int] | None = None
+) -> tuple[Rows, Views | None]:
+    """A permutation of the training rows, and the view of each, from the seed and the epoch alone.
+
+    stretch: for a source that reads rows from the disk, see `shuffled_stretches`.
+    """
     rng = np.random.default_rng([recipe.seed, epoch])
-    order = rng.permutation(train)
+    order = shuffled_stretches(train, rng, *stretch) if stretch else rng.permutation(train)
     if not np.array_equal(np.sort(order), np.sort(train)):
         raise AttireError("training", "an epoch's order does not hold each row once")
     if recipe.shifts:
         return order, rng.integers(0, (1 + recipe.flips) * (1 + recipe.shifts), len(order))
     return order, rng.random(len(order)) < 0.5 if recipe.flips else None
+
+
+def shuffled_stretches(train: Rows, rng: np.random.Generator, length: int, window: int) -> Rows:
+    """A permutation that a disk can follow: stretches of `length` neighbours, drawn from anywhere, `window` rows of
+    them at a time, and within those the rows in any order."""
+    rows = np.sort(train)
+    starts = rng.permutation(np.arange(0, len(rows), length))
+    drawn = np.concatenate([rows[start : start + length] for start in starts])
+    return np.concatenate([rng.permutation(drawn[i : i + window]) for i in range(0, len(drawn), window)])
 
 
 def set_learning_rate(optimiser: torch.optim.Adam, recipe: Recipe, step: int, steps: int) -> None:

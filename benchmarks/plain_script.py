@@ -39,6 +39,38 @@ class FashionDataset(Dataset):
         return self.transform(np.stack([image] * 3, axis=-1)), int(row.iloc[0])
 
 
+def make_model(weights: dict[str, torch.Tensor]) -> nn.Module:
+    model = models.vgg16(weights=None)
+    model.features.load_state_dict({k.removeprefix("features."): v for k, v in weights.items()})
+    for parameter in model.features.parameters():
+        parameter.requires_grad = False
+    model.classifier = nn.Sequential(
+        nn.Linear(25088, 1024),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(1024, 512),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(512, 10),
+    )
+    return model
+
+
+def train_epoch(
+    model: nn.Module, loader: DataLoader, criterion: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> float:
+    model.train()
+    total = 0.0
+    for images, labels in loader:
+        images, labels = images.to(device), labels.to(device)
+        optimizer.zero_grad()
+        loss = criterion(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+    return total / len(loader)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv")
@@ -52,36 +84,16 @@ def main() -> None:
     train_loader = DataLoader(FashionDataset(train), batch_size=32, shuffle=True)
     test_loader = DataLoader(FashionDataset(test), batch_size=32)
 
-    model = models.vgg16(weights=None)
-    model.features.load_state_dict({k.removeprefix("features."): v for k, v in load_file(given.weights).items()})
-    for parameter in model.features.parameters():
-        parameter.requires_grad = False
-    model.classifier = nn.Sequential(
-        nn.Linear(25088, 1024),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Linear(1024, 512),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Linear(512, 10),
-    )
-    model = model.to(device)
+    model = make_model(load_file(given.weights)).to(device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.classifier.parameters(), lr=1e-4)
 
     for epoch in range(given.epochs):
-        model.train()
-        total, began = 0.0, time.perf_counter()
-        for images, labels in train_loader:
-            images, labels = images.to(device), labels.to(device)
-            optimizer.zero_grad()
-            loss = criterion(model(images), labels)
-            loss.backward()
-            optimizer.step()
-            total += loss.item()
+        began = time.perf_counter()
+        loss = train_epoch(model, train_loader, criterion, optimizer, device)
         seconds = time.perf_counter() - began
         rate = len(train) / seconds
-        print(f"epoch {epoch + 1}: average loss {total / len(train_loader):.4f}, {seconds:.1f} s, {rate:.2f} images/s")
+        print(f"epoch {epoch + 1}: average loss {loss:.4f}, {seconds:.1f} s, {rate:.2f} images/s")
 
     model.eval()
     right = 0

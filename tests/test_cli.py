@@ -14,7 +14,7 @@ import pytest
 from command import TINY, Done, attire
 from PIL import Image
 
-from attire import __version__, cli, data, features, fetch, series, sweep
+from attire import __version__, cli, copies, data, features, fetch, series, sweep
 from attire.data import FASHION_CLASSES, ImageDataset, load_dataset
 from attire.errors import AttireWarning
 from attire.results import load_result
@@ -362,7 +362,7 @@ def test_sweep_prints_its_proposal_or_one_json_object(monkeypatch: pytest.Monkey
     assert attire("sweep", "--sizes", "16,x").error == "--sizes: expected whole numbers such as 64,32, found '16,x'"
 
 
-def test_cache_lists_and_deletes(bundle: Path, small_csv: Path, cache: Path) -> None:
+def test_cache_lists_and_deletes(bundle: Path, small_csv: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attire("evaluate", bundle, "--data", small_csv)
     told = json.loads(attire("cache", "--json").out)
     (entry,) = told["entries"]
@@ -372,10 +372,14 @@ def test_cache_lists_and_deletes(bundle: Path, small_csv: Path, cache: Path) -> 
     assert json.loads(attire("cache", "--delete", entry["key"][:6], "--json").out) == {
         "freed": entry["bytes"],
         "entries": [],
+        "tables": {},
     }
     attire("evaluate", bundle, "--data", small_csv)
+    monkeypatch.setattr(copies, "LEAST", 0)
+    data.read_csv(small_csv)
+    assert re.search(r"^\w{12} +47\.6 kB  a CSV file, parsed$", attire("cache").out, re.M)
     assert re.match(r"freed \d+\.\d kB\n0 entries, 0 bytes in ", attire("cache", "--clear").out)
-    assert not list((cache / "features").iterdir())
+    assert not [path for name in ("features", "tables") for path in (cache / name).iterdir()]
 
 
 def test_export_writes_what_train_reads(synthetic: ImageDataset, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -340,3 +340,19 @@ def test_count_shared_counts_rows_of_the_second() -> None:
     assert count_shared(a, b) == 0
     assert count_shared(a, np.concatenate([b, a[:1], a[:1]])) == 2
     assert count_shared(np.concatenate([b, a[:1], a[:1]]), a) == 1
+
+
+def test_described_rows_are_described_as_their_copy_is(synthetic: ImageDataset) -> None:
+    rows = np.array([3, 1, 59, 7])
+    assert synthetic.describe(rows) == synthetic.subset(rows).describe()
+    assert synthetic.describe()["digest"] == synthetic.digest
+    assert synthetic.describe()["image_digest"] == synthetic.image_digest
+
+
+def test_shared_images_are_counted_among_the_chosen_rows(synthetic: ImageDataset) -> None:
+    images = synthetic.images
+    again = np.concatenate([images[:5], 255 - images[5:9], images[:1]])
+    assert count_shared(images, again) == 6
+    assert count_shared(images, again, np.arange(2, 60), np.arange(10)) == 3
+    assert count_shared(images, again, np.arange(60), np.array([4, 9])) == 2
+    assert count_shared(images, 255 - images) == 0

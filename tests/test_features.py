@@ -194,3 +194,14 @@ def test_an_unknown_or_unclear_key_deletes_nothing(key: str, synthetic: ImageDat
     with pytest.raises(AttireError, match=f"cache: no entries begin with '{key}'; see: attire cache"):
         features.delete_entry(key)
     assert len(features.cache_entries()) == 1
+
+
+def test_rows_in_order_are_read_across_shards_into_place(tmp_path: Path) -> None:
+    table = np.arange(50 * 8, dtype=np.float16).reshape(50, 8)
+    for i, start in enumerate(range(0, 50, 16)):
+        np.save(features.shard_path(tmp_path, i), table[start : start + 16])
+    stored = features.Features(tmp_path, 50, 8, 16)
+    for rows in ([0, 15, 16, 31, 49], list(range(50)), [40], []):
+        out = np.empty((len(rows), 8), np.float16)
+        stored.read(np.array(rows, np.int64), out)
+        assert np.array_equal(out, table[rows])

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from attire import features, sources, vgg
+from attire import features, sources, training, vgg
 from attire.data import ImageDataset
 from attire.features import Features, FeatureSpec
+from attire.recipes import FAST
 from attire.sources import CachedSource, OnTheFlySource, Standardiser, measure
 
 SPEC = FeatureSpec("block2", 16, 0, "w" * 64)
@@ -91,3 +92,18 @@ def test_on_the_fly_rows_draw_nothing_from_the_global_random_state(trunk: vgg.Tr
     before = torch.get_rng_state()
     taken(flying, MASK)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_source_beyond_memory_reads_windows_of_stretches_and_gives_the_same_rows(
+    views: list[Features], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = CachedSource(*views)
+    assert held.stretch is None
+    for name, value in (("IN_MEMORY", 0), ("STREAMED", 0), ("STRETCH", 4 * 4096), ("WINDOW", 12 * 4096)):
+        monkeypatch.setattr(sources, name, value)
+    streamed = CachedSource(*views)
+    assert streamed.stretch == (4, 12)
+    order, mirrored = training.epoch_order(np.arange(60), FAST, 0, streamed.stretch)
+    for mask in (None, mirrored):
+        pairs = zip(held.batches(order, 5, mask), streamed.batches(order, 5, mask), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)

@@ -315,3 +315,18 @@ def test_without_validation_rows_nothing_is_validated(tmp_path: Path) -> None:
     history = training.fit(new_head(), Table(), LABELS, TRAIN, nobody, RECIPE, tmp_path / "checkpoints")
     assert all(epoch.val_loss is None and epoch.val_accuracy is None for epoch in history)
     assert "None" not in (tmp_path / "history.csv").read_text()
+
+
+def test_the_order_of_a_streamed_source_keeps_neighbours_within_a_window() -> None:
+    rows = np.random.default_rng(0).permutation(1000)[:700]
+    stretch = (10, 100)
+    order, _ = training.epoch_order(rows, RECIPE, 0, stretch)
+    assert np.array_equal(np.sort(order), np.sort(rows))
+    assert np.array_equal(order, training.epoch_order(rows, RECIPE, 0, stretch)[0])
+    assert not np.array_equal(order, training.epoch_order(rows, RECIPE, 1, stretch)[0])
+    place = np.searchsorted(np.sort(rows), order)
+    for start in range(0, 700, 100):  # ten stretches each, from anywhere, their rows mixed
+        window = place[start : start + 100]
+        assert len(np.unique(window // 10)) == 10
+        assert np.ptp(window) > 300
+        assert not np.array_equal(window // 10, np.repeat(window[::10] // 10, 10))

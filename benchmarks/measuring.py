@@ -1,0 +1,110 @@
+"""What the benchmarks share: rounds summed up, arithmetic of VGG16, a scratch cache, results as files."""
+
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from attire import fetch, files
+from attire.blocks import BLOCKS
+from attire.weights import SHAPES
+
+ROUNDS = 5
+RESULTS = Path(__file__).parent / "results"
+QUICK = Path("bench") / "quick"  # ignored by git: the figures of --quick mean nothing
+
+
+def results_folder(quick: bool, out: Path | None = None) -> Path:
+    return files.make_dir(out or (QUICK if quick else RESULTS))
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, lowest, highest, n."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values), "n": len(values)}
+
+
+def told(values: Mapping[str, float], digits: int = 3) -> str:
+    """`4.21 (4.05-4.40, n = 5)` to so many significant digits."""
+    middle, low, high = (significant(values[key], digits) for key in ("median", "low", "high"))
+    return f"{middle} ({low}-{high}, n = {values['n']:.0f})"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """Plain digits: 1,234, 12.3, 0.0123."""
+    if not value:
+        return "0"
+    magnitude = len(str(int(abs(value)))) if abs(value) >= 1 else -int(f"{abs(value):e}".partition("e-")[2] or 0) + 1
+    return f"{value:,.{max(0, digits - magnitude)}f}"
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def memory_line(name: str) -> int:
+    """Bytes of a line of proc(5)'s status: VmRSS is what is resident, VmHWM the most that was."""
+    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
+    return 1024 * int(found[1]) if found else 0
+
+
+def forget_peak() -> int:
+    """Count the peak from here; bytes resident now. Linux alone can."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory_line("VmRSS")
+
+
+def peak_memory() -> int:
+    return memory_line("VmHWM")
+
+
+def flop_per_image(freeze_to: str, size: int) -> float:
+    """Of the convolutions up to the boundary, each multiplication and each addition as one; as done directly."""
+    total = 0.0
+    for index in range(BLOCKS[freeze_to]):
+        if shape := SHAPES.get(f"features.{index}.weight"):
+            block = next(i for i, end in enumerate(BLOCKS.values()) if index < end)
+            total += 2 * 9 * shape[0] * shape[1] * (size >> block) ** 2
+    return total
+
+
+@contextmanager
+def scratch_cache() -> Iterator[Path]:
+    """A cache with data and weights and nothing else, inside the real one, for this process and its children."""
+    fetch.official_data(), fetch.vgg16_weights()
+    real, before = files.cache_dir(), os.environ.get("ATTIRE_CACHE")
+    with tempfile.TemporaryDirectory(dir=real, prefix="bench-") as folder:
+        for name in ("data", "weights", "precision.json", "backends"):
+            if (real / name).exists():
+                (Path(folder) / name).symlink_to(real / name)
+        os.environ["ATTIRE_CACHE"] = folder
+        try:
+            yield Path(folder)
+        finally:
+            if before is None:
+                del os.environ["ATTIRE_CACHE"]
+            else:
+                os.environ["ATTIRE_CACHE"] = before
+
+
+def command() -> str:
+    """As it was typed, for the document."""
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def environment() -> dict[str, Any]:
+    from attire import devices
+
+    return {**devices.environment(devices.choose_device("cpu")), "load": os.getloadavg()[0]}
+
+
+def save(path: Path, value: Mapping[str, Any]) -> None:
+    files.write_json(path, {"schema": 1, "command": command(), "environment": environment(), **value})
+    print(f"\n{path}")

@@ -1,0 +1,255 @@
+"""Every stage as a fraction of what the machine could do, limit and stage in turn, in one run.
+
+    python benchmarks/stages.py --bundle runs/1/model
+    python benchmarks/stages.py --quick               a few seconds, to see that it works
+
+The limits of each stage (the machine's own are measured anew in every round, beside the stage):
+
+- extraction, prediction: direct convolutions at the rate of a large matrix product of the same precision
+- head epoch: the greater of its products at the matrix rate and its bytes at the memory's copy rate; see `head_bytes`
+- CSV: the file at the disk's reading rate; its binary copy: the SHA-256 of the file and of the copy, without which
+  neither is known to be what it was
+- cold start: a bare Python; for a prediction, a Python that imports torch
+"""
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import head_epoch
+import measuring
+import numpy as np
+import torch
+from measuring import ROUNDS, flop_per_image, seconds, spread, told
+from torch import nn
+
+from attire import copies, data, devices, features, fetch, files, machine, sources, tables, vgg
+from attire.features import FeatureSpec
+from attire.machine import Machine
+from attire.recipes import RECIPES, Recipe
+from attire.stages import open_trunk
+
+TAPS = (("block3", 32, 1660), ("block3", 64, 415), ("block5", 224, 33))  # boundary, px, images: one forward pass each
+CACHED = 64 * 2**20  # bytes of weights and moments that a processor's cache may hold: those do not count as memory
+
+
+@dataclass
+class Stage:
+    """work: does it once; limit: the least seconds it could take, from the limits measured in the same round."""
+
+    name: str
+    limit: str
+    work: Callable[[], object]
+    least: Callable[[dict[str, float]], float]
+    rows: int = 1
+
+
+def measured(stages: list[Stage], limits: Callable[[], dict[str, float]], rounds: int) -> list[dict[str, Any]]:
+    for stage in stages:
+        stage.work()  # what is done once is not timed
+    times: list[list[float]] = [[] for _ in stages]
+    shares: list[list[float]] = [[] for _ in stages]
+    for _ in range(rounds):
+        for stage, taken, share in zip(stages, times, shares, strict=True):
+            found = limits()
+            taken.append(seconds(stage.work))
+            share.append(stage.least(found) / taken[-1])
+    lines = []
+    for stage, taken, share in zip(stages, times, shares, strict=True):
+        line = {"name": stage.name, "limit": stage.limit, "rows": stage.rows, "seconds": spread(taken)}
+        lines.append({**line, "fraction": spread(share)})
+        rate = f"{stage.rows / line['seconds']['median']:,.1f}/s" if stage.rows > 1 else ""
+        print(f"{stage.name:44}{told(line['seconds'])} s  {rate:12}{told(lines[-1]['fraction'])} of {stage.limit}")
+        sys.stdout.flush()
+    return lines
+
+
+def round_limits(names: tuple[str, ...], quick: bool) -> Callable[[], dict[str, float]]:
+    """FLOP/s or bytes/s of one trial each, at the largest size."""
+    cpu = torch.device("cpu")
+    size = 2**22 if quick else machine.memory_bytes()
+    side = 128 if quick else machine.SIDES[-1]
+    works = {name: work for name, _, _, work in machine.memory_trials(size, cpu)}
+    works |= {name: work for name, _, _, work in machine.matrix_trials((side,), cpu) if name != "int8"}
+    return lambda: {name: machine.per_second(works[name], cpu) for name in names}
+
+
+# The stages.
+
+
+def extractions(quick: bool, precision: str, scratch: Path) -> Iterator[Stage]:
+    images = data.load_dataset().images
+    weights = fetch.vgg16_weights()
+    for freeze_to, size, count in TAPS:
+        count = max(2, count // 16) if quick else count
+        spec = FeatureSpec(freeze_to, size, 0, "", precision)
+        trunk = open_trunk(vgg.vgg16(weights, freeze_to, 0, nn.Sequential()), spec, torch.device("cpu"))
+        part, flop = images[:count], count * flop_per_image(freeze_to, size)
+        pictures = vgg.preprocess(part, size)
+
+        def extract(part: Any = part, spec: FeatureSpec = spec, trunk: Any = trunk) -> None:
+            key = os.urandom(16).hex()  # never in the cache
+            features.extract(part, key, spec, lambda: trunk)
+            features.delete_entry(spec.key(key))
+
+        def forward(pictures: Any = pictures, trunk: Any = trunk) -> None:
+            with torch.inference_mode():
+                trunk(pictures)
+
+        def least(found: dict[str, float], flop: float = flop) -> float:
+            return flop / found[precision]
+
+        name, limit = f"{freeze_to}, {size} px, {precision}", f"{precision} matrix rate"
+        yield Stage(f"extraction, {name}", limit, extract, least, count)
+        yield Stage(f"forward pass alone, {name}", limit, forward, least, count)
+
+
+def head_bytes(head: nn.Sequential, rows: int, width: int, batch: int) -> float:
+    """Bytes that an epoch cannot help moving: each row read in 16 bits; for each batch the weights read, the gradient
+    written, and Adam's seven passes (weights, gradient and two moments read, all but the gradient written), unless all
+    of those stay in the processor's cache."""
+    weights = 4 * sum(parameter.numel() for parameter in head.parameters())
+    steps = -(-rows // batch)
+    return 2.0 * rows * width + (9.0 * weights * steps if 4 * weights > CACHED else 0.0)
+
+
+def head_flop(head: nn.Sequential, rows: int) -> float:
+    sizes = [layer.in_features * layer.out_features for layer in head if isinstance(layer, nn.Linear)]
+    return 2.0 * rows * (3 * sum(sizes) - sizes[0])  # no gradient is needed for the features
+
+
+def head_epochs(quick: bool, scratch: Path, found: Machine) -> Iterator[Stage]:
+    jobs = (("fast", 60_000, 4096, 60_000), ("classic", 48_000, 25_088, 6_400))
+    for name, rows, width, timed in jobs:
+        rows, timed = (512, 512) if quick else (rows, timed)
+        recipe: Recipe = replace(RECIPES[name], flips=False)
+        torch.manual_seed(0)
+        source = sources.CachedSource(head_epoch.synthetic_features(scratch / f"{name}-rows", rows, width))
+        head = vgg.build_classifier(width, recipe.hidden, 10, recipe.dropout)
+        labels = np.random.default_rng(1).integers(0, 10, rows)
+        chosen = np.sort(np.random.default_rng(2).permutation(rows)[:timed])
+        flop, moved = head_flop(head, timed), head_bytes(head, timed, width, recipe.batch_size)
+
+        def work(*given: Any) -> Callable[[], object]:
+            return lambda: head_epoch.epoch_seconds(*given)
+
+        def least(limits: dict[str, float], flop: float = flop, moved: float = moved) -> float:
+            return max(flop / limits["fp32"], moved / limits["memory copy"])
+
+        by_memory = moved / found.rate("memory copy") > flop / found.rate("fp32")
+        limit = "memory copy rate" if by_memory else "fp32 matrix rate"
+        yield Stage(
+            f"head epoch, {name}, {rows:,} x {width:,}", limit, work(head, source, labels, chosen, recipe), least, timed
+        )
+
+
+def csvs(quick: bool, scratch: Path, found: Machine) -> Iterator[Stage]:
+    copies.LEAST = 0  # a small file too
+    train = data.load_dataset()
+    rows = 600 if quick else len(train)
+    path = scratch / "rows.csv"
+    tables.write_table(path, train.images[:rows], train.labels[:rows])
+    size = path.stat().st_size
+
+    def parse() -> None:
+        copies.delete_copies()
+        data.read_csv(path)
+
+    def digests() -> None:
+        for file in (path, *copies.folder().iterdir()):
+            with file.open("rb") as opened:
+                hashlib.file_digest(opened, "sha256")
+
+    yield Stage("CSV, parsed and kept", "disk read rate", parse, lambda limits: size / limits["disk read"], rows)
+    yield Stage(
+        "CSV, from its copy", "SHA-256 of both", lambda: data.read_csv(path), lambda limits: seconds(digests), rows
+    )
+
+
+def cold_starts(bundle: Path | None, exports: list[Path], scratch: Path) -> Iterator[Stage]:
+    def run(*arguments: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+
+    main = "from attire.cli import main; main()"
+    yield Stage(
+        "attire --help, cold", "a bare Python", run("-c", main, "--help"), lambda limits: seconds(run("-c", "pass"))
+    )
+    picture = scratch / "picture.png"
+    files.write_bytes(picture, one_picture())
+    for model in [*([bundle] if bundle else []), *exports]:
+        yield Stage(
+            f"attire predict of one picture, cold, {model.name}",
+            "a Python that imports torch",
+            run("-c", main, "predict", str(model), str(picture)),
+            lambda limits: seconds(run("-c", "import torch")),
+        )
+
+
+def one_picture() -> bytes:
+    from attire import figures
+
+    return figures.tile(data.load_dataset(part="test").images[:1], 1)
+
+
+def predictions(bundle: Path, quick: bool) -> Iterator[Stage]:
+    from attire.classifier import load_bundle
+
+    classifier = load_bundle(bundle, "cpu")
+    images = data.load_dataset(part="test").images
+    flop = flop_per_image(classifier.architecture.freeze_to, classifier.architecture.image_size)
+    for count, calls in ((1, 3 if quick else 100), (256, 1 if quick else 8)):
+
+        def work(count: int = count, calls: int = calls) -> None:
+            for i in range(calls):
+                classifier.predict_proba(images[i * count : (i + 1) * count])
+
+        yield Stage(
+            f"prediction, {count} image{'s' if count > 1 else ''} a call",
+            "fp32 matrix rate",
+            work,
+            lambda limits, n=count * calls: n * flop / limits["fp32"],  # type: ignore[misc]
+            count * calls,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, help="without one, predictions are left out")
+    parser.add_argument("--export", type=Path, action="append", default=[], help="also started cold; may be repeated")
+    parser.add_argument("--out", type=Path, help="folder for stages.json; default: benchmarks/results")
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    devices.keep_freed_memory()
+    rounds = 2 if given.quick else ROUNDS
+    precision = devices.choose_precision()
+    with measuring.scratch_cache(), tempfile.TemporaryDirectory(dir=files.cache_dir()) as folder:
+        scratch = Path(folder)
+        found = machine.measure(quick=given.quick)
+        for limit in found.limits:
+            print(f"limit: {limit.name:14}{told(limit.to_json())} {limit.unit}, {limit.how}")
+        print(flush=True)
+        lines = measured(
+            list(extractions(given.quick, precision, scratch)), round_limits((precision,), given.quick), rounds
+        )
+        matrix = round_limits(("fp32", "memory copy"), given.quick)
+        lines += measured(list(head_epochs(given.quick, scratch, found)), matrix, rounds)
+        disk = {"disk read": 1e9 * found.rate("disk read")}
+        lines += measured(list(csvs(given.quick, scratch, found)), lambda: disk, rounds)
+        lines += measured(list(cold_starts(given.bundle, given.export, scratch)), dict, rounds)
+        if given.bundle:
+            lines += measured(
+                list(predictions(given.bundle, given.quick)), round_limits(("fp32",), given.quick), rounds
+            )
+    folder_out = measuring.results_folder(given.quick, given.out)
+    measuring.save(folder_out / "stages.json", {"machine": found.to_json(), "stages": lines})
+
+
+if __name__ == "__main__":
+    main()
