@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from attire import fetch
+from attire import devices, fetch
 from attire.data import FASHION_CLASSES, ImageDataset, write_csv
 from attire.files import cache_dir
 from attire.recipes import Recipe
@@ -20,8 +20,18 @@ if TYPE_CHECKING:
     from attire.classifier import Classifier
 
 
+@pytest.fixture(scope="session")
+def convolutions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `devices` measured, once for all tests: on a busy machine the next measurement may choose otherwise."""
+    folder = tmp_path_factory.mktemp("convolutions")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATTIRE_CACHE", str(folder))
+        devices.measured_seconds(("direct", "winograd", "bf16") if devices.has_bf16() else ("direct", "winograd"))
+    return folder / "convolutions.json"
+
+
 @pytest.fixture(autouse=True)
-def cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, convolutions: Path) -> Path:
     """An empty cache folder; for tests marked `real` one that holds the official data and weights, and no features."""
     folder = tmp_path / "cache"
     if request.node.get_closest_marker("real"):
@@ -29,8 +39,7 @@ def cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
         folder.mkdir()
         for part in ("data", "weights"):
             (folder / part).symlink_to(cache_dir() / part)
-        if (cache_dir() / "convolutions.json").exists():
-            shutil.copy(cache_dir() / "convolutions.json", folder)
+        shutil.copy(convolutions, folder)
     monkeypatch.setenv("ATTIRE_CACHE", str(folder))
     return folder
 
@@ -56,8 +65,10 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory, random_tensors: Ten
 
 
 @pytest.fixture
-def weights(random_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def weights(random_weights: Path, monkeypatch: pytest.MonkeyPatch, cache: Path, convolutions: Path) -> Path:
     """`random_weights`, given to whoever asks for VGG16's: no network."""
+    cache.mkdir(exist_ok=True)
+    shutil.copy(convolutions, cache)
     monkeypatch.setattr(fetch, "vgg16_weights", lambda source=None, progress=None: random_weights)
     return random_weights
 
