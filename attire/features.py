@@ -3,6 +3,7 @@
 import io
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -131,33 +132,58 @@ def extract(
         missing = [i for i in range(len(starts)) if i not in ledger]
         report = progress or (lambda done, total: None)
         if missing:
-            report(sum(line["rows"] for line in ledger.values()), len(images))
-            trunk = load_trunk()
-            for i in missing:
-                part = images[starts[i] : starts[i] + spec.shard_rows]
-                done = sum(line["rows"] for line in ledger.values())
-                ledger[i] = extract_shard(part, spec, trunk, folder, i, lambda n, d=done: report(d + n, len(images)))  # type: ignore[misc]
-                files.release(images)
+            parts = {i: images[starts[i] : starts[i] + spec.shard_rows] for i in missing}
+            ledger |= extract_shards(parts, spec, load_trunk, folder, len(images), report)
         if missing or not (folder / "MANIFEST.json").exists():
             write_manifest(folder, images_digest, spec, ledger)
     report(len(images), len(images))
     return Features(folder, len(images), spec.width, spec.shard_rows)
 
 
-def extract_shard(
-    images: NDArray[np.uint8],
+def extract_shards(
+    parts: dict[int, NDArray[np.uint8]],
     spec: FeatureSpec,
-    trunk: Trunk,
+    load_trunk: Callable[[], Trunk],
     folder: Path,
-    index: int,
-    progress: Callable[[int], None] = lambda rows: None,
+    total: int,
+    report: Progress,
+) -> dict[int, dict[str, Any]]:
+    """Shards by their number, one after another; each is written while the next one is computed."""
+    done = total - sum(len(part) for part in parts.values())
+    report(done, total)
+    trunk, pending = load_trunk(), {}
+    with ThreadPoolExecutor(1, "attire-writer") as writer:  # its end waits for the last one, after Ctrl-C as well
+        for i, part in parts.items():
+            out = compute_shard(part, spec, trunk, lambda n, d=done: report(d + n, total))  # type: ignore[misc]
+            if pending:
+                pending[max(pending)].result()  # never more than one: what is computed may not pile up
+            pending[i] = writer.submit(commit_shard, out, folder, i)
+            done += len(part)
+            files.release(part)
+    return {i: line.result() for i, line in pending.items()}
+
+
+def extract_shard(
+    images: NDArray[np.uint8], spec: FeatureSpec, trunk: Trunk, folder: Path, index: int
 ) -> dict[str, Any]:
     """Compute one shard and commit it by itself: pure and idempotent. Returns its ledger line (rows, sha256)."""
+    return commit_shard(compute_shard(images, spec, trunk), folder, index)
+
+
+def compute_shard(
+    images: NDArray[np.uint8], spec: FeatureSpec, trunk: Trunk, progress: Callable[[int], None] = lambda rows: None
+) -> NDArray[np.float16]:
+    """(n, D) float16, a batch at a time."""
     out = np.empty((len(images), spec.width), np.float16)
     step = batch_rows(spec.image_size)
     for start in range(0, len(images), step):
         out[start : start + step] = compute(images[start : start + step], spec, trunk)
         progress(min(start + step, len(images)))
+    return out
+
+
+def commit_shard(out: NDArray[np.float16], folder: Path, index: int) -> dict[str, Any]:
+    """Write a shard and its ledger line, which is returned."""
     buffer = io.BytesIO()
     np.save(buffer, out)
     line = {"rows": len(out), "sha256": files.sha256(buffer.getbuffer())}
