@@ -137,7 +137,7 @@ def checked(tensors: dict[str, Tensor], classes: int, width: int, path: Path) ->
     """Names a tensor that is missing, extra, misshapen, of another type, not finite, or a label of no class."""
     for name in sorted(set(DTYPES) ^ set(tensors)):
         raise AttireError(path, f"tensor {name} is {'missing' if name in DTYPES else 'not part of this file'}")
-    count, depth = ([*tensors[name].shape, 0][i] for name, i in (("images", 0), ("axes", -2)))
+    count, depth = [*tensors["images"].shape, 0][0], [*tensors["points"].shape, 0, 0][1]
     shapes = {
         "images": (count, 28, 28),
         "labels": (count,),
