@@ -417,8 +417,8 @@ def explain(paths: tuple[Path, ...], model: Path, out: Path, label: str | None, 
     attire explain --model runs/1/model shoe.png              writes shoe-explained.png
     attire explain --model runs/1/model --label Coat shirt.png
 
-    Bright in the heat map is what the class loses most by when it is covered. Distances: 0 for the same picture, about
-    1.4 for any two. A bad file is one line on stderr; the others are explained, and the exit status is 1.
+    Bright in the heat map is what the class loses most by when it is covered. Distances: 0 for the same picture, 1.4
+    for unrelated ones. A bad file is one line on stderr; the others are explained, and the exit status is 1.
     """
     from attire.classifier import load_bundle
     from attire.explain import NO_NEIGHBOURS

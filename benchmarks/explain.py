@@ -17,6 +17,7 @@ import argparse
 import os
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ Image = NDArray[np.uint8]  # (28, 28)
 Heat = NDArray[np.floating]  # (28, 28), any scale
 Method = Callable[[Image, int], Heat]  # of the class with this number
 STEP, BLUR = 56, 3.0  # pixels a step; px, Gaussian: nothing finer than a sleeve is left
-ROUNDS = 7
+ROUNDS, BATCH = 7, 1500
 
 
 class Whole(nn.Module):
@@ -86,14 +87,15 @@ def grad_x_activation(classifier: Classifier, layer: int, smooth: float = 0.0) -
     return heat
 
 
-def integrated(classifier: Classifier, smooth: float) -> Method:
-    """Baseline black, 32 steps, the absolute value or the signed one smoothed (28x28)."""
+def integrated(classifier: Classifier, steps: int, smooth: float) -> Method:
+    """From black; the signed attributions, smoothed."""
     from captum.attr import IntegratedGradients
 
     method = IntegratedGradients(Whole(classifier))
 
     def heat(image: Image, k: int) -> Heat:
-        found = method.attribute(as_grey(image), torch.zeros(1, 1, 28, 28), k, n_steps=32, internal_batch_size=32)
+        black = torch.zeros(1, 1, 28, 28)
+        found = method.attribute(as_grey(image), black, k, n_steps=steps, internal_batch_size=32)
         return gaussian_filter(found[0, 0].numpy(), smooth)
 
     return heat
@@ -114,7 +116,7 @@ def captum_occlusion(classifier: Classifier, side: int, stride: int) -> Method:
     return heat
 
 
-def occlusion(classifier: Classifier, side: int, stride: int, blurred: bool = False, odds: bool = True) -> Method:
+def occlusion(scorer: "Classifier | Quick", side: int, stride: int, blurred: bool = False, odds: bool = True) -> Method:
     """The mean loss of the class's log odds, or probability, over the squares that cover a pixel."""
 
     def heat(image: Image, k: int) -> Heat:
@@ -125,8 +127,8 @@ def occlusion(classifier: Classifier, side: int, stride: int, blurred: bool = Fa
             square[max(0, top) : top + side, max(0, left) : left + side] = True
         fill = gaussian_filter(image, BLUR) if blurred else np.zeros_like(image)
         copies = np.concatenate([image[None], np.where(squares, fill, image)])
-        z = classifier.logits(copies)
-        score = log_odds(z, k) if odds else (z / classifier.temperature).softmax(1)[:, k]
+        z = scorer.logits(copies)
+        score = log_odds(z, k) if odds else (z / scorer.temperature).softmax(1)[:, k]
         loss = (score[0] - score[1:]).numpy()
         return np.tensordot(loss, squares, 1) / squares.sum(0)
 
@@ -138,7 +140,7 @@ def log_odds(logits: Tensor, k: int) -> Tensor:
     return logits[:, k] - rest.logsumexp(1)
 
 
-def methods(classifier: Classifier) -> dict[str, Callable[[], Method]]:
+def methods(classifier: Classifier, scorer: "Classifier | Quick") -> dict[str, Callable[[], Method]]:
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:28, :28] - 13.5
     relus = [i for i, layer in enumerate(classifier.model.features) if isinstance(layer, nn.ReLU)]
@@ -153,58 +155,81 @@ def methods(classifier: Classifier) -> dict[str, Callable[[], Method]]:
     }
     for number, layer in list(enumerate(ends, 1))[::-1]:
         told[f"gradient x activation, block{number}"] = lambda i=layer: grad_x_activation(classifier, i)
-    told["gradient x activation, block1, smoothed 1 px"] = lambda: grad_x_activation(classifier, ends[0], 1)
-    for smooth in (1, 2):
-        told[f"integrated gradients, smoothed {smooth} px"] = lambda s=smooth: integrated(classifier, s)
+    for number in (1, 2):
+        name = f"gradient x activation, block{number}, smoothed 2 px"
+        told[name] = lambda i=ends[number - 1]: grad_x_activation(classifier, i, 2)
+    for steps, smooth in ((4, 2), (8, 2), (8, 3), (32, 2)):
+        told[f"integrated gradients, {steps} steps, smoothed {smooth} px"] = lambda a=steps, b=smooth: integrated(
+            classifier, a, b
+        )
     told["Captum's occlusion, 7 px by 3"] = lambda: captum_occlusion(classifier, 7, 3)
-    for side, stride in ((4, 2), (5, 2), (7, 2), (7, 3), (9, 3)):
-        told[f"occlusion, {side} px by {stride}"] = lambda a=side, b=stride: occlusion(classifier, a, b)
-    told["occlusion, 7 px by 3, blurred"] = lambda: occlusion(classifier, 7, 3, blurred=True)
-    told["occlusion, 7 px by 3, probability"] = lambda: occlusion(classifier, 7, 3, odds=False)
+    for side, stride in ((7, 2), (7, 3), (7, 5), (9, 3), (9, 4)):
+        told[f"occlusion, {side} px by {stride}"] = lambda a=side, b=stride: occlusion(scorer, a, b)
+    told["occlusion, 7 px by 3, blurred"] = lambda: occlusion(scorer, 7, 3, blurred=True)
+    told["occlusion, 7 px by 3, probability"] = lambda: occlusion(scorer, 7, 3, odds=False)
     return told
 
 
-def curves(classifier: Classifier, image: Image, heat: Heat, k: int) -> tuple[float, float]:
-    """Deletion and insertion, each the area under its curve, 0..1."""
-    order = np.argsort(-heat.ravel(), kind="stable")
+class Quick:
+    """A classifier's logits by Winograd's convolutions, on all cores: what the curves take by the hundred thousand."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.trunk = vgg.Trunk(classifier.model, classifier.device, "fp32", fast=True)
+        self.head, self.classes = classifier.model.classifier, len(classifier.classes)
+        self.size, self.temperature = classifier.architecture.image_size, classifier.temperature
+
+    def logits(self, images: NDArray[np.uint8]) -> Tensor:
+        with torch.inference_mode():
+            parts = np.array_split(images, -(-len(images) // BATCH))
+            return torch.cat([self.head(self.trunk(vgg.preprocess(part, self.size))) for part in parts])
+
+
+def altered(image: Image, heat: Heat) -> NDArray[np.uint8]:
+    """(30, 28, 28): the steps of deletion, then of insertion."""
     rank = np.empty(784, np.int64)
-    rank[order] = np.arange(784)
-    rank = rank.reshape(28, 28)
-    taken = rank < np.arange(0, 785, STEP)[:, None, None]  # (15, 28, 28)
+    rank[np.argsort(-heat.ravel(), kind="stable")] = np.arange(784)
+    taken = rank.reshape(28, 28) < np.arange(0, 785, STEP)[:, None, None]  # (15, 28, 28)
     soft = gaussian_filter(image, BLUR)
-    copies = np.concatenate([np.where(taken, 0, image), np.where(taken, image, soft)]).astype(np.uint8)
-    p = classifier.predict_proba(copies)[:, k].reshape(2, -1)
-    area = (p[:, 1:] + p[:, :-1]).mean(1) / 2
-    return float(area[0]), float(area[1])
+    return np.concatenate([np.where(taken, 0, image), np.where(taken, image, soft)]).astype(np.uint8)
 
 
-def interval(values: Sequence[float]) -> str:
+def areas(quick: Quick, images: NDArray[np.uint8], heats: Sequence[Heat], answers: NDArray[np.int64]) -> NDArray[Any]:
+    """Deletion and insertion of each image (n, 2): the areas under its curves, 0..1."""
+    copies = np.concatenate([altered(*pair) for pair in zip(images, heats, strict=True)])
+    p = (quick.logits(copies) / quick.temperature).softmax(1).numpy().reshape(len(images), 2, -1, quick.classes)
+    own = np.take_along_axis(p, answers[:, None, None, None], 3)[..., 0]  # (n, 2, 15)
+    return (own[..., 1:] + own[..., :-1]).mean(2) / 2
+
+
+def interval(values: NDArray[Any]) -> str:
     """Mean and its normal 95 % interval."""
     half = 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5
     return f"{np.mean(values):6.3f} +- {half:.3f}"
 
 
-def heat(classifier: Classifier, test: ImageDataset, images: int, only: Sequence[str]) -> None:
-    _, rows = split_indices(test.labels, images, 0)
-    answers = classifier.predict_proba(test.images[rows]).argmax(1)
-    print(f"{images} test images, as many of each class; mean and 95 % interval; median time of {ROUNDS} pictures\n")
+def heat(classifier: Classifier, test: ImageDataset, count: int, only: Sequence[str]) -> None:
+    _, rows = split_indices(test.labels, count, 0)
+    images, quick = test.images[rows], Quick(classifier)
+    answers = classifier.predict_proba(images).argmax(1)
+    print(f"{count} test images, as many of each class; mean and 95 % interval; median time of {ROUNDS} pictures\n")
     print(f"{'':46}{'deletion':>15}{'insertion':>17}{'difference':>17}{'ms':>8}", flush=True)
-    for name, make in methods(classifier).items():
+    timed = methods(classifier, classifier)
+    for name, make in methods(classifier, quick).items():
         if only and name not in only:
             continue
-        method, deletion, insertion = make(), [], []
-        for row, k in zip(rows, answers.tolist(), strict=True):
-            found = curves(classifier, test.images[row], method(test.images[row], k), k)
-            deletion.append(found[0]), insertion.append(found[1])
-        gain = [b - a for a, b in zip(deletion, insertion, strict=True)]
+        method = make()
+        heats = [method(image, k) for image, k in zip(images, answers.tolist(), strict=True)]
+        deletion, insertion = areas(quick, images, heats, answers).T
+        own = timed[name]()
         taken = statistics.median(
-            seconds(lambda i=i, m=method: m(test.images[rows[i]], int(answers[i]))) for i in range(ROUNDS)
+            [seconds(lambda i=i, m=own: m(images[i], int(answers[i]))) for i in range(ROUNDS)]  # type: ignore[misc]
         )
-        figures = "  ".join(map(interval, (deletion, insertion, gain)))
+        figures = "  ".join(map(interval, (deletion, insertion, insertion - deletion)))
         print(f"{name:46}{figures}{1000 * taken:8.1f}", flush=True)
 
 
 Rows = NDArray[np.int64]
+KEPT = "hidden layer, 64 components, unit length"
 
 
 def neighbours(classifier: Classifier, data: ImageDataset, test: ImageDataset) -> None:
@@ -222,7 +247,7 @@ def neighbours(classifier: Classifier, data: ImageDataset, test: ImageDataset) -
         rows = train[part]
         stored = all_rows(source, rows)
         for name, describe in spaces(classifier, stored).items():
-            if count == 5000 or name == "hidden layer, 64 components":
+            if count == 5000 or name == KEPT:
                 with torch.inference_mode():
                     table, queries = describe(stored).half().float(), describe(x).half().float()
                 size = count * (784 + 2 * table.shape[1]) / 1000
@@ -251,7 +276,7 @@ def spaces(classifier: Classifier, stored: Tensor) -> dict[str, Callable[[Tensor
         "hidden layer, 16 components": components(head, stored, 16),
         "hidden layer, 32 components": components(head, stored, 32),
         "hidden layer, 64 components": components(head, stored, 64),
-        "hidden layer, 64 components, unit length": unit(components(head, stored, 64)),
+        KEPT: unit(components(head, stored, 64)),
     }
 
 
@@ -287,7 +312,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
     parser.add_argument("part", choices=("heat", "neighbours"))
-    parser.add_argument("--images", type=int, default=300, help="test images for heat maps")
+    parser.add_argument("--images", type=int, default=200, help="test images for heat maps")
     parser.add_argument("--only", nargs="*", default=[], help="these methods alone")
     given = parser.parse_args()
     classifier, test = load_bundle(given.bundle, "cpu"), load_dataset(part="test")
