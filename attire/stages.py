@@ -228,7 +228,11 @@ class Stage:
         data, hidden = self.splits.data, heads.last_hidden(head.eval())
         rows = neighbours.choose_rows(self.train, data.labels, self.recipe.split_seed)
         with torch.inference_mode():
-            parts = [hidden(x.to(self.device)).float().cpu() for x in source.batches(rows, 1024, None)]
+            found = source.batches(rows, 1024, None)
+            if len(hidden):
+                parts = [hidden(x.to(self.device)).float().cpu() for x in found]
+            else:  # no hidden layer: what a bundle hands to its one Linear is not standardised
+                parts = [source.standardise.undo(x) for x in found]
         return neighbours.fit(torch.cat(parts), data.images[rows], data.labels[rows])
 
     def rejecter(self, source: "Source | TunedSource") -> Rejecter | None:

@@ -4,13 +4,16 @@
     attire train --out runs/fast
     python benchmarks/explain.py runs/fast/model heat
     python benchmarks/explain.py runs/fast/model neighbours
+    python benchmarks/explain.py runs/fast/model time
 
 heat: deletion and insertion (RISE, Petsiuk et al. 2018) of 28x28 heat maps. Pixels are taken in the order of their
 heat, 56 at a time: deletion blackens them in the picture, insertion puts them into the blurred picture; the figure is
 the mean over the steps of the probability of the class that the model answered for the whole picture. A good map has a
 low deletion and a high insertion. Random, a centred blob and the picture's own brightness stand beside the methods.
 
-neighbours: whether the nearest training images have the class that the model answers, and the true one. Fixed seeds.
+neighbours: whether the nearest training images have the class that the model answers, and the true one.
+
+time: of `attire.explain.explain`, a picture after the other. Fixed seeds.
 """
 
 import argparse
@@ -22,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import seconds
+from measuring import seconds, spread, told
 from numpy.typing import NDArray
 from reject import all_rows, cached
 from scipy.ndimage import gaussian_filter
@@ -32,6 +35,7 @@ from attire import devices, recipes, reject, vgg
 from attire.blocks import CHANNELS
 from attire.classifier import Classifier, load_bundle
 from attire.data import ImageDataset, load_dataset, split_indices
+from attire.explain import explain
 from attire.intervals import wilson
 from attire.sources import CachedSource
 from attire.stages import validation_rows
@@ -311,7 +315,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
-    parser.add_argument("part", choices=("heat", "neighbours"))
+    parser.add_argument("part", choices=("heat", "neighbours", "time"))
     parser.add_argument("--images", type=int, default=200, help="test images for heat maps")
     parser.add_argument("--only", nargs="*", default=[], help="these methods alone")
     given = parser.parse_args()
@@ -319,6 +323,11 @@ def main() -> None:
     print(f"{given.bundle}; {devices.processor()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
     if given.part == "heat":
         heat(classifier, test, given.images, given.only)
+    elif given.part == "time":
+        rows = split_indices(test.labels, 50, 0)[1]
+        explain(classifier, test.images[rows[0]])
+        taken = [1000 * seconds(lambda i=i: explain(classifier, test.images[i])) for i in rows]  # type: ignore[misc]
+        print(f"explain: {told(spread(taken))} ms, median and range")
     else:
         neighbours(classifier, load_dataset(part="train"), test)
 
