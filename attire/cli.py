@@ -425,7 +425,7 @@ def explain(paths: tuple[Path, ...], model: Path, out: Path, label: str | None, 
 
     classifier, failed, taken = load_bundle(model, device), 0, set[str]()
     if classifier.neighbours is None:
-        click.echo(f"warning: {one_line(str(model))}: {NO_NEIGHBOURS}; train it again", err=True)
+        click.echo(f"warning: {one_line(str(model or 'shipped'))}: {NO_NEIGHBOURS}; train it again", err=True)
     for path in paths:
         try:
             explain_file(classifier, path, out, label, as_json, taken)
