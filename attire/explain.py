@@ -58,15 +58,15 @@ def explain(classifier: Classifier, image: ArrayLike, label: str | None = None) 
 
     Raises UsageError where `label` is no class, AttireError where the image is none.
     """
-    (image,) = as_images(np.asarray(image)[None])
+    images = as_images(np.asarray(image)[None])
     if label is not None and label not in classifier.classes:
         near = get_close_matches(label, classifier.classes, n=1)
         do = f"did you mean {near[0]!r}" if near else f"the classes are {', '.join(classifier.classes)}"
         raise UsageError("--label", f"{label!r} is none of the {len(classifier.classes)} classes", do=do)
-    prediction = classifier.predict(image)
+    prediction = classifier.predict(images)[0]
     chosen = label or prediction.label
-    heat = occlusion(classifier, image, classifier.classes.index(chosen))
-    return Explanation(chosen, heat, METHOD, prediction, *classifier.nearest(image[None]))
+    heat = occlusion(classifier, images[0], classifier.classes.index(chosen))
+    return Explanation(chosen, heat, METHOD, prediction, *classifier.nearest(images))
 
 
 def occlusion(classifier: Classifier, image: NDArray[np.uint8], k: int) -> NDArray[np.float32]:

@@ -201,11 +201,13 @@ def explanation(
     """Named pictures in a row, grey (H, W) or colour (H, W, 3); below them smaller ones with what is said of them."""
     figure = Figure(figsize=(6.6, 4.6 if tiles else 2.9), layout="constrained")
     figure.suptitle(plain(title), size=12)
-    rows = figure.subfigures(2, 1, height_ratios=(3, 2)) if tiles else [figure]
-    row_of_pictures(rows[0], tops)
-    if tiles:
-        rows[1].suptitle(plain(f"nearest training images: {tally}"), size=9)
-        row_of_pictures(rows[1], tiles)
+    if not tiles:
+        row_of_pictures(figure, tops)
+        return figure
+    above, below = np.asarray(figure.subfigures(2, 1, height_ratios=(3, 2)))
+    row_of_pictures(above, tops)
+    below.suptitle(plain(f"nearest training images: {tally}"), size=9)
+    row_of_pictures(below, tiles)
     return figure
 
 

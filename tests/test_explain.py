@@ -256,7 +256,9 @@ def test_a_real_answer_is_undone_by_hiding_what_is_hot(tmp_path: Path) -> None:
     recipe = replace(recipes.FAST, epochs=3, batch_size=32, hidden=(32,))
     model = load_bundle(runs.train(tmp_path / "some.csv", recipe, run_dir=tmp_path / "run").bundle, "cpu")
     assert (tmp_path / "run" / "model" / FILE).stat().st_size < 1_000_000
-    rng, hot, anywhere = np.random.default_rng(0), [], []
+    rng = np.random.default_rng(0)
+    hot: list[float] = []
+    anywhere: list[float] = []
     for image in load_dataset(part="test").images[:20]:
         found = explain(model, image)
         k = model.classes.index(found.label)
