@@ -22,7 +22,7 @@ from attire.classifier import Classifier, Prediction, as_images
 from attire.errors import UsageError
 from attire.neighbours import Neighbour
 
-SIDE, STRIDE = 7, 3  # px of 28, of a square and from one to the next; docs/results.md, Explanations, has others
+SIDE, STRIDE = 7, 3  # px of 28, of a square and from one to the next; 9 by 4 is as good (docs/results.md)
 METHOD = f"occlusion, black squares of {SIDE} x {SIDE} px every {STRIDE} px"
 COLOURS = "viridis"  # its lightness rises all the way: it reads the same for colour-blind people and in grey
 DIM, LEAST, MOST = 0.6, 0.15, 0.85  # of the picture's brightness, and of colour over it where heat is 0 and 1
