@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attire import devices, figures, files
+from attire import devices, figures, files, neighbours
 from attire.data import ImageDataset, load_dataset
 from attire.errors import AttireError, UsageError
 from attire.intervals import Interval, wilson
@@ -137,8 +137,9 @@ def accuracy(pool: Executor, test: ImageDataset, path: Path, watcher: Watcher) -
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+    """Bytes of a file, or of all files in a folder but the training images, which no answer needs."""
+    parts = [part for part in path.rglob("*") if part.is_file()] if path.is_dir() else [path]
+    return sum(part.stat().st_size for part in parts if part.name != neighbours.FILE)
 
 
 def write_bench(found: Bench, folder: Path) -> Path:

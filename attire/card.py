@@ -105,7 +105,9 @@ USE = (
     "    attire predict MODEL_FOLDER photo.jpg\n\n"
     "or from Python, where `MODEL_FOLDER` is the folder that holds this card:\n\n"
     "    import attire\n"
-    '    attire.load("MODEL_FOLDER").predict("photo.jpg").label'
+    '    attire.load("MODEL_FOLDER").predict("photo.jpg").label\n\n'
+    "`neighbours.safetensors` holds up to 5,000 of the training images, which `attire explain` shows beside an answer."
+    " Delete that file where they must not be passed on; nothing else needs it."
 )
 
 

@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from attire import calibration, devices, files, heads, reject, vgg
+from attire import calibration, devices, files, heads, neighbours, reject, vgg
 from attire.blocks import CHANNELS, above, feature_shape
 from attire.data import check_classes
 from attire.errors import AttireError, UsageError
+from attire.neighbours import Neighbour, Neighbours
 from attire.pictures import read_image
 from attire.recipes import Recipe
 from attire.reject import Rejecter
@@ -86,7 +87,7 @@ class Classifier:
 
     model: torchvision's VGG with `features`, `avgpool` and `classifier`; temperature divides the logits (Guo et al.
     2017), 1 for none; facts: what the bundle says of itself besides (metrics, recipe, digests), plain JSON;
-    rejecter: None where it cannot tell what is none of its classes.
+    rejecter: None where it cannot tell what is none of its classes; neighbours: None where it holds no training images.
     """
 
     def __init__(
@@ -98,8 +99,9 @@ class Classifier:
         facts: dict[str, Any] | None = None,
         device: torch.device | None = None,
         rejecter: Rejecter | None = None,
+        neighbours: Neighbours | None = None,
     ) -> None:
-        self.rejecter = rejecter
+        self.rejecter, self.neighbours = rejecter, neighbours
         self.architecture, self.classes = architecture, tuple(classes)
         self.temperature, self.facts = temperature, dict(facts or {})
         self.device = device or torch.device("cpu")
@@ -146,6 +148,21 @@ class Classifier:
         parts = [self.rejecter.distances(x) for x in self._features(as_images(images))]
         return np.concatenate([np.empty(0, np.float32), *parts])
 
+    def nearest(self, images: ArrayLike, count: int = neighbours.NEAREST) -> list[tuple[Neighbour, ...]]:
+        """For each image the training images in the bundle that its last hidden layer finds most like it, if any.
+
+        images: as for `predict_proba`.
+        """
+        found: list[tuple[Neighbour, ...]] = []
+        for x in self._features(as_images(images)):
+            if self.neighbours is None:
+                found += [()] * len(x)
+                continue
+            with torch.inference_mode():
+                hidden = heads.last_hidden(self.model.classifier)(x)
+            found += self.neighbours.nearest(hidden, self.classes, count)
+        return found
+
     def predict(self, what: str | Path | ArrayLike) -> Any:
         """A Prediction for a picture file or one (28, 28) image; a list of them for (n, 28, 28) or (n, 784)."""
         single = isinstance(what, str | Path)
@@ -164,9 +181,11 @@ class Classifier:
         return replace(ranked(self.classes, probabilities), distance=distance, rejected=rejected)
 
     def save(self, folder: Path) -> None:
-        """Write the bundle: `model.safetensors`, then `model.json`, which holds its digest and is written last."""
+        """Write the bundle: `model.safetensors` and `neighbours.safetensors`, then `model.json`, which holds their
+        digests and is written last."""
         tensors = {name: value.detach().float().cpu().contiguous() for name, value in self.model.state_dict().items()}
         body = save(tensors | (self.rejecter.tensors() if self.rejecter else {}), {"format": "pt"})
+        stored = self.neighbours.encoded() if self.neighbours else None
         about = {
             "schema": SCHEMA,
             "classes": list(self.classes),
@@ -178,12 +197,14 @@ class Classifier:
             "preprocess": {"version": vgg.PREPROCESS_VERSION, "mean": vgg.MEAN, "std": vgg.STD},
             "temperature": self.temperature,
             "reject": self.rejecter.about() if self.rejecter else None,
+            "neighbours": {"sha256": files.sha256(stored)} if stored else None,
             "sha256": files.sha256(body),
             "facts": self.facts,
         }
         sealed = {**about, "seal": files.sha256(files.canonical_json(about))}
         (folder / "model.json").unlink(missing_ok=True)
         files.write_bytes(folder / "model.safetensors", body)
+        neighbours.write(folder, stored)
         files.write_json(folder / "model.json", sealed)
 
 
@@ -223,8 +244,10 @@ def load_bundle(folder: str | Path, device: str = "auto") -> Classifier:
     rejecter = None  # of a bundle made before there was one, or from too few images
     if told := about.get("reject"):
         rejecter = reject.restore(tensors, told, CHANNELS[architecture.end], folder)
-    where = devices.choose_device(device)
-    return Classifier(model, architecture, about["classes"], about["temperature"], about["facts"], where, rejecter)
+    width = heads.last_linear(model.classifier).in_features
+    near = neighbours.read(folder, about.get("neighbours"), len(about["classes"]), width)
+    where, hot = devices.choose_device(device), about["temperature"]
+    return Classifier(model, architecture, about["classes"], hot, about["facts"], where, rejecter, near)
 
 
 def read_about(path: Path) -> dict[str, Any]:

@@ -194,6 +194,31 @@ def confusion(table: Ints, classes: Sequence[str]) -> Figure:
     return figure
 
 
+@matplotlib.rc_context(STYLE)
+def explanation(
+    title: str, tops: Sequence[tuple[str, NDArray[Any]]], tiles: Sequence[tuple[str, NDArray[Any]]], tally: str
+) -> Figure:
+    """Named pictures in a row, grey (H, W) or colour (H, W, 3); below them smaller ones with what is said of them."""
+    figure = Figure(figsize=(6.6, 4.6 if tiles else 2.9), layout="constrained")
+    figure.suptitle(plain(title), size=12)
+    if not tiles:
+        row_of_pictures(figure, tops)
+        return figure
+    above, below = np.asarray(figure.subfigures(2, 1, height_ratios=(3, 2)))
+    row_of_pictures(above, tops)
+    below.suptitle(plain(f"nearest training images: {tally}"), size=9)
+    row_of_pictures(below, tiles)
+    return figure
+
+
+def row_of_pictures(figure: Any, named: Sequence[tuple[str, NDArray[Any]]]) -> None:
+    plots = figure.subplots(1, len(named), squeeze=False)[0]
+    for plot, (name, pixels) in zip(plots, named, strict=True):
+        plot.imshow(pixels, cmap="gray", vmin=0, vmax=255)
+        plot.set_title("\n".join(map(plain, name.split("\n"))), size=9)
+        plot.set_axis_off()
+
+
 def plain(name: str) -> str:
     """A class called '$x$' is a name, not mathematics, and control characters have no shape."""
     return one_line(name).replace("$", r"\$")

@@ -170,5 +170,16 @@ def parameter_groups(head: nn.Module, block_lr: float) -> list[dict[str, Any]]:
     return groups
 
 
+def last_linear(head: nn.Module) -> nn.Linear:
+    return [layer for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
+
+
 def classes_of(head: nn.Module) -> int:
-    return [layer for layer in head.modules() if isinstance(layer, nn.Linear)][-1].out_features
+    return last_linear(head).out_features
+
+
+def last_hidden(head: nn.Module) -> nn.Sequential:
+    """The head up to what its last Linear gets, (n, D): one without hidden layers leaves its features as they are."""
+    layers = list(head.children())
+    last = [] if isinstance(layers[-1], nn.Linear) else [last_hidden(layers[-1])]
+    return nn.Sequential(*layers[:-1], *last)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from attire import calibration, devices, features, fetch, files, heads, reject, results, training, vgg
+from attire import calibration, devices, features, fetch, files, heads, neighbours, reject, results, training, vgg
 from attire.blocks import CHANNELS
 from attire.card import write_model_card
 from attire.classifier import Architecture, Classifier, fold_standardisation
@@ -19,6 +19,7 @@ from attire.data import OFFICIAL, ImageDataset, Splits, check_part, load_dataset
 from attire.errors import one_line
 from attire.evaluation import Evaluation, evaluate
 from attire.features import FeatureSpec
+from attire.neighbours import Neighbours
 from attire.recipes import Recipe
 from attire.reject import Rejecter
 from attire.report import write_report
@@ -60,7 +61,8 @@ class DataChoice:
 class Found:
     """What the trained head says of each set; test probabilities (n, K) are calibrated with `temperature`.
 
-    rejecter: None where there are too few rows for its threshold; reject: what it does to the test set.
+    rejecter: None where there are too few rows for its threshold; reject: what it does to the test set; neighbours:
+    the training images that go into the bundle.
     """
 
     temperature: float
@@ -70,6 +72,7 @@ class Found:
     probabilities: NDArray[np.float64]
     rejecter: Rejecter | None = None
     reject: dict[str, Any] | None = None
+    neighbours: Neighbours | None = None
 
 
 Source = CachedSource | OnTheFlySource
@@ -217,7 +220,20 @@ class Stage:
             probabilities=tested,
             rejecter=rejecter,
             reject=reject.measure(rejecter, behind[1], self.splits.test_rows) if rejecter else None,
+            neighbours=self.neighbours(head, sources[0]),
         )
+
+    def neighbours(self, head: nn.Sequential, source: Source) -> Neighbours:
+        """Some of the training rows, as the trained head sees them."""
+        data, hidden = self.splits.data, heads.last_hidden(head.eval())
+        rows = neighbours.choose_rows(self.train, data.labels, self.recipe.split_seed)
+        with torch.inference_mode():
+            found = source.batches(rows, 1024, None)
+            if len(hidden):
+                parts = [hidden(x.to(self.device)).float().cpu() for x in found]
+            else:  # no hidden layer: what a bundle hands to its one Linear is not standardised
+                parts = [source.standardise.undo(x) for x in found]
+        return neighbours.fit(torch.cat(parts), data.images[rows], data.labels[rows])
 
     def rejecter(self, source: "Source | TunedSource") -> Rejecter | None:
         """From training rows alone; its threshold from validation rows, or from a part of the training rows."""
@@ -272,7 +288,8 @@ class Stage:
         results.save_result(folder, result)
         write_report(folder, result)
         model, classes = self.assembled(head), self.splits.data.classes
-        whole = Classifier(model, self.architecture, classes, found.temperature, facts, rejecter=found.rejecter)
+        told = (model, self.architecture, classes, found.temperature, facts)
+        whole = Classifier(*told, rejecter=found.rejecter, neighbours=found.neighbours)
         whole.save(folder / "model")
         write_model_card(folder / "model", result)
 

@@ -90,3 +90,10 @@ def test_the_peak_is_the_process_s_own_and_not_that_of_who_started_it() -> None:
     assert ballast.nbytes == 2**29 <= bench.peak_memory()
     assert before > 2**24
     assert before + 2**26 < after < before + 2**28
+
+
+def test_a_bundle_s_size_leaves_out_the_training_images(tmp_path: Path) -> None:
+    for name, size in (("model.safetensors", 70), ("model.json", 7), ("neighbours.safetensors", 1000)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert bench.size_of(tmp_path) == 77
+    assert bench.size_of(tmp_path / "model.json") == 7
