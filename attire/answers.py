@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -76,7 +77,7 @@ def open_model(path: Path | None, device: str) -> Model:
     if path is not None and format_of(path):
         return load_export(path)
     folder = find_bundle(path)
-    if device in ("auto", "cpu") and (folder / GRAPH).exists():
+    if device in ("auto", "cpu") and (folder / GRAPH).exists() and find_spec("onnxruntime"):
         return load_export(folder / GRAPH)
     from attire.classifier import load_bundle
 
@@ -100,7 +101,7 @@ def expand(arguments: Iterable[str], globs: bool = True) -> Iterator[str | Attir
         elif is_folder(path):
             yield from below(path)
         elif globs and glob.has_magic(argument) and not os.path.lexists(path):
-            matches = sorted(glob.iglob(argument, recursive=True))
+            matches = sorted(glob.iglob(argument, recursive=True))  # noqa: PTH207  (absolute patterns too)
             yield from expand(matches, globs=False) if matches else [AttireError(path, "no file matches the pattern")]
         else:
             yield argument

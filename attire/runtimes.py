@@ -143,7 +143,7 @@ def run_onnx(path: Path, facts: dict[str, Any]) -> Run:
     try:
         import onnxruntime
     except ImportError as error:
-        raise missing("onnx", error) from error
+        raise AttireError(path, "ONNX Runtime is not installed", str(error), "pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; its warnings are about what it optimises
     if tensors := bundle_tensors(path, facts):
