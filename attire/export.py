@@ -80,9 +80,11 @@ class WholeNetwork(nn.Module):
         self, classifier: Classifier, dtype: torch.dtype = torch.float32, rejecter: Rejecter | None = None
     ) -> None:
         super().__init__()
-        self.reject = None if rejecter is None else nn.Module()
-        for name in TENSORS if self.reject else ():
-            self.reject.register_buffer(name, getattr(rejecter, name))
+        self.reject: nn.Module | None = None
+        if rejecter is not None:
+            self.reject = nn.Module()
+            for name in TENSORS:
+                self.reject.register_buffer(name, getattr(rejecter, name))
         self.model, self.size, self.dtype = classifier.model.to(dtype), classifier.architecture.image_size, dtype
         self.temperature = classifier.temperature
         self.mean: Tensor

@@ -14,6 +14,7 @@ from PIL import Image
 from attire.classifier import Classifier, load_bundle
 from attire.data import ImageDataset
 from attire.errors import AttireError
+from attire.export import export
 from attire.graphs import write_graph
 from attire.reject import Rejecter, fit_classes, nearest, pooled
 from attire.runtimes import load_export, load_graph
@@ -68,6 +69,14 @@ def test_a_graph_without_a_verdict_where_the_bundle_has_none(
     classifier.save(tmp_path)
     write_graph(tmp_path, synthetic)
     assert load_graph(tmp_path).predict(synthetic.images[:1])[0].rejected is None
+
+
+def test_an_onnx_export_gives_verdicts_too(rejecting: Classifier, synthetic: ImageDataset, tmp_path: Path) -> None:
+    rejecting.save(tmp_path / "bundle")
+    made = export(tmp_path / "bundle", "onnx", out=tmp_path / "m.onnx", data=synthetic)
+    expected = [found.rejected for found in rejecting.predict(synthetic.images)]
+    assert [found.rejected for found in made.predict(synthetic.images)] == expected
+    assert (made.facts["gate"]["verdicts"], made.facts["gate"]["distance"] < 1e-4) == (0, True)
 
 
 def flip(path: Path, at: float) -> None:
