@@ -1,9 +1,11 @@
 """A run's bundle made fit to ship: 16-bit weights, ONNX Runtime's graph, card, report, and its own measured figures."""
 
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ def release(run: Path, out: Path, watcher: Watcher | None = None, data: ImageDat
     """
     watcher, data = watcher or Silent(), data or load_dataset(part="test")
     result, whole = load_result(run), load_bundle(run, "cpu")
+    result = replace(result, command=without_folders(result.command))
     if data.classes != whole.classes:
         raise AttireError(data.source, "its classes are not the bundle's")
     expected = probabilities(whole, data, "Bundle", watcher)
@@ -63,6 +66,11 @@ def release(run: Path, out: Path, watcher: Watcher | None = None, data: ImageDat
             raise AttireError(out, f"{size:,} bytes altogether, allowed {LIMIT:,}", do="release a smaller recipe")
         watcher.note("Size", files.human_size(size))
     return {**told, "gate": gate.to_json(), "bytes": size}
+
+
+def without_folders(command: str) -> str:
+    """A command line whose paths are names alone: where things lay on one machine is nobody else's business."""
+    return shlex.join(Path(word).name if "/" in word else word for word in shlex.split(command))
 
 
 def probabilities(model: Classifier, data: ImageDataset, what: str, watcher: Watcher) -> NDArray[np.float32]:

@@ -41,6 +41,7 @@ def test_a_released_bundle_is_complete_and_says_what_is_true(
     right = int((classifier.predict_proba(synthetic.images).argmax(1) == synthetic.labels).sum())
     assert (told["correct"], told["n"], told["first"]) == (right, 60, {"n": 60, "correct": right})
     assert f"| all | {right} | 60 |" in (out / "MODEL_CARD.md").read_text()
+    assert str(run.parent) not in (out / "MODEL_CARD.md").read_text().partition("| Setting |")[0]
     assert classifier.facts["release"]["digests"]["report.html"] == files.sha256_file(out / "report.html")
     assert told["bytes"] == sum(path.stat().st_size for path in out.iterdir())
     assert check_release(out, synthetic) == []
