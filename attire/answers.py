@@ -197,7 +197,7 @@ class Strips:
     def write(self, asked: Asked) -> None:
         if self.where is None or asked.picture is None:
             return
-        from attire import photos  # type: ignore[attr-defined]
+        from attire import photos
 
         files.write_bytes(self.path(asked), photos.strip(photos.prepare(asked.picture, asked.name)))
 

@@ -267,11 +267,20 @@ def build_onnx(network: WholeNetwork, precision: str, folder: Path) -> Built:
         verbose=False,
     )
     path = folder / "network.onnx"
-    path.write_bytes(cast(Any, program).model_proto.SerializeToString())
+    path.write_bytes(without_traces(cast(Any, program).model_proto).SerializeToString())
     if precision == "int8":
         path = quantise_onnx(path, folder / "int8.onnx")
     made = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__, "onnxscript": onnxscript.__version__}
     return path, {**made, "opset": OPSET, "torch": torch.__version__}
+
+
+def without_traces(model: Any) -> Any:
+    """The exporter notes for every node where in whose source files it came from: larger, and nobody's business."""
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    return model
 
 
 def quantise_onnx(path: Path, target: Path) -> Path:

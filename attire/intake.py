@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +35,9 @@ class Asked:
     name: str
     image: NDArray[np.uint8]
     picture: Path | bytes | None = None
+
+
+Reading = Generator[Asked | AttireError, None, None]
 
 
 def expand(arguments: Iterable[str], globs: bool = True) -> Iterator[str | AttireError]:
@@ -67,7 +70,7 @@ def below(folder: Path) -> Iterator[str | AttireError]:
         yield AttireError(folder, "no pictures in this folder", do=SHOULD)
 
 
-def read_ahead(found: Iterator[str | AttireError], classes: Sequence[str]) -> Iterator[Asked | AttireError]:
+def read_ahead(found: Iterator[str | AttireError], classes: Sequence[str]) -> Reading:
     """The images of these files in their order, pictures read by threads some way ahead; an error takes its place."""
     waiting: deque[Future[Asked | AttireError] | Callable[[], Iterator[Asked | AttireError]]] = deque()
     pool = ThreadPoolExecutor(THREADS, "read")

@@ -49,7 +49,7 @@ def test_the_graph_answers_as_the_bundle_and_holds_no_weights(graphed: Path, syn
     assert [x.rejected for x in found] == [x.rejected for x in expected]
     assert {True, False} == {x.rejected for x in found}
     assert np.allclose([x.probability for x in found], [x.probability for x in expected], atol=1e-4)
-    assert np.allclose([x.distance for x in found], [x.distance for x in expected], rtol=1e-3)
+    assert np.allclose([x.distance or 0 for x in found], [x.distance or 0 for x in expected], rtol=1e-3)
     assert (graphed / "network.onnx").stat().st_size < 0.2 * (graphed / "model.safetensors").stat().st_size
     assert graph.predict(synthetic.images[:0]) == []
 
