@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,14 @@ from torch import Tensor, nn
 
 from attire import calibration, devices, files, heads, neighbours, reject, vgg
 from attire.blocks import CHANNELS, above, feature_shape
+from attire.bundles import ABOUT, GRAPH, WEIGHTS, find_bundle
+from attire.bundles import SHIPPED as SHIPPED
 from attire.data import check_classes
 from attire.errors import AttireError, UsageError
 from attire.neighbours import Neighbour, Neighbours
-from attire.pictures import read_image
+from attire.prediction import Prediction as Prediction
+from attire.prediction import as_images as as_images
+from attire.prediction import ranked, read_picture
 from attire.recipes import Recipe
 from attire.reject import Rejecter
 
@@ -29,7 +33,7 @@ SCHEMA = 1
 BATCH_PIXELS = 400_000  # pictures a forward pass: bounded memory for any number of images
 CANNOT_REJECT = "this bundle cannot tell what is none of its classes"
 TRAIN_AGAIN = "train it again, with 200 images or more"
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # of weights on disk
 
 
 @dataclass(frozen=True)
@@ -57,29 +61,6 @@ class Architecture:
         """A new classifier for the features of this trunk, initialised from torch's random state."""
         shape = feature_shape(self.end, self.image_size, self.pool)
         return heads.build(shape, self.conv, self.hidden, classes, self.dropout)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The answer for one image: the likeliest class first, with its calibrated probability, then the others.
-
-    distance: from the training images, see `Classifier.distances`; rejected: whether it is farther than all but 5 % of
-    garments, and so rather none of the classes. Both are None where the bundle cannot tell. Label and probabilities
-    are those of the closest classes all the same.
-    """
-
-    label: str
-    probability: float
-    ranking: tuple[tuple[str, float], ...]
-    distance: float | None = None
-    rejected: bool | None = None
-
-    def __str__(self) -> str:
-        if self.rejected:
-            count = len(self.ranking)
-            known = NUMBERS[count] if count < len(NUMBERS) else count
-            return f"none of the {known} (closest: {self.label} {self.probability:.2f})"
-        return f"{self.label} {self.probability:.3f}"
 
 
 class Classifier:
@@ -166,7 +147,7 @@ class Classifier:
     def predict(self, what: str | Path | ArrayLike) -> Any:
         """A Prediction for a picture file or one (28, 28) image; a list of them for (n, 28, 28) or (n, 784)."""
         single = isinstance(what, str | Path)
-        images = read_image(what)[None] if isinstance(what, str | Path) else np.asarray(what)
+        images = read_picture(what)[None] if isinstance(what, str | Path) else np.asarray(what)
         if images.shape in ((28, 28), (784,)):
             images, single = images[None], True
         found: list[Prediction] = []
@@ -177,14 +158,16 @@ class Classifier:
 
     def ranked(self, probabilities: NDArray[np.floating[Any]], distance: float | None = None) -> Prediction:
         """One row of `predict_proba`, and its distance, as a Prediction."""
-        rejected = None if distance is None or self.rejecter is None else distance > self.rejecter.threshold
-        return replace(ranked(self.classes, probabilities), distance=distance, rejected=rejected)
+        return ranked(self.classes, probabilities, distance, self.rejecter.threshold if self.rejecter else None)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, dtype: str = "float32") -> None:
         """Write the bundle: `model.safetensors` and `neighbours.safetensors`, then `model.json`, which holds their
-        digests and is written last."""
-        tensors = {name: value.detach().float().cpu().contiguous() for name, value in self.model.state_dict().items()}
-        body = save(tensors | (self.rejecter.tensors() if self.rejecter else {}), {"format": "pt"})
+        digests and is written last.
+
+        dtype: of the network's weights on disk, float32, float16 or bfloat16; they are computed with in float32, and
+        the Rejecter's tensors stay float32. Raises UsageError for another, AttireError for a weight that is too large.
+        """
+        body = save(self._stored(dtype) | (self.rejecter.tensors() if self.rejecter else {}), {"format": "pt"})
         stored = self.neighbours.encoded() if self.neighbours else None
         about = {
             "schema": SCHEMA,
@@ -202,42 +185,31 @@ class Classifier:
             "facts": self.facts,
         }
         sealed = {**about, "seal": files.sha256(files.canonical_json(about))}
-        (folder / "model.json").unlink(missing_ok=True)
-        files.write_bytes(folder / "model.safetensors", body)
+        for stale in (GRAPH, ABOUT):
+            (folder / stale).unlink(missing_ok=True)
+        files.write_bytes(folder / WEIGHTS, body)
         neighbours.write(folder, stored)
-        files.write_json(folder / "model.json", sealed)
+        files.write_json(folder / ABOUT, sealed)
+
+    def _stored(self, dtype: str) -> dict[str, Tensor]:
+        if dtype not in STORED:
+            raise UsageError("dtype", f"expected {', '.join(STORED)}, found {dtype!r}")
+        kept = {}
+        for name, value in self.model.state_dict().items():
+            kept[name] = value.detach().float().cpu().to(STORED[dtype]).contiguous()
+            if not torch.isfinite(kept[name]).all():
+                raise AttireError(name, f"too large for {dtype}", do="save it as float32 or bfloat16")
+        return kept
 
 
-def ranked(classes: Sequence[str], probabilities: NDArray[np.floating[Any]]) -> Prediction:
-    """One row of probabilities as a Prediction without a verdict on whether it is any of the classes."""
-    order = np.argsort(-probabilities, kind="stable")
-    ranking = tuple((classes[i], float(probabilities[i])) for i in order)
-    return Prediction(*ranking[0], ranking)
+def load_bundle(folder: str | Path | None = None, device: str = "auto") -> Classifier:
+    """The classifier that `save` wrote, None: the one that is part of the package; needs no download.
 
-
-def as_images(images: ArrayLike) -> NDArray[np.uint8]:
-    """(n, 28, 28) uint8 of (n, 28, 28) or (n, 784) uint8; other types are refused, never silently scaled."""
-    found = np.asarray(images)
-    if found.ndim == 2 and found.shape[1] == 784:
-        found = found.reshape(-1, 28, 28)
-    if found.dtype != np.uint8 or found.shape[1:] != (28, 28):
-        what = f"expected (n, 28, 28) or (n, 784) uint8 from 0 to 255, found {found.shape} {found.dtype}"
-        raise AttireError("images", what)
-    return found
-
-
-def load_bundle(folder: str | Path, device: str = "auto") -> Classifier:
-    """The classifier that `save` wrote; needs no download. Raises AttireError for anything that is not sound."""
-    folder = Path(folder)
-    if folder.name == "model.json":
-        folder = folder.parent
-    if not (folder / "model.json").exists() and (folder / "model" / "model.json").exists():
-        folder = folder / "model"  # a run's folder is as good as its bundle's
-    if not (folder / "model.json").exists():
-        what = "not a bundle: it holds no model.json" if folder.is_dir() else "no such bundle"
-        raise AttireError(folder, what, do="give a folder such as runs/1/model")
-    about = read_about(folder / "model.json")
-    tensors = read_tensors(folder / "model.safetensors", about["sha256"])
+    Raises AttireError for anything that is not sound.
+    """
+    folder = find_bundle(folder)
+    about = read_about(folder / ABOUT)
+    tensors = read_tensors(folder / WEIGHTS, about["sha256"])
     architecture = Architecture(**{**about["architecture"], "hidden": tuple(about["architecture"]["hidden"])})
     network = {name: value for name, value in tensors.items() if not name.startswith(reject.PREFIX)}
     model = assemble(architecture, len(about["classes"]), network, folder)
@@ -295,7 +267,7 @@ def read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
 
 
 def assemble(architecture: Architecture, classes: int, tensors: dict[str, Tensor], where: Path) -> Any:
-    """The network around these tensors. Names a tensor that is missing, extra, misshapen or not finite."""
+    """The network around these tensors, in float32. Names one that is missing, extra, misshapen or not finite."""
     with torch.device("meta"):
         model = vgg.Network(architecture.end, architecture.pool, architecture.build(classes))
     wanted = model.state_dict()
@@ -304,11 +276,12 @@ def assemble(architecture: Architecture, classes: int, tensors: dict[str, Tensor
     for name, value in sorted(tensors.items()):
         if value.shape != wanted[name].shape:
             raise AttireError(where, f"tensor {name} is {tuple(value.shape)}, expected {tuple(wanted[name].shape)}")
-        if value.dtype != torch.float32:
-            raise AttireError(where, f"tensor {name} is {str(value.dtype).removeprefix('torch.')}, expected float32")
+        if value.dtype not in STORED.values():
+            found = str(value.dtype).removeprefix("torch.")
+            raise AttireError(where, f"tensor {name} is {found}, expected {', '.join(STORED)}")
         if not torch.isfinite(value).all():
             raise AttireError(where, f"tensor {name} holds NaN or infinity", do="use a fresh copy")
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
     vgg.freeze(model.features)
     return model.eval()
 

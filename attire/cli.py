@@ -9,17 +9,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import click
 
 from attire import __version__
 from attire.errors import AttireError, AttireWarning, Stopped, UsageError, one_line
 from attire.recipes import RECIPES, Recipe
-
-if TYPE_CHECKING:
-    from attire.classifier import Classifier
-    from attire.runtimes import Exported
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -80,7 +76,7 @@ def cli(debug: bool) -> None:
     \b
     attire train                       the official Fashion-MNIST, recipe fast
     attire train --data mine.csv       your own labelled images
-    attire predict runs/1/model a.png  the answer for a picture
+    attire predict a.png               the answer for a picture, by the model that ships
     """
 
 
@@ -302,7 +298,7 @@ def next_steps(folder: Path) -> str:
     return (
         f"\nRun             {run}\n"
         f"Report          {run}/report.html\n"
-        f"Next            attire predict {run}/model picture.png\n"
+        f"Next            attire predict --model {run}/model picture.png\n"
         f"                attire evaluate {run}/model\n"
         f"                attire train --config {run}/config.json --seed 1   (features are cached)"
     )
@@ -352,70 +348,82 @@ def evaluate(
 
 
 @cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
+@click.argument("arguments", nargs=-1, metavar="FILE...")
+@click.option("--model", type=click.Path(path_type=Path), help="A bundle, a run or an exported file.  [default: ours]")
+@click.option(
+    "--format", "form", type=click.Choice(["table", "jsonl", "csv"]), help="Of the answers.  [default: table]"
+)
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="How many classes to show.")
-@device_option
-@json_option
-def predict(bundle: Path, paths: tuple[Path, ...], top: int, device: str, as_json: bool) -> None:
-    """Name the garment in pictures, or in each row of a CSV file, labelled or of pixel1 .. pixel784 alone.
+@click.option("--show", type=click.Path(path_type=Path), metavar="FOLDER", help="What the model saw, as PNG.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
+@click.option("--json", "as_json", is_flag=True, help="The same as --format jsonl: an object a line.")
+def predict(
+    arguments: tuple[str, ...], model: Path | None, form: str | None, as_json: bool, device: str, **options: Any
+) -> None:
+    """Name the garment in pictures: files, folders, patterns, rows of CSV files, or - for standard input.
 
     \b
-    attire predict runs/1/model shoe.png
-    attire predict runs/1/model --json fashion-mnist_test.csv
+    attire predict shoe.jpg
+    attire predict photos/ 'more/*.png' --format csv > answers.csv
+    attire predict --model runs/1/model --json fashion-mnist_test.csv
 
-    What looks unlike the training images is "none of the ten"; so are about 5 % of garments.
-    A bad file is one line on stderr; the others are answered, and the exit status is 1. With --json each answer is an
-    object on a line of its own.
+    Needs no training and no network: a trained model is part of Attire. What looks unlike the training images is "none
+    of the ten"; so are about 5 % of garments. A bad file is one line on stderr; the others are answered, and the exit
+    status is 1. A CSV file holds pixel1 .. pixel784, with or without labels. --show writes one strip a picture, into
+    a folder, or into a file for a single picture.
     """
-    from attire.classifier import CANNOT_REJECT, TRAIN_AGAIN, load_bundle
-    from attire.runtimes import Exported, format_of, load_export
+    from attire import answers
 
-    classifier, failed = load_export(bundle) if format_of(bundle) else load_bundle(bundle, device), 0
-    if not isinstance(classifier, Exported) and classifier.rejecter is None:
-        click.echo(f"warning: {one_line(str(bundle))}: {CANNOT_REJECT}; {TRAIN_AGAIN}", err=True)
-    for path in paths:
-        try:
-            predict_file(classifier, path, top, as_json)
-        except AttireError as error:
-            click.echo(f"error: {error}", err=True)
-            failed += 1
-    if failed:
+    if as_json and form not in (None, "jsonl"):
+        raise UsageError("--json", f"given together with --format {form}", do="give one of them")
+    path, asked = answers.split_model(arguments, model)
+    opened = answers.open_model(path, device)
+    if answers.lacks_verdict(opened):
+        from attire.classifier import CANNOT_REJECT, TRAIN_AGAIN
+
+        click.echo(f"warning: {one_line(str(path))}: {CANNOT_REJECT}; {TRAIN_AGAIN}", err=True)
+    if answers.tell(asked, opened, form="jsonl" if as_json else form or "table", **options):
         click.get_current_context().exit(1)
 
 
-def predict_file(classifier: "Classifier | Exported", path: Path, top: int, as_json: bool) -> None:
-    from attire.data import read_csv_images
-    from attire.pictures import read_image
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default="release", show_default=True, help="The new bundle.")
+@json_option
+def release(run: Path, out: Path, as_json: bool) -> None:
+    """Make a run's bundle fit to ship: 16-bit weights, ONNX Runtime's graph, card and report, measured again.
 
-    csv = path.suffix.lower() == ".csv"
-    images = read_csv_images(path, classifier.classes) if csv else read_image(path)[None]
-    for start in range(0, len(images), 1024):
-        for i, found in enumerate(classifier.predict(images[start : start + 1024]), start):
-            name = f"{path}:{i + 2}" if csv else str(path)  # the line in the file, after the header
-            if as_json:
-                told = {"file": name, "label": found.label, "probabilities": dict(found.ranking[:top])}
-                click.echo(json.dumps({**told, "rejected": found.rejected, "distance": found.distance}))
-            elif found.rejected:
-                click.echo(f"{one_line(name):24} {found}")
-            else:
-                rest = "   ".join(f"{label} {p:.3f}" for label, p in found.ranking[1:top])
-                click.echo(f"{one_line(name):24} {found.label:12} {found.probability:.3f}   {rest}".rstrip())
+    Refused where it does not answer as the run's bundle does on the official test images. What is at --out is replaced
+    once all of it is written.
+    """
+    from attire.release import release as make
+    from attire.terminal import Terminal
+
+    watch = Terminal(as_json)
+    try:
+        made = make(run, out, watch)
+    finally:
+        watch.close()
+    click.echo(json.dumps({"bundle": str(out), **made}) if as_json else f"{out}")
 
 
 @cli.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
-@click.option("--model", type=click.Path(path_type=Path), required=True, metavar="BUNDLE", help="Whose answer.")
+@click.option(
+    "--model", type=click.Path(path_type=Path), metavar="BUNDLE", help="Whose answer.  [default: the one that ships]"
+)
 @click.option("--out", type=click.Path(path_type=Path), default=".", help="Folder for the pictures.  [default: here]")
 @click.option("--label", metavar="CLASS", help="What speaks for this class.  [default: for the answer]")
 @device_option
 @json_option
-def explain(paths: tuple[Path, ...], model: Path, out: Path, label: str | None, device: str, as_json: bool) -> None:
+def explain(
+    paths: tuple[Path, ...], model: Path | None, out: Path, label: str | None, device: str, as_json: bool
+) -> None:
     """Show where in a picture the answer comes from, and the training images it is most like.
 
     \b
-    attire explain --model runs/1/model shoe.png              writes shoe-explained.png
-    attire explain --model runs/1/model --label Coat shirt.png
+    attire explain shoe.jpg                            writes shoe-explained.png
+    attire explain --model runs/1/model --label Coat shirt.jpg
 
     Bright in the heat map is what the class loses most by when it is covered. Distances: 0 for the same picture, 1.4
     for unrelated ones. A bad file is one line on stderr; the others are explained, and the exit status is 1.

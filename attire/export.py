@@ -23,10 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from attire import devices, files, runtimes, vgg
+from attire.bundles import find_bundle
 from attire.classifier import Classifier, load_bundle
 from attire.data import ImageDataset, load_dataset
 from attire.errors import AttireError, UsageError
 from attire.intervals import Interval, paired_difference, wilson
+from attire.reject import TENSORS, Rejecter, nearest, pooled
 from attire.runtimes import METADATA, NO_SEAL, READERS, SCHEMA, SUFFIXES, Exported, load_export, seal_bytes
 from attire.watching import Silent, Watcher
 
@@ -38,7 +40,9 @@ PRECISIONS = {
     "safetensors": ("fp32", "bf16"),
 }
 OPSET = 20  # of ONNX: the newest whose operators the web runtime has too
+REJECTS = ("onnx", "fp32")  # gives distances too: the others have one output, and int8 moves distances
 TOLERANCE = 1e-4  # largest difference of a probability that fp32 may show
+DISTANCE_TOLERANCE = 1e-3  # relative: roots of a difference of squares; 5e-6 for `fast`, 1e-4 where 60 images trained
 CALIBRATION_IMAGES = 300  # of the training set: what NNCF takes by default
 LEAST = 2000  # images the gate runs
 
@@ -52,22 +56,36 @@ class Gate:
     largest: float  # difference of a probability
     accuracy: Interval  # of the export
     change: Interval  # accuracy of the export minus that of the bundle, paired
+    distance: float | None = None  # largest relative difference of a distance; None where the export cannot reject
+    verdicts: int = 0  # images that one rejects and the other does not
 
     def to_json(self) -> dict[str, Any]:
         intervals = {name: getattr(self, name).to_json() for name in ("agreement", "accuracy", "change")}
-        return {"n": self.n, "largest": self.largest, **intervals}
+        told = {"n": self.n, "largest": self.largest, **intervals}
+        return told if self.distance is None else {**told, "distance": self.distance, "verdicts": self.verdicts}
 
     def __str__(self) -> str:
         same = f"same class on {100 * self.agreement.value:.2f} % ({self.agreement.span()}, n = {self.n:,})"
         accuracy = f"accuracy {self.accuracy.percent()}, change {self.change.points()}"
-        return f"{same}, probabilities within {self.largest:.1e}, {accuracy}"
+        far = "" if self.distance is None else f", distances within {self.distance:.1e}, {self.verdicts} other verdicts"
+        return f"{same}, probabilities within {self.largest:.1e}{far}, {accuracy}"
 
 
 class WholeNetwork(nn.Module):
-    """Raw images (n, 28, 28) uint8 to calibrated probabilities (n, K) float32: preprocessing and temperature inside."""
+    """Raw images (n, 28, 28) uint8 to calibrated probabilities (n, K) float32: preprocessing and temperature inside.
 
-    def __init__(self, classifier: Classifier, dtype: torch.dtype = torch.float32) -> None:
+    rejecter: its distances (n,) are then a second output.
+    """
+
+    def __init__(
+        self, classifier: Classifier, dtype: torch.dtype = torch.float32, rejecter: Rejecter | None = None
+    ) -> None:
         super().__init__()
+        self.reject: nn.Module | None = None
+        if rejecter is not None:
+            self.reject = nn.Module()
+            for name in TENSORS:
+                self.reject.register_buffer(name, getattr(rejecter, name))
         self.model, self.size, self.dtype = classifier.model.to(dtype), classifier.architecture.image_size, dtype
         self.temperature = classifier.temperature
         self.mean: Tensor
@@ -75,13 +93,17 @@ class WholeNetwork(nn.Module):
         self.register_buffer("mean", torch.tensor(vgg.MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(vgg.STD).view(1, 3, 1, 1))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         grey = images[:, None].float() / 255
         if self.size != 28:
             grey = F.interpolate(grey, size=(self.size, self.size), mode="bilinear", antialias=self.size < 28)
         x = (grey.expand(-1, 3, -1, -1) - self.mean) / self.std
-        logits = self.model(x.to(self.dtype)).float()
-        return torch.softmax(logits / self.temperature, 1)
+        features = self.model.avgpool(self.model.features(x.to(self.dtype))).flatten(1)
+        probabilities = torch.softmax(self.model.classifier(features).float() / self.temperature, 1)
+        if self.reject is None:
+            return probabilities
+        centre, means, whiten = (getattr(self.reject, name) for name in TENSORS)
+        return probabilities, nearest(pooled(features, len(centre)), centre, whiten, means)
 
 
 def export(
@@ -110,14 +132,16 @@ def export(
     data = data or load_dataset(part="test").subset(range(LEAST))
     if data.classes != classifier.classes:
         raise AttireError(data.source, "its classes are not the bundle's")
-    folder_of_bundle = bundle_folder(Path(bundle))
+    folder_of_bundle = find_bundle(bundle)
     facts = describe(folder_of_bundle, classifier, kind, precision)
     card = folder_of_bundle / "README.md"
-    expected = classifier.predict_proba(data.images)
+    rejecter = classifier.rejecter if (kind, precision) == REJECTS else None
+    facts |= {"reject": rejecter.about()} if rejecter else {}
+    expected = Expected(classifier.predict_proba(data.images), classifier.distances(data.images) if rejecter else None)
     with tempfile.TemporaryDirectory(prefix="attire-export-") as folder:
         watcher.note("Export", f"{kind}, {precision}")
         with quiet():
-            built, versions = BUILDERS[kind](WholeNetwork(classifier), precision, Path(folder))
+            built, versions = BUILDERS[kind](WholeNetwork(classifier, rejecter=rejecter), precision, Path(folder))
         facts["runtime"] = versions
         found = measure(Exported(built, kind, facts, READERS[kind][1](built, facts)), expected, data)
         watcher.note("Gate", str(found))
@@ -136,12 +160,6 @@ def check(kind: str, precision: str, max_drop: float) -> None:
         raise UsageError("--max-drop", f"expected 0 to 100 points, found {100 * max_drop:g}")
 
 
-def bundle_folder(path: Path) -> Path:
-    """Where `load_bundle` finds it: a run's folder or `model.json` name the bundle too."""
-    path = path.parent if path.name == "model.json" else path
-    return path if (path / "model.json").exists() else path / "model"
-
-
 def describe(bundle: Path, classifier: Classifier, kind: str, precision: str) -> dict[str, Any]:
     """What the file says of itself; `gate` and `runtime` join it."""
     return {
@@ -150,7 +168,8 @@ def describe(bundle: Path, classifier: Classifier, kind: str, precision: str) ->
         "precision": precision,
         "classes": list(classifier.classes),
         "input": "images: uint8 (n, 28, 28), garments light on a black background, n free",
-        "output": "probabilities: float32 (n, K), calibrated, in the order of classes",
+        "output": "probabilities: float32 (n, K), calibrated, in the order of classes; onnx in fp32 also gives"
+        " distances: float32 (n,), rejected where above reject.threshold",
         "temperature": classifier.temperature,
         "architecture": {**classifier.architecture.__dict__, "hidden": list(classifier.architecture.hidden)},
         "bundle": files.sha256_file(bundle / "model.json"),
@@ -158,9 +177,18 @@ def describe(bundle: Path, classifier: Classifier, kind: str, precision: str) ->
     }
 
 
-def measure(exported: Exported, expected: NDArray[np.float32], data: ImageDataset) -> Gate:
-    """Run the export in its own runtime over all images of `data`, against the bundle's answers (n, K)."""
-    found = exported.predict_proba(data.images)
+@dataclass(frozen=True)
+class Expected:
+    """The bundle's answers: probabilities (n, K), and distances (n,) where the export is to give them too."""
+
+    probabilities: NDArray[np.float32]
+    distances: NDArray[np.float32] | None = None
+
+
+def measure(exported: Exported, bundle: Expected, data: ImageDataset) -> Gate:
+    """Run the export in its own runtime over all images of `data`, against the bundle's answers."""
+    found, far = exported.answers(data.images)
+    expected = bundle.probabilities
     if found.shape != expected.shape or not np.isfinite(found).all():
         raise AttireError(exported.path, f"its answers are {found.shape}, expected {expected.shape} finite values")
     same = found.argmax(1) == expected.argmax(1)
@@ -171,12 +199,25 @@ def measure(exported: Exported, expected: NDArray[np.float32], data: ImageDatase
         float(np.abs(found - expected).max()),
         wilson(int(right.sum()), len(data)),
         paired_difference(before, right),
+        *distance_gap(exported, far, bundle.distances),
     )
+
+
+def distance_gap(
+    exported: Exported, found: NDArray[np.float32] | None, expected: NDArray[np.float32] | None
+) -> tuple[float | None, int]:
+    """The largest relative difference of a distance, and how many verdicts differ; None and 0 where there are none."""
+    if found is None or expected is None or exported.threshold is None:
+        return None, 0
+    verdicts = (found > exported.threshold) != (expected > exported.threshold)
+    return float((np.abs(found - expected) / np.maximum(expected, 1)).max()), int(verdicts.sum())
 
 
 def judge(found: Gate, precision: str, max_drop: float, path: Path) -> None:
     """Raises AttireError where the export is not as good as its bundle."""
-    if precision == "fp32" and (found.agreement.value < 1 or found.largest > TOLERANCE):
+    far = found.distance or 0
+    unlike = found.agreement.value < 1 or found.largest > TOLERANCE or found.verdicts or far > DISTANCE_TOLERANCE
+    if precision == "fp32" and unlike:
         raise AttireError(path, f"not written, since it is not equal to the bundle: {found}")
     if -found.change.value > max_drop:
         what = f"not written: {precision} loses {-100 * found.change.value:.2f} points, allowed {100 * max_drop:g}"
@@ -221,16 +262,25 @@ def build_onnx(network: WholeNetwork, precision: str, folder: Path) -> Built:
         dynamo=True,
         opset_version=OPSET,
         input_names=["images"],
-        output_names=["probabilities"],
+        output_names=["probabilities", "distances"] if network.reject is not None else ["probabilities"],
         dynamic_shapes=shapes,
         verbose=False,
     )
     path = folder / "network.onnx"
-    path.write_bytes(cast(Any, program).model_proto.SerializeToString())
+    path.write_bytes(without_traces(cast(Any, program).model_proto).SerializeToString())
     if precision == "int8":
         path = quantise_onnx(path, folder / "int8.onnx")
     made = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__, "onnxscript": onnxscript.__version__}
     return path, {**made, "opset": OPSET, "torch": torch.__version__}
+
+
+def without_traces(model: Any) -> Any:
+    """The exporter notes for every node where in whose source files it came from: larger, and nobody's business."""
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    return model
 
 
 def quantise_onnx(path: Path, target: Path) -> Path:

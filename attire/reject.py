@@ -86,7 +86,7 @@ def restore(tensors: dict[str, Tensor], about: dict[str, Any], channels: int, wh
 
 def pooled(features: Tensor, channels: int) -> Tensor:
     """Square roots of the channels' means (n, C) of features (n, C * H * W), which are not negative."""
-    return features.float().reshape(len(features), channels, -1).mean(2).clamp_min(0).sqrt()
+    return features.float().reshape(-1, channels, features.shape[1] // channels).mean(2).clamp_min(0).sqrt()
 
 
 def nearest(x: Tensor, centre: Tensor, whiten: Tensor, means: Tensor) -> Tensor:

@@ -275,6 +275,9 @@ def test_a_pickle_is_refused_and_its_payload_never_runs(
     assert (tmp_path / "payload-ran").exists()
 
 
+STORED = "expected float32, float16, bfloat16"
+
+
 def put(name: str, value: Tensor) -> Change:
     return lambda tensors: tensors.update({name: value})
 
@@ -291,8 +294,14 @@ def spoil(name: str, value: float) -> Change:
         (put("features.10.weight", torch.zeros(1)), "tensor features.10.weight is not part of this model"),
         (put("classifier.0.bias", torch.zeros(9)), "tensor classifier.0.bias is (9,), expected (8,)"),
         (put("classifier.3.bias", torch.zeros(10, 1)), "tensor classifier.3.bias is (10, 1), expected (10,)"),
-        (put("classifier.3.bias", torch.zeros(10).long()), "tensor classifier.3.bias is int64, expected float32"),
-        (put("classifier.3.bias", torch.zeros(10).half()), "tensor classifier.3.bias is float16, expected float32"),
+        (
+            put("classifier.3.bias", torch.zeros(10).long()),
+            "tensor classifier.3.bias is int64, expected float32, float16, bfloat16",
+        ),
+        (
+            put("classifier.3.bias", torch.zeros(10).double()),
+            "tensor classifier.3.bias is float64, expected float32, float16, bfloat16",
+        ),
         (spoil("features.0.bias", np.nan), "tensor features.0.bias holds NaN or infinity; use a fresh copy"),
         (spoil("classifier.0.weight", np.inf), "tensor classifier.0.weight holds NaN or infinity; use a fresh copy"),
     ],
@@ -360,3 +369,37 @@ def test_values_that_no_bundle_can_hold_are_refused(bundle: Path, about: dict[st
 def test_an_architecture_is_valid_once_constructed() -> None:
     with pytest.raises(UsageError, match=r"--dropout: expected at least 0, below 1, found 1.0"):
         Architecture("block2", 16, 0, (8,), 1.0)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("float16", 11), ("bfloat16", 8)])
+def test_a_16_bit_bundle_is_half_as_large_and_computed_with_in_float32(
+    dtype: str, bits: int, classifier: Classifier, tmp_path: Path
+) -> None:
+    classifier.save(tmp_path / "whole")
+    classifier.save(tmp_path / "half", dtype)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.51 * sizes[0]
+    loaded = load_bundle(tmp_path / "half", "cpu").model.state_dict()
+    for name, value in classifier.model.state_dict().items():
+        assert loaded[name].dtype == torch.float32
+        assert torch.allclose(loaded[name], value, rtol=2.0**-bits, atol=1e-7)
+        assert torch.equal(loaded[name], value.to(getattr(torch, dtype)).float())
+    load_bundle(tmp_path / "half", "cpu").save(tmp_path / "again", dtype)
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "half/model.safetensors").read_bytes()
+
+
+def test_what_16_bits_cannot_hold_is_refused_and_nothing_is_written(classifier: Classifier, tmp_path: Path) -> None:
+    with torch.no_grad():
+        classifier.model.classifier[0].bias[0] = 70_000
+    with pytest.raises(AttireError, match=r"classifier\.0\.bias: too large for float16; save it as float32 or bf"):
+        classifier.save(tmp_path / "model", "float16")
+    with pytest.raises(AttireError, match=f"dtype: {STORED}, found 'int8'"):
+        classifier.save(tmp_path / "model", "int8")
+    assert not (tmp_path / "model").exists()
+    classifier.save(tmp_path / "model", "bfloat16")
+
+
+def test_a_graph_does_not_outlive_the_bundle_it_was_made_of(classifier: Classifier, bundle: Path) -> None:
+    (bundle / "network.onnx").write_bytes(b"old")
+    classifier.save(bundle)
+    assert not (bundle / "network.onnx").exists()

@@ -146,7 +146,7 @@ def test_missing_inputs_are_data_errors(here: Path, bundle: Path) -> None:
     for arguments, said in (
         (("evaluate", bundle, "--data", "none.csv", "--out", "new"), "none.csv: no such file"),
         (("evaluate", "none"), "none: no such bundle; give a folder such as runs/1/model"),
-        (("predict", "none", "a.png"), "none: no such bundle; give a folder such as runs/1/model"),
+        (("predict", "--model", "none", "a.png"), "none: no such bundle; give a folder such as runs/1/model"),
         (("report", "none"), "none/evaluation/metrics.json: cannot read (No such file or directory)"),
         (("compare", "none", "neither"), "none/evaluation/metrics.json: cannot read (No such file or directory)"),
         (("train", "--config", "none.json"), "none.json: cannot read (No such file or directory)"),
@@ -180,7 +180,7 @@ def test_train_shows_its_stages_and_what_comes_next(
     assert [line[:9] for line in lines[-3:]] == ["epoch   1", "epoch   2", "epoch   3"]
     assert "Test accuracy" in done.out
     assert "5.0 % was claimed" in done.out
-    assert "attire predict runs/1/model picture.png" in done.out
+    assert "attire predict --model runs/1/model picture.png" in done.out
     again = next(line for line in done.out.splitlines() if "--config" in line).split("   (")[0].split("attire ")[1]
     assert (here / shlex.split(again)[2]).exists()
     assert "\x1b" not in done.out + done.err

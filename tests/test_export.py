@@ -226,6 +226,7 @@ def test_metadata_travels_in_the_onnx_file(bundle: Path, synthetic: ImageDataset
     assert facts["classes"][0] == "T-shirt/top"
     assert facts["runtime"]["opset"] == 20
     assert told["card"].startswith("---")
+    assert str(Path(export.__code__.co_filename).parent).encode() not in path.read_bytes()  # nor any other trace
     assert facts["seal"] != NO_SEAL
 
 
