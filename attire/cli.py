@@ -9,13 +9,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import click
 
 from attire import __version__
 from attire.errors import AttireError, AttireWarning, Stopped, UsageError, one_line
 from attire.recipes import RECIPES, Recipe
+
+if TYPE_CHECKING:
+    from attire.classifier import Classifier
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

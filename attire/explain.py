@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
-from attire import figures, files, pictures
+from attire import figures, files, photos
 from attire.classifier import Classifier, Prediction, as_images
 from attire.errors import UsageError
 from attire.neighbours import Neighbour
@@ -121,7 +121,8 @@ def heat_png(image: NDArray[np.uint8], heat: NDArray[np.float32], size: int = 22
 
 def open_picture(path: Path) -> tuple[Image.Image, NDArray[np.uint8]]:
     """A picture file as it is, upright, and as the model sees it, (28, 28)."""
-    return pictures.decode(path), pictures.read_image(path)
+    photo = photos.prepare(path)
+    return photo.original, photo.image
 
 
 def write_sheet(

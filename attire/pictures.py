@@ -1,4 +1,4 @@
-"""Any picture file becomes 28x28 grey, safely; and folders of pictures, one folder per class."""
+"""Any picture file is decoded, safely, or becomes 28x28 grey; and folders of pictures, one folder per class."""
 
 import io
 import threading
@@ -44,6 +44,12 @@ def read_image(source: str | Path | bytes, name: str = "picture") -> NDArray[np.
 
 def decode(source: str | Path | bytes, name: str = "picture") -> Image.Image:
     """The whole picture as grey (Pillow mode L), upright, at its own size; checked as `read_image` says."""
+    return grey(decode_colour(source, name))
+
+
+def decode_colour(source: str | Path | bytes, name: str = "picture") -> Image.Image:
+    """The whole picture in 8 bits (mode L, RGB, or RGBA where it may be transparent), upright, at its own size;
+    checked as `read_image` says."""
     data, name = (source, name) if isinstance(source, bytes) else (read_bytes(Path(source)), str(source))
     if not data:
         raise AttireError(name, "empty file", do=SHOULD)
@@ -53,7 +59,7 @@ def decode(source: str | Path | bytes, name: str = "picture") -> Image.Image:
             image.verify()
     with damage(name, data), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         image.load()
-        return grey(ImageOps.exif_transpose(image))
+        return eight_bits(ImageOps.exif_transpose(image))
 
 
 def read_bytes(path: Path) -> bytes:
@@ -103,18 +109,23 @@ def too_large(name: str, size: str) -> AttireError:
     return AttireError(name, f"{size}more than {MAX_PIXELS // 1_000_000} megapixels", do="make it smaller first")
 
 
-def grey(image: Image.Image) -> Image.Image:
-    """Any mode of the allowed formats as L."""
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Any mode of the allowed formats as L, RGB, or, with transparency data of any kind, RGBA."""
     if image.mode.startswith("I"):  # 16 bits
         levels = np.asarray(image).astype(np.uint32)
-        if isinstance(clear := image.info.get("transparency"), int):
-            levels[levels == clear] = 0
-        return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+        small = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+        if not isinstance(clear := image.info.get("transparency"), int):
+            return small
+        return Image.merge("RGBA", (small, small, small, Image.fromarray((levels != clear).astype(np.uint8) * 255)))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        return image.convert("RGBA")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def grey(image: Image.Image) -> Image.Image:
+    """What `eight_bits` gives as L, transparency on black."""
+    if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    if image.mode not in ("1", "L", "RGB"):
-        image = image.convert("RGB")
     return image.convert("L")
 
 

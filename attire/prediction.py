@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from attire.errors import AttireError
-from attire.pictures import read_image
+from attire.photos import prepare
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
@@ -63,4 +63,4 @@ def as_images(images: ArrayLike) -> NDArray[np.uint8]:
 
 def read_picture(source: str | Path | bytes, name: str = "picture") -> NDArray[np.uint8]:
     """A picture file, or its bytes, as the (28, 28) uint8 that a model sees: the one way in for Python and shell."""
-    return read_image(source, name)
+    return prepare(source, name).image

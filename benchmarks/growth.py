@@ -4,11 +4,11 @@
     python benchmarks/growth.py --rows 1000,10000        fewer
     python benchmarks/growth.py --quick                  a minute, to see that it works
 
-Up to 70,000 the rows are the official images; past that they come again with noise of -3 to 3 levels, so that no row is
-like another. 16 px instead of the 32 of `fast`: VGG16 then takes a quarter of the time, so that whatever else grows
-with the rows weighs four times as much. Features for the epoch are synthetic (half zeros), plain views only. Peak memory
-is the process's own (VmHWM), mapped files included; `base` is what it held before the stage, libraries loaded. A stage
-that takes less than a quarter of a minute is run five times, in five processes.
+Up to 70,000 the rows are the official images; past that they come again with noise of -3 to 3 levels, so that no row
+is like another. 16 px instead of the 32 of `fast`: VGG16 then takes a quarter of the time, so that whatever else grows
+with the rows weighs four times as much. Features for the epoch are synthetic (half zeros), plain views only. Peak
+memory is the process's own (VmHWM), mapped files included; `base` is what it held before the stage, libraries loaded.
+A stage that takes less than a quarter of a minute is run five times, in five processes.
 """
 
 import argparse

@@ -1,0 +1,208 @@
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from attire import classifier
+from attire.data import load_dataset
+from attire.errors import AttireError
+from attire.photos import Photo, Steps, prepare, strip
+
+BOX = (60, 40, 140, 200)  # of the trousers below; their picture is 200 x 240
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def trousers(paper: Any = (255, 255, 255), cloth: Any = (30, 40, 90), mode: str = "RGB") -> Image.Image:
+    """A belt and two legs."""
+    image = Image.new(mode, (200, 240), paper)
+    draw = ImageDraw.Draw(image)
+    left, top, right, bottom = BOX
+    draw.rectangle((left, top, right - 1, top + 40), fill=cloth)
+    draw.rectangle((left, top, left + 29, bottom - 1), fill=cloth)
+    draw.rectangle((right - 30, top, right - 1, bottom - 1), fill=cloth)
+    return image
+
+
+EXPECTED = prepare(encode(trousers())).image.astype(int)
+
+
+def close(photo: Photo, least: float = 0.9) -> bool:
+    """Whether this is the shape of the trousers, whatever their shade."""
+    return float(np.corrcoef(photo.image.ravel(), EXPECTED.ravel())[0, 1]) >= least
+
+
+def test_the_published_steps() -> None:
+    photo = prepare(encode(trousers()))
+    assert (photo.crop, photo.polarity, photo.kind) == (BOX, "dark on light", "photo")
+    rows, columns = np.flatnonzero(photo.image.any(1)), np.flatnonzero(photo.image.any(0))
+    assert (rows[0], rows[-1]) == (0, 27)  # the longer side fits
+    assert (columns[0], columns[-1]) == (7, 20)  # the shorter one is centred
+    assert (photo.image[12:, 13:15] == 0).all()  # the paper between the legs is black
+    assert photo.image[3:5, 9:19].min() > 200
+    assert photo.original.size == (200, 240)
+
+
+def test_light_on_dark_is_not_negated() -> None:
+    photo = prepare(encode(trousers((10, 10, 10), (240, 230, 220))))
+    assert (photo.crop, photo.polarity) == (BOX, "light on dark")
+    assert close(photo, 0.98)
+    left = prepare(encode(trousers((10, 10, 10), (240, 230, 220))), steps=Steps(polarity=False))
+    assert not left.image.any()
+
+
+@pytest.mark.parametrize(
+    ("paper", "cloth"),
+    [((90, 160, 110), (20, 20, 20)), ((90, 160, 110), (250, 240, 240)), ((60, 60, 200), (230, 200, 40))],
+)
+def test_coloured_backgrounds(paper: tuple[int, ...], cloth: tuple[int, ...]) -> None:
+    photo = prepare(encode(trousers(paper, cloth)))
+    assert photo.crop == BOX
+    assert close(photo, 0.95)
+    assert photo.image.max() >= 250
+
+
+def test_noise_and_specks_do_not_widen_the_crop() -> None:
+    rng = np.random.default_rng(0)
+    noisy = np.asarray(trousers((200, 200, 200))) + rng.normal(0, 9, (240, 200, 3))
+    image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+    ImageDraw.Draw(image).rectangle((180, 220, 184, 224), fill=(0, 0, 0))
+    assert prepare(encode(image)).crop == BOX
+    assert prepare(encode(image), steps=Steps(specks=False)).crop[2:] == (185, 225)
+
+
+def test_exif_orientation() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate 90 degrees clockwise to show"
+    turned = trousers().transpose(Image.Transpose.ROTATE_90)
+    photo = prepare(encode(turned, "JPEG", quality=95, exif=exif))
+    assert photo.original.size == (200, 240)
+    assert close(photo, 0.98)
+
+
+def test_transparency_of_every_kind() -> None:
+    cut_out = trousers((0, 0, 0, 0), (30, 40, 90, 255), "RGBA")
+    pale = trousers((0, 0, 0, 0), (250, 250, 245, 255), "RGBA")
+    two = trousers((0, 0), (40, 255), "LA")
+    palette = trousers(0, 1, "P")
+    palette.putpalette([255, 0, 0, 30, 40, 90])
+    for image, options, polarity in (
+        (cut_out, {}, "dark on light"),
+        (pale, {}, "light on dark"),
+        (two, {}, "dark on light"),
+        (palette, {"transparency": 0}, "dark on light"),
+        (palette, {"transparency": b"\0\xff"}, "dark on light"),
+    ):
+        photo = prepare(encode(image, **options))
+        assert (photo.crop, photo.polarity) == (BOX, polarity)
+        assert close(photo, 0.98)
+
+
+def test_other_modes() -> None:
+    levels = np.asarray(trousers(255, 40, "L")).astype(np.uint16) * 257
+    ink = trousers((0, 0, 0, 0), (200, 200, 60, 100), "CMYK")
+    for data in (
+        encode(Image.fromarray(levels)),
+        encode(Image.fromarray(levels), transparency=65535),
+        encode(trousers(255, 40, "L").convert("1")),
+        encode(trousers(255, 40, "L"), "BMP"),
+        encode(trousers(), "WEBP", quality=90),
+    ):
+        photo = prepare(data)
+        assert photo.crop == BOX
+        assert close(photo, 0.98)
+    assert close(prepare(encode(ink, "JPEG", quality=95)))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_a_grey_28_by_28_picture_is_taken_as_it_is(mode: str) -> None:
+    image = np.zeros((28, 28), np.uint8)
+    image[2:26, 8:20] = np.random.default_rng(0).integers(1, 256, (24, 12))
+    for levels, polarity in ((image, "light on dark"), (255 - image, "dark on light")):
+        photo = prepare(encode(Image.fromarray(levels).convert(mode)))
+        assert (photo.kind, photo.polarity, photo.crop) == ("as it is", polarity, (0, 0, 28, 28))
+        assert np.array_equal(photo.image, image)
+
+
+def test_a_coloured_28_by_28_picture_is_a_photo() -> None:
+    assert prepare(encode(Image.new("RGB", (28, 28), (200, 10, 10)))).kind == "photo"
+
+
+def test_sizes_small_and_narrow() -> None:
+    tiny = Image.new("L", (2, 2), 255)
+    tiny.putpixel((0, 0), 0)
+    photo = prepare(encode(tiny))
+    assert photo.crop == (0, 0, 1, 1)
+    assert photo.image.min() > 250
+    narrow = Image.new("L", (40, 800), 255)
+    ImageDraw.Draw(narrow).rectangle((10, 2, 29, 797), fill=0)
+    photo = prepare(encode(narrow))
+    assert np.abs(np.subtract(photo.crop, (10, 2, 30, 798))).max() <= 1  # found at 512 px
+    assert np.flatnonzero(photo.image.any(0)).tolist() == [13]
+    assert photo.image.any(1).all()
+
+
+@pytest.mark.parametrize("colour", [(255, 255, 255), (0, 0, 0), (120, 60, 30)])
+def test_a_picture_of_one_colour_is_black(colour: tuple[int, ...]) -> None:
+    photo = prepare(encode(Image.new("RGB", (90, 60), colour)))
+    assert photo.crop == (0, 0, 90, 60)
+    assert not photo.image.any()
+    assert not prepare(encode(Image.new("RGBA", (90, 60)))).image.any()
+
+
+def test_a_large_photograph_has_its_crop_in_its_own_pixels() -> None:
+    large = trousers().resize((2000, 2400), Image.Resampling.NEAREST)
+    photo = prepare(encode(large, "JPEG"))
+    assert np.abs(np.subtract(photo.crop, [10 * side for side in BOX])).max() <= 5
+    assert close(photo, 0.98)
+
+
+def test_what_cannot_be_read_is_refused_as_elsewhere() -> None:
+    with pytest.raises(AttireError, match=r"^shirt.png: empty file; expected a PNG"):
+        prepare(b"", "shirt.png")
+    with pytest.raises(AttireError, match="too narrow"):
+        prepare(encode(Image.new("L", (2, 50))))
+
+
+def test_a_file_is_read_by_its_path(tmp_path: Path) -> None:
+    trousers().save(tmp_path / "a.png")
+    assert np.array_equal(prepare(tmp_path / "a.png").image, EXPECTED)
+
+
+@pytest.mark.parametrize("size", [(200, 240), (28, 28), (800, 40), (40, 800)])
+def test_the_strip_shows_original_crop_and_result(size: tuple[int, int]) -> None:
+    photo = prepare(encode(trousers(cloth=(60, 60, 60)).resize(size)))
+    with Image.open(io.BytesIO(strip(photo, 112))) as image:
+        image.load()
+    assert (image.format, image.mode, image.height) == ("PNG", "RGB", 112)
+    assert 112 + 2 * 56 <= image.width <= 5 * 112 + 8
+    seen = np.asarray(image)[2::4, -110::4, 0]
+    assert np.array_equal(seen, photo.image)
+
+
+def photographed(image: NDArray[np.uint8]) -> bytes:
+    """A test image as it may have been before it was prepared: large, dark on white, with a border around it."""
+    large = Image.fromarray(255 - image).resize((336, 336), Image.Resampling.BICUBIC)
+    paper = Image.new("RGB", (460, 420), (255, 255, 255))
+    paper.paste(large, (70, 30))
+    return encode(paper, "JPEG", quality=90)
+
+
+@pytest.mark.real
+def test_test_images_photographed_again_keep_their_class() -> None:
+    folder = getattr(classifier, "SHIPPED", None)
+    if folder is None:
+        pytest.skip("no bundle is shipped")
+    model, data = classifier.load_bundle(folder, "cpu"), load_dataset(part="test")
+    images = data.images[:200]
+    again = np.stack([prepare(photographed(image)).image for image in images])
+    kept = model.predict_proba(images).argmax(1) == model.predict_proba(again).argmax(1)
+    assert kept.mean() >= 0.85
