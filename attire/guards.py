@@ -68,7 +68,9 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], *self.extra(message["headers"])]}
+                broken_off = status >= 400 and any(name == b"expect" for name, _ in scope["headers"])
+                more = self.extra(message["headers"], broken_off or self.draining())
+                message = {**message, "headers": [*message["headers"], *more]}
             await send(message)
 
         try:
@@ -87,12 +89,14 @@ class Guard:
         if self.access_log:
             print(access_line(scope, status, seconds), file=sys.stderr, flush=True)
 
-    def extra(self, given: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    def extra(self, given: Iterable[tuple[bytes, bytes]], last: bool) -> list[tuple[bytes, bytes]]:
+        """Headers that every response has. last: the connection ends with it; so it must where a client waited for
+        100 Continue and now will not send the body that the next request would be taken for."""
         names = {name for name, _ in given}
         more = [pair for pair in self.headers if pair[0] not in names]
         if b"content-security-policy" not in names:
             more.append((b"content-security-policy", NOTHING.encode()))
-        if self.draining() and b"connection" not in names:
+        if last and b"connection" not in names:
             more.append((b"connection", b"close"))
         return more
 

@@ -6,6 +6,7 @@ import logging
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -113,7 +114,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.leave()
-        if self.signal != signal.SIGINT:
+        if self.signal == signal.SIGTERM:
             await asyncio.sleep(DRAIN_SECONDS)
         await super().shutdown(sockets)
 
@@ -125,6 +126,9 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # only there can they be listened to
+            yield
+            return
         before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -158,8 +162,7 @@ def url_of(found: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(app: Any, found: socket.socket, leave: Callable[[], None], listening: Callable[[], None]) -> int:
-    """Answer on this socket until a signal ends it; which signal that was."""
+def make_server(app: Any, leave: Callable[[], None], listening: Callable[[], None]) -> Server:
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # not a line for each request that is no HTTP
     config = uvicorn.Config(
         app,
@@ -175,6 +178,11 @@ def serve(app: Any, found: socket.socket, leave: Callable[[], None], listening: 
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    server = Server(config, leave, listening)
+    return Server(config, leave, listening)
+
+
+def serve(app: Any, found: socket.socket, leave: Callable[[], None], listening: Callable[[], None]) -> int:
+    """Answer on this socket until a signal ends it; which signal that was."""
+    server = make_server(app, leave, listening)
     server.run([found])
     return server.signal
