@@ -83,9 +83,8 @@ class Guard:
             if not status:
                 failed = Problem(500, "failed", "something went wrong here; it has been noted")
                 await failed.response()(scope, receive, sender)
-        route = getattr(scope.get("route"), "path", "other")
         seconds = time.perf_counter() - start
-        self.told(route, scope["method"] if route != "other" else "", status, seconds)
+        self.told(*labels(scope), status, seconds)
         if self.access_log:
             print(access_line(scope, status, seconds), file=sys.stderr, flush=True)
 
@@ -109,6 +108,13 @@ class Guard:
             check_origin(headers, scope["scheme"])
         if self.token is not None and scope["path"] not in OPEN:
             check_token(headers, self.token)
+
+
+def labels(scope: Scope) -> tuple[str, str]:
+    """Route and method as this program knows them: a client may write anything in their place."""
+    route = scope.get("route")
+    method = scope["method"] if scope["method"] in (getattr(route, "methods", None) or ()) else "other"
+    return getattr(route, "path", "other"), method
 
 
 def encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:

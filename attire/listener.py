@@ -47,6 +47,10 @@ class Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        self.watch_head()
+
+    def watch_head(self) -> None:
+        """The time of a head runs from its first byte, however many follow."""
         waits_for_head = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
         if not waits_for_head:
             self.stop_head_timer()
@@ -88,6 +92,7 @@ class Protocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self.watch_head()
         if self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing():
             self.loop.call_later(LINGER_SECONDS, self.close_if_lingering, self.cycle)
 

@@ -42,7 +42,7 @@ from attire.uploads import (
     check_headers,
     not_a_picture,
     parse_batch,
-    read_body,
+    whole_body,
 )
 
 Result = TypeVar("Result")
@@ -200,9 +200,9 @@ class Service:
         check_headers(request, PICTURES, self.settings.max_upload)
         if not self.batches.has_room():
             raise busy()
-        body = await read_body(request, self.picture_limits, self.arrivals)
-        start = time.perf_counter()
-        (found,) = await while_connected(request, settle(self.batches, [body]))
+        async with whole_body(request, self.picture_limits, self.arrivals) as body:
+            start = time.perf_counter()
+            (found,) = await while_connected(request, settle(self.batches, [body]))
         if isinstance(found, Exception):
             raise found
         return found, start
@@ -212,11 +212,11 @@ class Service:
         check_headers(request, JSON, self.settings.max_json)
         if not self.batches.has_room():
             raise busy()
-        body = await read_body(request, self.json_limits, self.arrivals)
-        start = time.perf_counter()
-        found = await asyncio.to_thread(parse_batch, body, self.settings.most_images)
-        pictures = [one for one in found if isinstance(one, bytes)]
-        answers = iter(await while_connected(request, settle(self.batches, pictures)))
+        async with whole_body(request, self.json_limits, self.arrivals) as body:
+            start = time.perf_counter()
+            found = await asyncio.to_thread(parse_batch, body, self.settings.most_images)
+            pictures = [one for one in found if isinstance(one, bytes)]
+            answers = iter(await while_connected(request, settle(self.batches, pictures)))
         outcomes = [next(answers) if isinstance(one, bytes) else one for one in found]
         return Json({"predictions": [self.describe_any(one, start, top) for one in outcomes]})
 

@@ -4,6 +4,8 @@ import asyncio
 import base64
 import binascii
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -58,30 +60,35 @@ def check_headers(request: Request, media_types: tuple[str, ...], most: int) -> 
         raise too_large(most)
 
 
-async def read_body(request: Request, limits: BodyLimits, arrivals: Arrivals) -> bytes:
-    """The whole body. Raises Problem where it is empty, too large or too slow, ClientGone where it breaks off."""
+@asynccontextmanager
+async def whole_body(request: Request, limits: BodyLimits, arrivals: Arrivals) -> AsyncIterator[bytes]:
+    """The body, which counts among the arrivals until the end of the block.
+
+    Raises Problem where it is empty, too large or too slow, ClientGone where it breaks off.
+    """
     parts: list[bytes] = []
     size, more = 0, True
     try:
-        async with asyncio.timeout(limits.whole):
-            while more:
-                async with asyncio.timeout(limits.stall):
-                    message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                part, more = message.get("body", b""), message.get("more_body", False)
-                if size + len(part) > limits.most:
-                    raise too_large(limits.most)
-                arrivals.take(len(part))
-                size += len(part)
-                parts.append(part)
-    except TimeoutError:
-        raise Problem(408, "slow-body", "the body did not arrive in time", {"Connection": "close"}) from None
+        try:
+            async with asyncio.timeout(limits.whole):
+                while more:
+                    async with asyncio.timeout(limits.stall):
+                        message = await request.receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    part, more = message.get("body", b""), message.get("more_body", False)
+                    if size + len(part) > limits.most:
+                        raise too_large(limits.most)
+                    arrivals.take(len(part))
+                    size += len(part)
+                    parts.append(part)
+        except TimeoutError:
+            raise Problem(408, "slow-body", "the body did not arrive in time", {"Connection": "close"}) from None
+        if not size:
+            raise Problem(400, "empty-body", "the body is empty")
+        yield parts[0] if len(parts) == 1 else b"".join(parts)
     finally:
         arrivals.held -= size
-    if not size:
-        raise Problem(400, "empty-body", "the body is empty")
-    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def too_large(most: int) -> Problem:

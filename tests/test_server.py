@@ -423,10 +423,11 @@ def test_requests_that_wait_share_a_forward_pass(fake: Fake) -> None:
 def test_metrics_count_and_hold_nothing_of_the_clients(live: Live) -> None:
     live.post(picture())
     live.client.request("BREW", "/secret-path")
+    live.client.request("BREW", "/predict")
     answer = live.client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert 'attire_requests_total{method="POST",route="/predict",status="200"}' in answer.text
-    assert 'attire_requests_total{method="",route="other",status="404"}' in answer.text
+    assert 'attire_requests_total{method="other",route="other",status="404"}' in answer.text
     assert "attire_waiting_images 0.0" in answer.text
     assert "secret" not in answer.text
     assert "BREW" not in answer.text
