@@ -21,6 +21,7 @@ from attire import figures, files, photos
 from attire.classifier import Classifier, Prediction, as_images
 from attire.errors import UsageError
 from attire.neighbours import Neighbour
+from attire.pictures import SIDE as SEEN
 
 SIDE, STRIDE = 7, 3  # px of 28, of a square and from one to the next; 9 by 4 is as good (docs/results.md)
 METHOD = f"occlusion, black squares of {SIDE} x {SIDE} px every {STRIDE} px"
@@ -87,8 +88,8 @@ def occlusion(classifier: Classifier, image: NDArray[np.uint8], k: int) -> NDArr
 @cache
 def squares() -> NDArray[np.bool_]:
     """(m, 28, 28): True where each square lies; those at the edges are cut off there, every pixel is covered."""
-    starts = range(STRIDE - SIDE, pictures.SIDE, STRIDE)
-    found = np.zeros((len(starts) ** 2, pictures.SIDE, pictures.SIDE), bool)
+    starts = range(STRIDE - SIDE, SEEN, STRIDE)
+    found = np.zeros((len(starts) ** 2, SEEN, SEEN), bool)
     for square, (top, left) in zip(found, ((y, x) for y in starts for x in starts), strict=True):
         square[max(0, top) : top + SIDE, max(0, left) : left + SIDE] = True
     return found
