@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -659,6 +661,101 @@ def bench_models(
         return
     print_result(bench_table(found))
     click.echo(f"\nPicture         {picture}")
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address of this machine to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--allow-host", "hosts", multiple=True, metavar="NAME", help="Also answer to this Host name.")
+@click.option("--token-file", type=click.Path(path_type=Path), help="Want the token in this file, or in ATTIRE_TOKEN.")
+@click.option("--max-queue", type=click.IntRange(1), default=128, show_default=True, help="Pictures that may wait.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="For PyTorch.  [default: the machine's]")
+@click.option("--access-log", is_flag=True, help="A JSON line on stderr for each request.")
+@device_option
+def serve(
+    bundle: Path,
+    host: str,
+    port: int,
+    hosts: tuple[str, ...],
+    token_file: Path | None,
+    max_queue: int,
+    threads: int,
+    access_log: bool,
+    device: str,
+) -> None:
+    """Answer over HTTP: a page for people, predictions for programs.
+
+    \b
+    attire serve runs/1/model
+    curl --data-binary @shoe.png -H 'Content-Type: image/png' http://127.0.0.1:8000/predict
+
+    It listens on this machine alone unless --host says otherwise; then give it a token too.
+    """
+    from attire import guards, listener
+    from attire.classifier import load_bundle
+    from attire.server import create_app
+
+    token = read_token(token_file)
+    found = listener.bind(host, port)
+    classifier = load_bundle(bundle, device)
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    own = (f"[{host}]" if ":" in host else host,)
+    app = create_app(
+        classifier,
+        hosts=(*guards.LOOPBACK, *own, *hosts),
+        token=token,
+        report=report_of(bundle),
+        max_queue=max_queue,
+        threads=threads,
+        access_log=access_log,
+    )
+    told = f"Attire {short_version()} on {listener.url_of(found)}   model {described(classifier, bundle)}"
+    leave = app.state.service.leave
+    ended = listener.serve(app, found, leave, lambda: click.echo(f"{told}   stop with Ctrl-C"))
+    if ended == signal.SIGINT:
+        raise Stopped("attire serve", "stopped; every accepted request was answered")
+
+
+def read_token(path: Path | None) -> str | None:
+    """From a file or the environment, never from argv, which every user of the machine can read."""
+    if path is None:
+        return os.environ.get("ATTIRE_TOKEN") or None
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeError) as error:
+        raise AttireError(path, "cannot read the token", getattr(error, "strerror", None) or "not UTF-8") from error
+    if not token:
+        raise AttireError(path, "holds no token", do="make one with: openssl rand -hex 16")
+    return token
+
+
+def report_of(bundle: Path) -> str | None:
+    """The report beside a bundle, or of the run that it belongs to."""
+    for path in (bundle / "report.html", bundle.parent / "report.html"):
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    return None
+
+
+def short_version() -> str:
+    return ".".join(__version__.split(".")[:2])
+
+
+def described(classifier: "Classifier", bundle: Path) -> str:
+    """`fast (94.5 %, 11 MB)`: recipe, measured accuracy, size of the weights."""
+    from attire.files import human_size
+
+    facts = classifier.facts
+    recipe, test = facts.get("recipe"), facts.get("test")
+    name = recipe.get("name") if isinstance(recipe, dict) else facts.get("name")
+    told = [f"{100 * test['accuracy']:.1f} %"] if isinstance(test, dict) and "accuracy" in test else []
+    weights = [path for path in (bundle / "model.safetensors", bundle / "model" / "model.safetensors") if path.exists()]
+    told += [human_size(path.stat().st_size) for path in weights[:1]]
+    return one_line(f"{name or bundle.name} ({', '.join(told)})" if told else f"{name or bundle.name}")
 
 
 def main() -> NoReturn:

@@ -23,7 +23,33 @@ MIN_SIDE = 2
 MAX_RATIO = 20  # longer side to shorter: beyond it, less than 2 of 28 rows would be left of the picture
 SHOULD = "expected a PNG, JPEG, WebP or BMP picture"
 
-_warnings = threading.Lock()  # the list of warning filters belongs to the process, and a server decodes in threads
+
+class StrictPillow:
+    """While anyone is inside, what Pillow warns about is an error.
+
+    The list of warning filters belongs to the process, and a server decodes in threads: the first one in sets the
+    filter, the last one out puts the list back, and in between they decode side by side.
+    """
+
+    def __init__(self) -> None:
+        self.inside, self.lock = 0, threading.Lock()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.before = warnings.catch_warnings()
+                self.before.__enter__()
+                warnings.filterwarnings("error", module=r"PIL\.")
+            self.inside += 1
+
+    def __exit__(self, *raised: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.before.__exit__(None, None, None)
+
+
+strict_pillow = StrictPillow()
 
 
 def read_image(source: str | Path | bytes, name: str = "picture") -> NDArray[np.uint8]:
@@ -67,8 +93,7 @@ def read_bytes(path: Path) -> bytes:
 @contextmanager
 def damage(name: str, data: bytes) -> Iterator[None]:
     """Whatever Pillow raises or warns about while it reads `data` becomes one AttireError."""
-    with _warnings, warnings.catch_warnings():
-        warnings.filterwarnings("error", module=r"PIL\.")
+    with strict_pillow:
         try:
             yield
         except AttireError:

@@ -1,0 +1,45 @@
+"""What Prometheus asks for: requests, batches, what waits. One registry for each app."""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as MEDIA_TYPE
+from prometheus_client.exposition import generate_latest
+
+SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+__all__ = ["MEDIA_TYPE", "Meters"]
+
+
+class Meters:
+    """Labels take values of this program alone, never a client's, so that their number stays small."""
+
+    def __init__(self, waiting: Callable[[], int]) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "attire_requests", "Responses sent.", ("route", "method", "status"), registry=self.registry
+        )
+        self._seconds = Histogram(
+            "attire_request_seconds", "From headers to response.", ("route",), buckets=SECONDS, registry=self.registry
+        )
+        self._sizes = Histogram(
+            "attire_batch_images", "Pictures in a forward pass.", buckets=SIZES, registry=self.registry
+        )
+        self._model = Histogram(
+            "attire_batch_seconds", "Time of a forward pass.", buckets=SECONDS, registry=self.registry
+        )
+        gauge = Gauge("attire_waiting_images", "Pictures accepted and not yet answered.", registry=self.registry)
+        gauge.set_function(waiting)
+        ProcessCollector(registry=self.registry)
+
+    def request(self, route: str, method: str, status: int, seconds: float) -> None:
+        self._requests.labels(route, method, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def batch(self, images: int, seconds: float) -> None:
+        self._sizes.observe(images)
+        self._model.observe(seconds)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
