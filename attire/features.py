@@ -3,7 +3,7 @@
 import io
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -151,7 +151,7 @@ def extract_shards(
     """Shards by their number, one after another; each is written while the next one is computed."""
     done = total - sum(len(part) for part in parts.values())
     report(done, total)
-    trunk, pending = load_trunk(), {}
+    trunk, pending = load_trunk(), dict[int, "Future[dict[str, Any]]"]()
     with ThreadPoolExecutor(1, "attire-writer") as writer:  # its end waits for the last one, after Ctrl-C as well
         for i, part in parts.items():
             out = compute_shard(part, spec, trunk, lambda n, d=done: report(d + n, total))  # type: ignore[misc]

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from attire import listener
-from attire.classifier import Architecture, Classifier, Prediction, ranked
+from attire.classifier import Architecture, Classifier, Prediction
+from attire.prediction import ranked
 from attire.data import FASHION_CLASSES
 from attire.server import Service, create_app
 
