@@ -11,13 +11,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from attire import files, idx, pictures, tables
+from attire import files, idx, photos, pictures, tables
 from attire.copies import read_table
 from attire.errors import AttireError, AttireWarning, UsageError, one_line
 from attire.files import canonical_json
 from attire.formats import is_folder
 from attire.idx import read_idx
-from attire.pictures import read_image
 from attire.tables import read_frame
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "read_idx",
     "read_idx_folder",
     "read_idx_pair",
-    "read_image",
     "read_image_folder",
     "split_indices",
     "write_csv",
@@ -289,9 +287,10 @@ def read_idx_folder(
 
 
 def read_image_folder(folder: str | Path, classes: Sequence[str] | None = None) -> ImageDataset:
-    """`<folder>/<class name>/*.png|jpg|jpeg|webp|bmp`, each as 28x28 grey; see `read_image`."""
+    """`<folder>/<class name>/*.png|jpg|jpeg|webp|bmp`, each as predictions see it: `photos.prepare`."""
     names = None if classes is None else check_classes(classes)
-    return ImageDataset(*pictures.read_folder(folder, names), Path(folder).name)
+    found = pictures.read_folder(folder, names, lambda path: photos.prepare(path).image)
+    return ImageDataset(*found, Path(folder).name)
 
 
 def check_classes(classes: Sequence[str] | None) -> tuple[str, ...]:

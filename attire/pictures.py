@@ -3,7 +3,7 @@
 import io
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -155,7 +155,9 @@ def grey(image: Image.Image) -> Image.Image:
 
 
 def read_folder(
-    folder: str | Path, classes: Sequence[str] | None = None
+    folder: str | Path,
+    classes: Sequence[str] | None = None,
+    read: Callable[[Path], NDArray[np.uint8]] = read_image,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64], tuple[str, ...]]:
     """Images (N, 28, 28), labels (N,) and class names of `<folder>/<class>/<picture>`, in the order of the names.
 
@@ -176,7 +178,7 @@ def read_folder(
     if extra := sorted(set(found) - set(folders)):
         raise AttireError(folder, f"{one_line(extra[0])} is none of the {len(names)} classes")
     paths = [(path, label) for label, name in enumerate(folders) for path in pictures(folder / name)]
-    images = np.stack([read_image(path) for path, _ in paths])
+    images = np.stack([read(path) for path, _ in paths])
     return images, np.array([label for _, label in paths], np.int64), names
 
 
