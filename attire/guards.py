@@ -148,7 +148,7 @@ def check_origin(headers: Headers, scheme: str) -> None:
 
 def check_token(headers: Headers, token: bytes) -> None:
     kind, _, given = headers.get("authorization", "").partition(" ")
-    if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("utf-8"), token):
+    if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), token):
         raise Problem(401, "token", "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
 
 
