@@ -62,7 +62,7 @@ def problems(answer: bytes) -> list[str]:
 )
 def test_what_is_no_sound_http_ends_the_connection(live: Live, parts: list[bytes], status: int) -> None:
     second = head("GET", "/healthz")  # would be answered if the first request had another end than the server saw
-    answer = live.raw(*parts, second)
+    answer = live.raw(b"".join(parts) + second)
     assert statuses(answer) == [status]
     assert b"content-type: application/problem+json" in answer
     assert problems(answer)[0] in ("http", "framing")

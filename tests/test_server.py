@@ -112,6 +112,12 @@ def test_a_batch_is_answered_in_its_order_and_errors_stay_in_their_place(live: L
     assert (bad["error"]["status"], bad["error"]["code"]) == (422, "base64")
 
 
+def test_a_batch_without_one_picture_is_answered_and_the_server_can_end(fake: Fake) -> None:
+    with running(fake) as live:
+        found = live.client.post("/predict/batch", json={"images": ["%", "%"]}).json()
+        assert [one["error"]["code"] for one in found["predictions"]] == ["base64", "base64"]
+
+
 @pytest.mark.parametrize(
     ("body", "status", "code"),
     [
