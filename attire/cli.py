@@ -773,26 +773,25 @@ def serve(
     from attire.server import create_app
 
     token = read_token(token_file)
-    found = listener.bind(host, port)
     folder = find_bundle(bundle)
-    classifier = load_bundle(folder, device)
-    if threads:
-        import torch
+    with listener.bind(host, port) as found:
+        classifier = load_bundle(folder, device)
+        if threads:
+            import torch
 
-        torch.set_num_threads(threads)
-    own = (f"[{host}]" if ":" in host else host,)
-    app = create_app(
-        classifier,
-        hosts=(*guards.LOOPBACK, *own, *hosts),
-        token=token,
-        report=report_of(folder),
-        max_queue=max_queue,
-        threads=threads,
-        access_log=access_log,
-    )
-    told = f"Attire {short_version()} on {listener.url_of(found)}   model {described(classifier, folder)}"
-    leave = app.state.service.leave
-    ended = listener.serve(app, found, leave, lambda: click.echo(f"{told}   stop with Ctrl-C"))
+            torch.set_num_threads(threads)
+        app = create_app(
+            classifier,
+            hosts=(*guards.LOOPBACK, f"[{host}]" if ":" in host else host, *hosts),
+            token=token,
+            report=report_of(folder),
+            max_queue=max_queue,
+            threads=threads,
+            access_log=access_log,
+        )
+        told = f"Attire {short_version()} on {listener.url_of(found)}   model {described(classifier, folder)}"
+        leave = app.state.service.leave
+        ended = listener.serve(app, found, leave, lambda: click.echo(f"{told}   stop with Ctrl-C"))
     if ended == signal.SIGINT:
         raise Stopped("attire serve", "stopped; every accepted request was answered")
 

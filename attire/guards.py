@@ -20,6 +20,7 @@ from attire.problems import Problem
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 OPEN = ("/", "/healthz", "/readyz", "/openapi.json")  # need no token: nothing in them belongs to anyone
 SAFE = ("GET", "HEAD")
+HEAD_BYTES = 16 * 1024  # request line and headers: twice what common proxies allow
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?", re.A)
 
 # Helmet's and OWASP's lists, less what only matters over TLS or to browsers that are gone.
@@ -102,6 +103,7 @@ class Guard:
     def check(self, scope: Scope) -> None:
         """Raises Problem for what must not reach an endpoint."""
         headers = Headers(scope=scope)
+        check_head(scope)
         check_framing(headers)
         check_host(headers, self.hosts)
         if scope["method"] not in SAFE:
@@ -119,6 +121,16 @@ def labels(scope: Scope) -> tuple[str, str]:
 
 def encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
     return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+
+
+def check_head(scope: Scope) -> None:
+    """HTTP servers limit a head that is still incomplete; one that arrived in one piece may be of any size."""
+    if not scope["http_version"].startswith("1.") and scope["http_version"] not in ("2", "3"):
+        raise Problem(400, "http", "not a version of HTTP that is spoken here", {"Connection": "close"})
+    size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    if size + sum(len(name) + len(value) for name, value in scope["headers"]) > HEAD_BYTES:
+        detail = f"request line and headers may have {HEAD_BYTES:,} bytes at most"
+        raise Problem(431, "http", detail, {"Connection": "close"})
 
 
 def check_framing(headers: Headers) -> None:
@@ -148,7 +160,7 @@ def check_origin(headers: Headers, scheme: str) -> None:
 
 def check_token(headers: Headers, token: bytes) -> None:
     kind, _, given = headers.get("authorization", "").partition(" ")
-    if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("utf-8"), token):
+    if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), token):
         raise Problem(401, "token", "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
 
 

@@ -18,9 +18,9 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from attire.errors import AttireError
+from attire.guards import HEAD_BYTES
 from attire.problems import MEDIA_TYPE, Problem
 
-HEAD_BYTES = 16 * 1024  # request line and headers: twice what common proxies allow
 HEAD_SECONDS = 10.0  # from the first byte of a request to the end of its headers
 LINGER_SECONDS = 5.0  # for the rest of a body that was refused, so that the client gets to read why
 KEEP_ALIVE_SECONDS = 15

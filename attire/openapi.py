@@ -12,7 +12,7 @@ PNG_URI = {"type": "string", "pattern": "^data:image/png;base64,[A-Za-z0-9+/]+={
 PROBABILITY = {"type": "number", "minimum": 0, "maximum": 1}
 DISTANCE = {"type": "number", "minimum": 0}
 
-# What each status means, and where it can come from: G any request, T where a token is set, P any POST with a body.
+# What each status means.
 STATUSES = {
     400: "Not a request that can be understood.",
     401: "The bearer token is missing or wrong.",
@@ -23,10 +23,11 @@ STATUSES = {
     415: "Content-Type or Content-Encoding is none that is taken.",
     421: "The Host header names a host that this server does not answer to.",
     422: "The picture or the list of pictures cannot be used.",
+    431: "Request line and headers are larger than 16 kB.",
     500: "Something failed in the server.",
     503: "Too much is waiting, or the answer took too long; Retry-After says when to come back.",
 }
-ALWAYS = (400, 421, 500)
+ALWAYS = (400, 421, 431, 500)
 BODY = (403, 408, 413, 415, 422, 503)
 
 

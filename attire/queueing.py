@@ -90,6 +90,8 @@ class MicroBatches(Generic[Source, Item, Answer]):
         Raises Full where there is no room for all of them, Late after `seconds`. When the calling task is cancelled,
         what still waits is dropped.
         """
+        if not sources:
+            return []
         if not self.has_room(len(sources)):
             raise Full
         jobs = [Job[Source, Item, Answer](source, self._loop.create_future()) for source in sources]

