@@ -274,7 +274,7 @@ def test_what_is_over_the_server_s_limit_is_made_smaller_and_says_so(visit: Visi
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (600, 400, 3), np.uint8)).save(big)
     assert big.stat().st_size > 200_000
     visitor.choose(big)
-    visitor.sees(visitor.card(), "Made smaller here before it was sent, from 721 kB to")
+    visitor.sees(visitor.card(), "Made smaller here before it was sent, from 705 kB to")
     assert visitor.answer() != "No answer"
     visitor.choose({"name": "noise.png", "mimeType": "image/png", "buffer": big.read_bytes()[1:]})
     assert visitor.answer() == "No answer"  # what the browser cannot read goes out as it is
@@ -344,7 +344,7 @@ def test_no_width_needs_scrolling_sideways(width: int, visit: Visit, pictures: l
     long = pictures[0].rename(pictures[0].with_name(60 * "w" + ".png"))
     visitor.choose(long, damaged)
     visitor.answer()
-    assert visitor.card().evaluate("e => e.getBoundingClientRect().top < innerHeight")  # scrolled into view
+    visitor.comes_into_view(visitor.card())
     visitor.card().get_by_role("button", name="Why?").click()
     visitor.sees(visitor.card(), "Nearest training images")
     for tab in ("Classify", "About this model"):

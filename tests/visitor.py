@@ -73,6 +73,11 @@ class Visitor:
 
         expect(where).to_contain_text(text)
 
+    def comes_into_view(self, what: "Locator") -> None:
+        from playwright.sync_api import expect
+
+        expect(what).to_be_in_viewport()
+
     def choose(self, *files: Path | dict[str, Any]) -> None:
         self.page.set_input_files("#files", list(files))  # type: ignore[arg-type]
 
