@@ -17,8 +17,8 @@ from PIL import Image
 
 from attire import listener
 from attire.classifier import Architecture, Classifier, Prediction
-from attire.prediction import ranked
 from attire.data import FASHION_CLASSES
+from attire.prediction import ranked
 from attire.server import Service, create_app
 
 PATIENCE = 30.0  # seconds; only a test that fails waits so long
