@@ -38,6 +38,10 @@ class Steps:
     subsample: bool = True
     sharpen: bool = True
     stretch: bool = True
+    gradient: bool = False
+    body: float = 0
+    colour: bool = False
+    gain: float = 4.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +82,11 @@ def prepare(source: str | Path | bytes, name: str = "picture", steps: Steps | No
     box = bounds(mask) if steps.trim else (0, 0, small.width, small.height)
     light = steps.polarity and is_lighter(colours[mask], ground)
     values = tone(luma(colours), float(luma(ground)), light)  # (h, w), 0 to 255, the background 0
+    if steps.colour:
+        far = np.linalg.norm(colours - ground, axis=2) / np.linalg.norm(np.maximum(ground, 255 - ground))
+        values = np.maximum(values, 255 * far.clip(0, 1))
+    if steps.body:
+        values = np.where(ndimage.binary_fill_holes(mask), np.maximum(values, steps.body), values)
     if steps.clear:
         values[~ndimage.binary_dilation(mask)] = 0
     image = fit(values[box[1] : box[3], box[0] : box[2]], steps)
@@ -120,7 +129,8 @@ def shrunk(picture: Image.Image) -> Image.Image:
 
 def luma(colours: Floats) -> Floats:
     """ITU-R BT.601, as Pillow's mode L, of (..., 3)."""
-    return colours @ np.array([0.299, 0.587, 0.114])
+    grey: Floats = colours @ np.array([0.299, 0.587, 0.114])
+    return grey
 
 
 def corners(colours: Floats) -> Floats:
@@ -176,7 +186,7 @@ def fit(values: Floats, steps: Steps) -> Grey:
     if steps.sharpen:
         small = small + SHARPEN * (small - ndimage.gaussian_filter(small, 1.0, mode="nearest"))
     if steps.stretch:
-        small = small * min(GAIN, max(1.0, 255 / max(1.0, float(small.max()))))
+        small = small * min(steps.gain, max(1.0, 255 / max(1.0, float(small.max()))))
     image = np.zeros((SIDE, SIDE), np.uint8)
     top, left = (SIDE - small.shape[0]) // 2, (SIDE - small.shape[1]) // 2
     image[top : top + small.shape[0], left : left + small.shape[1]] = small.clip(0, 255).round()
