@@ -109,7 +109,7 @@ def is_grey(picture: Image.Image) -> bool:
 
 
 def as_it_is(picture: Image.Image) -> Photo:
-    """The middle of the four corners tells the polarity; it is right for all 70,000 images of Fashion-MNIST."""
+    """The middle of the four corners tells the polarity; it is right for all 60,000 training images."""
     image = np.array(picture.convert("L"))
     dark = bool(np.median(image[[0, 0, -1, -1], [0, -1, 0, -1]]) > 127)
     polarity = "dark on light" if dark else "light on dark"

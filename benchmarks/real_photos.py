@@ -31,6 +31,7 @@ from attire.pictures import decode_colour, read_image
 
 TABLE = Path(__file__).with_suffix(".csv")
 CONFIDENT = 0.9
+NPM_VERSIONS = {"@vendure/create": "3.7.3"}
 LARGEST = 40 << 20  # bytes of one picture
 SVG_WIDTH = 400
 Way = Callable[[bytes], NDArray[np.uint8]]
@@ -97,7 +98,7 @@ def unpack(package: str, rows: Iterable[dict[str, str]], folder: Path) -> None:
     paths = {row["path"]: LARGEST for row in rows}
     if package.startswith("@"):
         with packages.scratch() as place:
-            packages.call(["npm", "pack", "--silent", package], place)
+            packages.call(["npm", "pack", "--silent", f"{package}@{NPM_VERSIONS[package]}"], place)
             with tarfile.open(packages.only(place, "*.tgz")) as archive:
                 found = {path: archive.extractfile(path).read(LARGEST) for path in paths}  # type: ignore[union-attr]
     else:
