@@ -16,6 +16,8 @@ FUZZ = 0.05 * 255 * 3**0.5  # distance in RGB that still counts as the backgroun
 NOISE = 6.0  # deviations of the background's own noise that count as its colour as well
 PATCH = 0.03  # of the shorter side: the square in each corner that tells the background's colour
 SPECK = 0.02  # of the largest piece: smaller pieces are no part of the garment
+THIN = 0.04  # of the garment's longer side: what is narrower does not widen the crop
+LINE = 0.02  # of the same: lines narrower than this, such as a drawing's outlines, are taken out
 THUMB = 73  # px: Fashion-MNIST was made of shop thumbnails, 51 x 73, whose rows and columns were then skipped
 SHARPEN = 0.863  # ImageMagick's `-sharpen 0x1`: 2 I - G without its centre, normalised: x + (x - Gx) / (1 + G(0, 0))
 PALE = 217  # mean grey: a cut-out garment lighter than this would vanish on white
@@ -29,14 +31,16 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 @dataclass(frozen=True)
 class Steps:
-    """Which steps `prepare` takes: all of them, but where one is measured by leaving it out."""
+    """Which steps `prepare` takes; others than these only to measure them, see docs/photos.md."""
 
     trim: bool = True
     specks: bool = True
+    thin: bool = True
     polarity: bool = True
+    lines: bool = True
     clear: bool = True
     subsample: bool = True
-    sharpen: bool = True
+    sharpen: bool = False  # published, but with it more garments were rejected and more other things were not
     stretch: bool = True
 
 
@@ -60,8 +64,9 @@ def prepare(source: str | Path | bytes, name: str = "picture", steps: Steps | No
     """Any PNG, JPEG, WebP or BMP picture as Fashion-MNIST would show it; `name` stands for it in errors.
 
     The steps are those of the data set (Xiao et al. 2017, section 2): trim what has the corners' colour, fit the longer
-    side to 28 by skipping rows and columns, sharpen, extend the shorter side, negate, turn grey. A garment lighter than
-    its background is not negated. Transparency becomes white, or black around a garment that is nearly white.
+    side to 28 by skipping rows and columns, extend the shorter side, negate, turn grey; but without its sharpening.
+    Specks, laces and the outlines of drawings are left out. A garment lighter than its background is not negated.
+    Transparency becomes white, or black around a garment that is nearly white.
     A grey 28x28 picture is taken as it is, negated where its corners are light.
 
     Raises AttireError for what `pictures.decode` refuses.
@@ -75,9 +80,11 @@ def prepare(source: str | Path | bytes, name: str = "picture", steps: Steps | No
     colours = np.asarray(small, np.float64)  # (h, w, 3), 0 to 255
     ground = corner_colour(colours)  # (3,)
     mask = garment(colours, ground, steps.specks)
-    box = bounds(mask) if steps.trim else (0, 0, small.width, small.height)
+    box = bounds(thick(mask) if steps.thin else mask) if steps.trim else (0, 0, small.width, small.height)
     light = steps.polarity and is_lighter(colours[mask], ground)
     values = tone(luma(colours), float(luma(ground)), light)  # (h, w), 0 to 255, the background 0
+    if steps.lines:
+        values = ndimage.grey_opening(values, 2 * (max(1, round(LINE * longest(box))),))
     if steps.clear:
         values[~ndimage.binary_dilation(mask)] = 0
     image = fit(values[box[1] : box[3], box[0] : box[2]], steps)
@@ -102,7 +109,7 @@ def is_grey(picture: Image.Image) -> bool:
 
 
 def as_it_is(picture: Image.Image) -> Photo:
-    """The middle of the four corners tells the polarity; it is right for all 70,000 images of Fashion-MNIST."""
+    """The middle of the four corners tells the polarity; it is right for all 60,000 training images."""
     image = np.array(picture.convert("L"))
     dark = bool(np.median(image[[0, 0, -1, -1], [0, -1, 0, -1]]) > 127)
     polarity = "dark on light" if dark else "light on dark"
@@ -120,7 +127,8 @@ def shrunk(picture: Image.Image) -> Image.Image:
 
 def luma(colours: Floats) -> Floats:
     """ITU-R BT.601, as Pillow's mode L, of (..., 3)."""
-    return colours @ np.array([0.299, 0.587, 0.114])
+    grey: Floats = colours @ np.array([0.299, 0.587, 0.114])
+    return grey
 
 
 def corners(colours: Floats) -> Floats:
@@ -152,6 +160,17 @@ def bounds(mask: Mask) -> Box:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
+def longest(box: Box) -> int:
+    return max(box[2] - box[0], box[3] - box[1])
+
+
+def thick(mask: Mask) -> Mask:
+    """The mask without laces, stands and loose strokes, which would widen the crop; as it is where little is left."""
+    side = max(1, round(THIN * longest(bounds(mask))))
+    body: Mask = ndimage.binary_opening(ndimage.binary_fill_holes(mask), np.ones((side, side), bool))
+    return body if body.sum() > mask.sum() / 2 else mask
+
+
 def is_lighter(colours: Floats, ground: Floats) -> bool:
     """Whether the garment's pixels (n, 3) are lighter than the background on the whole."""
     return bool(luma(colours).mean() > luma(ground))
@@ -165,7 +184,7 @@ def tone(grey: Floats, ground: float, light: bool) -> Floats:
 
 
 def fit(values: Floats, steps: Steps) -> Grey:
-    """(28, 28) uint8 of (h, w): the longer side 28, sharpened, centred on black, the lightest pixel near 255."""
+    """(28, 28) uint8 of (h, w): the longer side 28, centred on black, the lightest pixel near 255."""
     height, width = values.shape
     picture = Image.fromarray(values.astype(np.float32))
     if steps.subsample and max(values.shape) > THUMB:

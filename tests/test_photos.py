@@ -47,7 +47,7 @@ def test_the_published_steps() -> None:
     assert (rows[0], rows[-1]) == (0, 27)  # the longer side fits
     assert (columns[0], columns[-1]) == (7, 20)  # the shorter one is centred
     assert (photo.image[12:, 13:15] == 0).all()  # the paper between the legs is black
-    assert photo.image[3:5, 9:19].min() > 200
+    assert photo.image[2:5, 8:20].min() > 200
     assert photo.original.size == (200, 240)
 
 
@@ -76,7 +76,33 @@ def test_noise_and_specks_do_not_widen_the_crop() -> None:
     image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
     ImageDraw.Draw(image).rectangle((180, 220, 184, 224), fill=(0, 0, 0))
     assert prepare(encode(image)).crop == BOX
-    assert prepare(encode(image), steps=Steps(specks=False)).crop[2:] == (185, 225)
+    assert prepare(encode(image), steps=Steps(specks=False, thin=False)).crop[2:] == (185, 225)
+
+
+def test_laces_do_not_widen_the_crop() -> None:
+    image = trousers()
+    ImageDraw.Draw(image).line((100, 60, 190, 8), fill=(0, 0, 0), width=3)
+    assert prepare(encode(image)).crop == BOX
+    assert prepare(encode(image), steps=Steps(thin=False)).crop[2] > 185
+
+
+def test_the_outlines_of_a_drawing_are_left_out() -> None:
+    image = Image.new("L", (400, 400), 255)
+    ImageDraw.Draw(image).rectangle((100, 50, 300, 350), fill=155, outline=0, width=5)
+    without = prepare(encode(image), steps=Steps(stretch=False)).image
+    assert (without[2:-2, 7:20] == 100).all()
+    assert without.max() <= 100
+    assert prepare(encode(image), steps=Steps(stretch=False, lines=False)).image.max() > 130
+
+
+def test_the_published_sharpening_is_left_out() -> None:
+    image = Image.new("L", (200, 240), 255)
+    ImageDraw.Draw(image).rectangle((60, 40, 139, 199), fill=150)
+    ImageDraw.Draw(image).rectangle((60, 40, 139, 70), fill=0)
+    plain, sharp = (prepare(encode(image), steps=Steps(sharpen=sharpen)).image for sharpen in (False, True))
+    assert (plain[6:, 14] == 105).all()  # the lower part, right up to the dark one
+    assert sharp[6, 14] < 105  # and its edge sharpened
+    assert (sharp[12:, 14] == 105).all()
 
 
 def test_exif_orientation() -> None:
@@ -112,7 +138,7 @@ def test_other_modes() -> None:
     for data in (
         encode(Image.fromarray(levels)),
         encode(Image.fromarray(levels), transparency=65535),
-        encode(trousers(255, 40, "L").convert("1")),
+        encode(trousers(255, 40, "L").convert("1", dither=Image.Dither.NONE)),
         encode(trousers(255, 40, "L"), "BMP"),
         encode(trousers(), "WEBP", quality=90),
     ):
