@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from serving import PATIENCE, Fake, Live, head, picture, received, running, statuses
 
-from attire import server
+from attire import guards, server
+from attire.classifier import Prediction
 from attire.data import FASHION_CLASSES
 from attire.errors import UsageError
 from attire.pictures import read_image
@@ -449,7 +450,7 @@ def test_the_model_s_card_says_what_it_is_and_passes_on_nothing_else(live: Live)
 
 def test_the_page_and_the_report_have_policies_of_their_own(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "<style>p { color: red }</style><script>alert(1)</script>"
-    monkeypatch.setattr(server, "read_page", lambda: server.html(text, server.guards.policy(text)))
+    monkeypatch.setattr(server, "read_page", lambda: server.html(text, guards.policy(text)))
     with running(fake, report="<p>report</p>") as live:
         page, report = live.client.get("/"), live.client.get("/report")
         assert page.text == text
@@ -499,9 +500,9 @@ def test_small_queues_take_small_batches() -> None:
 )
 def test_the_verdict_says_how_sure_it_is(probability: float, words: str) -> None:
     ranking = (("Trouser", probability), ("Coat", 1 - probability))
-    prediction = server.Prediction("Trouser", probability, ranking)
+    prediction = Prediction("Trouser", probability, ranking)
     assert verdict(prediction) == words
-    rejected = server.Prediction("Trouser", probability, ranking, 30.0, True)
+    rejected = Prediction("Trouser", probability, ranking, 30.0, True)
     assert verdict(rejected) == f"none of the two (closest: Trouser {probability:.2f})"
 
 
