@@ -58,8 +58,9 @@ class Settings:
     """Every limit of the app, and who may ask.
 
     max_queue: pictures accepted and not yet answered; max_batch: pictures a forward pass, 16 because larger ones were
-    slower on two cores (docs/serving.md); max_images: pictures in one request to /predict/batch; seconds: from the
-    end of a body to its answer; threads: of the model, 0 for torch's own choice.
+    not reliably faster on two cores (docs/serving.md) and each waits for the whole of it; max_images: pictures in one
+    request to /predict/batch; seconds: from the end of a body to its answer; threads: of the model, 0 for torch's own
+    choice.
     """
 
     max_queue: int = 128

@@ -41,13 +41,14 @@ def main() -> None:
     parser.add_argument("bundle")
     parser.add_argument("--examples", type=int, default=150)
     parser.add_argument("--seed", type=int, default=1)
-    chosen = parser.parse_args()
+    chosen, more = parser.parse_known_args()  # the rest is for schemathesis
     with served(chosen.bundle) as (_, port):
         run = [
             *(str(Path(sys.executable).with_name("schemathesis")), "run"),
             f"http://127.0.0.1:{port}/openapi.json",
             *("--checks", "all", "--max-examples", str(chosen.examples), "--seed", str(chosen.seed)),
             *("--no-shrink", "--continue-on-failure", "--request-timeout", "20", "--max-response-time", "5"),
+            *more,
         ]
         path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "SCHEMATHESIS_HOOKS": "described", "PYTHONPATH": path}

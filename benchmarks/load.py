@@ -164,7 +164,7 @@ def quantiles(seconds: list[float]) -> dict[str, float] | None:
     """Milliseconds."""
     if not seconds:
         return None
-    p50, p99 = np.quantile(seconds, (0.5, 0.99))
+    p50, p99 = (float(value) for value in np.quantile(seconds, (0.5, 0.99)))
     return {"n": len(seconds), "p50": 1000 * p50, "p99": 1000 * p99, "max": 1000 * max(seconds)}
 
 

@@ -78,10 +78,10 @@ def test_a_token_is_wanted_for_all_that_is_not_open() -> None:
         assert live.client.get("/readyz").status_code == 200
         assert live.client.get("/openapi.json").json()["security"] == [{"bearer": []}]
         for wrong in ("", "Bearer", "Bearer x", f"Basic {TOKEN}", TOKEN, f"Bearer {TOKEN}x"):
-            assert live.client.get("/model", headers=[(b"Authorization", wrong.encode())]).status_code == 401
+            assert live.client.get("/model", headers={b"Authorization": wrong.encode()}).status_code == 401
         for right in (f"Bearer {TOKEN}", f"bearer  {TOKEN}"):
-            assert live.client.get("/model", headers=[(b"Authorization", right.encode())]).status_code == 200
-            headers = [(b"Authorization", right.encode()), (b"Content-Type", b"image/png")]
+            assert live.client.get("/model", headers={b"Authorization": right.encode()}).status_code == 200
+            headers = {b"Authorization": right.encode(), b"Content-Type": b"image/png"}
             assert live.client.post("/predict", content=picture(), headers=headers).status_code == 200
 
 

@@ -16,10 +16,10 @@ from PIL import Image
 from serving import PATIENCE, Fake, Live, head, picture, received, running, statuses
 
 from attire import guards, server
+from attire.classifier import Prediction
 from attire.data import FASHION_CLASSES
 from attire.errors import UsageError
 from attire.pictures import read_image
-from attire.prediction import Prediction
 from attire.server import Settings, create_app, verdict
 
 if TYPE_CHECKING:
