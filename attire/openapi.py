@@ -63,7 +63,7 @@ def paths(classes: int, token: bool) -> Json:
     }
     page = {"text/html": {"schema": {"type": "string"}}}
     gets = {
-        "/": ("page", "The page for people.", page, (404,), False),
+        "/": ("page", "The page for people.", page, (), False),
         "/samples": ("samples", "Sample garments.", of("Samples"), (), token),
         "/model": ("model", "The model's card and the server's limits.", of("Model"), (), token),
         "/report": ("report", "The model's report, a page.", page, (404,), token),

@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -252,8 +251,6 @@ class Service:
         }
 
     async def get_page(self, _: Request) -> Response:
-        if self.page is None:
-            raise Problem(404, "page", "this server has no page")
         return self.page
 
     async def get_report(self, _: Request) -> Response:
@@ -370,7 +367,8 @@ def seen_image(data: bytes) -> Seen:
 
 def explanation(classifier: Classifier, image: NDArray[np.uint8], label: str) -> dict[str, Any]:
     """The one place where an answer is explained: what /explain says beside the prediction."""
-    explain = import_module("attire.explain")
+    from attire import explain  # and matplotlib, which nobody waits for who only predicts
+
     found = explain.explain(classifier, image, label)
     return {
         "heat": data_uri(explain.heat_png(image, found.heat)),
@@ -422,11 +420,8 @@ def model_card(classifier: Classifier, settings: Settings) -> dict[str, Any]:
     }
 
 
-def read_page() -> Response | None:
-    path = files("attire").joinpath("page.html")
-    if not path.is_file():
-        return None
-    text = path.read_text(encoding="utf-8")
+def read_page() -> Response:
+    text = files("attire").joinpath("page.html").read_text(encoding="utf-8")
     return html(text, guards.policy(text))
 
 

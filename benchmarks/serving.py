@@ -25,7 +25,7 @@ from load import pngs
 from measuring import command, environment, spread, told
 
 from attire.classifier import Classifier, load_bundle
-from attire.pictures import read_image
+from attire.prediction import read_picture
 from attire.server import Settings
 
 HERE = Path(__file__).parent
@@ -63,7 +63,7 @@ def offline(classifier: Classifier, pictures: list[bytes], batch: int) -> float:
     """Pictures a second."""
     start = time.perf_counter()
     for i in range(0, len(pictures), batch):
-        classifier.predict(np.stack([read_image(data) for data in pictures[i : i + batch]]))
+        classifier.predict(np.stack([read_picture(data) for data in pictures[i : i + batch]]))
     return len(pictures) / (time.perf_counter() - start)
 
 
@@ -71,7 +71,7 @@ def forward(classifier: Classifier, pictures: list[bytes]) -> float:
     """Median milliseconds of `predict` for one image that is decoded already."""
     times = []
     for data in pictures[:200]:
-        image = read_image(data)[None]
+        image = read_picture(data)[None]
         start = time.perf_counter()
         classifier.predict(image)
         times.append(1000 * (time.perf_counter() - start))
@@ -173,7 +173,7 @@ def soak(bundle: str, seconds: float) -> str:
 
 def equal(classifier: Classifier, count: int, most: int) -> str:
     """Every batch size up to `most` against batches of one: the largest difference, and labels that differ."""
-    images = np.stack([read_image(data) for data in pngs(count)])
+    images = np.stack([read_picture(data) for data in pngs(count)])
     single = [classifier.predict(image[None])[0] for image in images]
     worst, differ = 0.0, 0
     for size in range(2, most + 1):
