@@ -744,7 +744,8 @@ def bench_models(
 @click.option("--allow-host", "hosts", multiple=True, metavar="NAME", help="Also answer to this Host name.")
 @click.option("--token-file", type=click.Path(path_type=Path), help="Want the token in this file, or in ATTIRE_TOKEN.")
 @click.option("--max-queue", type=click.IntRange(1), default=128, show_default=True, help="Pictures that may wait.")
-@click.option("--threads", type=click.IntRange(0), default=0, help="For PyTorch.  [default: the machine's]")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Threads that run the model.  [default: 2 on a CPU]")
+@click.option("--threads", type=click.IntRange(0), default=0, help="PyTorch's in each.  [default: its share of cores]")
 @click.option("--access-log", is_flag=True, help="A JSON line on stderr for each request.")
 @device_option
 def serve(
@@ -754,6 +755,7 @@ def serve(
     hosts: tuple[str, ...],
     token_file: Path | None,
     max_queue: int,
+    workers: int,
     threads: int,
     access_log: bool,
     device: str,
@@ -768,24 +770,24 @@ def serve(
     It listens on this machine alone unless --host says otherwise; then give it a token too.
     """
     from attire import guards, listener
+    from attire.answers import open_model
     from attire.bundles import find_bundle
-    from attire.classifier import load_bundle
+    from attire.classifier import Classifier, load_bundle
     from attire.server import create_app
 
     token = read_token(token_file)
     folder = find_bundle(bundle)
     with listener.bind(host, port) as found:
-        classifier = load_bundle(folder, device)
-        if threads:
-            import torch
-
-            torch.set_num_threads(threads)
+        predictor = open_model(folder, device)
+        classifier = predictor if isinstance(predictor, Classifier) else load_bundle(folder, device)
         app = create_app(
             classifier,
+            predictor,
             hosts=(*guards.LOOPBACK, f"[{host}]" if ":" in host else host, *hosts),
             token=token,
             report=report_of(folder),
             max_queue=max_queue,
+            workers=workers,
             threads=threads,
             access_log=access_log,
         )

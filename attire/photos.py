@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
-from scipy import ndimage
 
 from attire.pictures import SIDE, decode_colour
 
@@ -83,10 +82,7 @@ def prepare(source: str | Path | bytes, name: str = "picture", steps: Steps | No
     box = bounds(thick(mask) if steps.thin else mask) if steps.trim else (0, 0, small.width, small.height)
     light = steps.polarity and is_lighter(colours[mask], ground)
     values = tone(luma(colours), float(luma(ground)), light)  # (h, w), 0 to 255, the background 0
-    if steps.lines:
-        values = ndimage.grey_opening(values, 2 * (max(1, round(LINE * longest(box))),))
-    if steps.clear:
-        values[~ndimage.binary_dilation(mask)] = 0
+    values = cleared(values, mask, max(1, round(LINE * longest(box))), steps)
     image = fit(values[box[1] : box[3], box[0] : box[2]], steps)
     crop = scaled(box, small.size, original.size)
     return Photo(image, original, crop, "light on dark" if light else "dark on light", "photo")
@@ -146,6 +142,8 @@ def corner_colour(colours: Floats) -> Floats:
 
 def garment(colours: Floats, ground: Floats, specks: bool = True) -> Mask:
     """(h, w): what is not of the background's colour, without small pieces; all of it where nothing is left."""
+    from scipy import ndimage  # a 28x28 picture is answered without waiting for it, here and below
+
     noise = np.median([patch.std(0).max() for patch in corners(colours)])
     mask: Mask = np.linalg.norm(colours - ground, axis=2) > max(FUZZ, NOISE * float(noise))
     if specks and mask.any():
@@ -166,6 +164,8 @@ def longest(box: Box) -> int:
 
 def thick(mask: Mask) -> Mask:
     """The mask without laces, stands and loose strokes, which would widen the crop; as it is where little is left."""
+    from scipy import ndimage
+
     side = max(1, round(THIN * longest(bounds(mask))))
     body: Mask = ndimage.binary_opening(ndimage.binary_fill_holes(mask), np.ones((side, side), bool))
     return body if body.sum() > mask.sum() / 2 else mask
@@ -183,6 +183,17 @@ def tone(grey: Floats, ground: float, light: bool) -> Floats:
     return found
 
 
+def cleared(values: Floats, mask: Mask, line: int, steps: Steps) -> Floats:
+    """Without lines narrower than `line` px, and black where the garment is not."""
+    from scipy import ndimage
+
+    if steps.lines:
+        values = ndimage.grey_opening(values, (line, line))
+    if steps.clear:
+        values[~ndimage.binary_dilation(mask)] = 0
+    return values
+
+
 def fit(values: Floats, steps: Steps) -> Grey:
     """(28, 28) uint8 of (h, w): the longer side 28, centred on black, the lightest pixel near 255."""
     height, width = values.shape
@@ -193,6 +204,8 @@ def fit(values: Floats, steps: Steps) -> Grey:
     way = Image.Resampling.NEAREST if skip else Image.Resampling.LANCZOS
     small = np.asarray(picture.resize(within(width, height, SIDE), way), np.float64)
     if steps.sharpen:
+        from scipy import ndimage
+
         small = small + SHARPEN * (small - ndimage.gaussian_filter(small, 1.0, mode="nearest"))
     if steps.stretch:
         small = small * min(GAIN, max(1.0, 255 / max(1.0, float(small.max()))))

@@ -1,4 +1,4 @@
-"""Micro-batches: a bounded queue between requests and the one thread that runs the model on whatever waits."""
+"""Micro-batches: a bounded queue between requests and the threads that run the model on whatever waits."""
 
 import asyncio
 import queue
@@ -41,12 +41,12 @@ class Job(Generic[Source, Item, Answer]):
 
 
 class MicroBatches(Generic[Source, Item, Answer]):
-    """Asks `prepare` about each source in a few threads, then `answer` about as many items as wait, in one thread.
+    """Asks `prepare` about each source in a few threads, then `answer`, in `workers` threads, about whatever waits.
 
-    The batch is never waited for: the thread takes what is there, at least one item, at most `most`, and while it
+    The batch is never waited for: a thread takes what is there, at least one item, at most `most`, and while it
     works the next batch gathers. `limit` bounds all sources between being asked about and being answered; `seconds` is
-    the time each `ask` has. on_batch: told (items, seconds) after each batch, in the model's thread. begin: called in
-    that thread first.
+    the time each `ask` has. on_batch: told (items, seconds) after each batch, in its thread. begin: called in
+    each of those threads first.
 
     Belongs to the event loop that calls `start`; every other method but the private ones is called there.
     """
@@ -59,10 +59,12 @@ class MicroBatches(Generic[Source, Item, Answer]):
         limit: int,
         most: int,
         seconds: float,
+        workers: int = 1,
         on_batch: Callable[[int, float], None] = lambda items, seconds: None,
         begin: Callable[[], None] = lambda: None,
     ) -> None:
         self.limit, self.most, self.seconds, self.waiting = limit, most, seconds, 0
+        self._threads = [threading.Thread(target=self._work, name="attire-model", daemon=True) for _ in range(workers)]
         self._prepare_one, self._answer, self._on_batch, self._begin = prepare, answer, on_batch, begin
         self._ready: queue.SimpleQueue[Job[Source, Item, Answer] | None] = queue.SimpleQueue()
 
@@ -71,14 +73,16 @@ class MicroBatches(Generic[Source, Item, Answer]):
         self._idle = asyncio.Event()
         self._idle.set()
         self._pool = ThreadPoolExecutor(PREPARERS, "attire-decode")
-        self._thread = threading.Thread(target=self._work, name="attire-model", daemon=True)
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     async def close(self) -> None:
         """Answer all that waits, then end the threads."""
         await self._idle.wait()
-        self._ready.put(None)
-        await asyncio.to_thread(self._thread.join)
+        for _ in self._threads:
+            self._ready.put(None)
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
         self._pool.shutdown()
 
     def has_room(self, count: int = 1) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -52,14 +52,20 @@ REPORT_POLICY = (
 )
 
 
+class Predictor(Protocol):
+    """A Classifier, or an exported file of it."""
+
+    def predict(self, images: NDArray[np.uint8], /) -> Sequence[Prediction]: ...
+
+
 @dataclass(frozen=True)
 class Settings:
     """Every limit of the app, and who may ask.
 
     max_queue: pictures accepted and not yet answered; max_batch: pictures a forward pass, 16 because larger ones were
     not reliably faster on two cores (docs/serving.md) and each waits for the whole of it; max_images: pictures in one
-    request to /predict/batch; seconds: from the end of a body to its answer; threads: of the model, 0 for torch's own
-    choice.
+    request to /predict/batch; seconds: from the end of a body to its answer; workers: threads that run the model, 0 for
+    two on a CPU (docs/serving.md) and one elsewhere; threads: torch's in each of them, 0 for its share of the cores.
     """
 
     max_queue: int = 128
@@ -73,6 +79,7 @@ class Settings:
     explain_seconds: float = 30.0
     stall_seconds: float = 10.0
     body_seconds: float = 60.0
+    workers: int = 0
     threads: int = 0
     hosts: tuple[str, ...] = guards.LOOPBACK
     token: str | None = None
@@ -80,7 +87,10 @@ class Settings:
     access_log: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.max_queue, self.max_batch, self.max_images, self.max_explain) < 1 or self.threads < 0:
+        if (
+            min(self.max_queue, self.max_batch, self.max_images, self.max_explain) < 1
+            or min(self.threads, self.workers) < 0
+        ):
             raise UsageError("server", "limits are numbers of at least 1")
         if self.token is not None and len(self.token) < 16:
             raise UsageError("token", "shorter than 16 characters", do="make one with: openssl rand -hex 16")
@@ -107,19 +117,23 @@ class Answer:
 class Service:
     """The endpoints, around one classifier."""
 
-    def __init__(self, classifier: Classifier, settings: Settings) -> None:
-        self.classifier, self.settings = classifier, settings
+    def __init__(self, classifier: Classifier, predictor: Predictor, settings: Settings) -> None:
+        self.classifier, self.predictor, self.settings = classifier, predictor, settings
         self.draining = False
         self.arrivals = Arrivals(settings.max_arriving)
         self.picture_limits = BodyLimits(settings.max_upload, settings.stall_seconds, settings.body_seconds)
         self.json_limits = BodyLimits(settings.max_json, settings.stall_seconds, settings.body_seconds)
         self.meters = Meters(lambda: self.batches.waiting + self.explaining.waiting)
+        on_cpu = getattr(classifier, "device", torch.device("cpu")).type == "cpu"
+        self.workers = settings.workers or min(2 if on_cpu else 1, torch.get_num_threads())
+        self.threads = settings.threads or max(1, torch.get_num_threads() // self.workers)
         self.batches = MicroBatches(
             seen_image,
             self.answer,
             limit=settings.max_queue,
             most=settings.max_batch,
             seconds=settings.seconds,
+            workers=self.workers,
             on_batch=self.meters.batch,
             begin=self.begin,
         )
@@ -169,12 +183,11 @@ class Service:
         await asyncio.gather(self.batches.close(), self.explaining.close())
 
     def begin(self) -> None:
-        if self.settings.threads:
-            torch.set_num_threads(self.settings.threads)
+        torch.set_num_threads(self.threads)  # this thread's
 
     def answer(self, seen: list[Seen]) -> list[Answer]:
         """In the model's thread: one forward pass."""
-        found = self.classifier.predict(np.stack([one.image for one in seen]))
+        found = self.predictor.predict(np.stack([one.image for one in seen]))
         return [Answer(*pair) for pair in zip(seen, found, strict=True)]
 
     def explain_all(self, answers: list[Answer]) -> list[dict[str, Any]]:
@@ -290,12 +303,13 @@ class Json(Response):
         return content if isinstance(content, bytes) else as_json(content)
 
 
-def create_app(classifier: Classifier, **settings: Any) -> Starlette:
+def create_app(classifier: Classifier, predictor: Predictor | None = None, **settings: Any) -> Starlette:
     """An ASGI app that answers with this classifier; `settings` are the fields of Settings.
 
+    predictor: answers instead of it, being the same model in another runtime; the classifier explains.
     `app.state.service.leave()` makes it say that it is not ready any more.
     """
-    service = Service(classifier, Settings(**settings))
+    service = Service(classifier, predictor or classifier, Settings(**settings))
     chosen = service.settings
     guard = Middleware(
         guards.Guard,

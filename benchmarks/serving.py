@@ -5,7 +5,7 @@
     python benchmarks/serving.py runs/1/model --equal 1000    batched answers against single ones
 
 Server, clients and the comparison without a server are three processes on the same cores; only one kind of work runs
-at a time, in turn in each round. Offline means: decode every PNG, then `Classifier.predict` in batches of `--batch`.
+at a time, in turn in each round. Offline means: decode every PNG, then `predict` in batches, in the server's runtime.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import numpy as np
 from load import pngs
 from measuring import command, environment, spread, told
 
-from attire.classifier import Classifier, load_bundle
+from attire.answers import Model, open_model
 from attire.prediction import read_picture
 from attire.server import Settings
 
@@ -59,7 +59,7 @@ def load(port: int, **options: float) -> dict[str, Any]:
     return found
 
 
-def offline(classifier: Classifier, pictures: list[bytes], batch: int) -> float:
+def offline(classifier: Model, pictures: list[bytes], batch: int) -> float:
     """Pictures a second."""
     start = time.perf_counter()
     for i in range(0, len(pictures), batch):
@@ -67,7 +67,7 @@ def offline(classifier: Classifier, pictures: list[bytes], batch: int) -> float:
     return len(pictures) / (time.perf_counter() - start)
 
 
-def forward(classifier: Classifier, pictures: list[bytes]) -> float:
+def forward(classifier: Model, pictures: list[bytes]) -> float:
     """Median milliseconds of `predict` for one image that is decoded already."""
     times = []
     for data in pictures[:200]:
@@ -78,7 +78,7 @@ def forward(classifier: Classifier, pictures: list[bytes]) -> float:
     return float(np.median(times))
 
 
-def one_round(classifier: Classifier, pictures: list[bytes], port: int, seconds: float) -> dict[str, float]:
+def one_round(classifier: Model, pictures: list[bytes], port: int, seconds: float) -> dict[str, float]:
     found = {f"offline {batch}": offline(classifier, pictures, batch) for batch in BATCHES}
     found["forward"] = forward(classifier, pictures)
     single = load(port, clients=1, seconds=seconds / 2)
@@ -171,7 +171,7 @@ def soak(bundle: str, seconds: float) -> str:
     )
 
 
-def equal(classifier: Classifier, count: int, most: int) -> str:
+def equal(classifier: Model, count: int, most: int) -> str:
     """Every batch size up to `most` against batches of one: the largest difference, and labels that differ."""
     images = np.stack([read_picture(data) for data in pngs(count)])
     single = [classifier.predict(image[None])[0] for image in images]
@@ -197,18 +197,19 @@ def main() -> None:
     parser.add_argument("--soak", type=float, default=0.0, metavar="SECONDS")
     parser.add_argument("--equal", type=int, default=0, metavar="IMAGES")
     parser.add_argument("--drain", type=int, default=0, metavar="TIMES")
+    parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
     chosen = parser.parse_args()
     if chosen.soak:
         print(soak(chosen.bundle, chosen.soak))
     elif chosen.equal:
-        print(equal(load_bundle(chosen.bundle, "cpu"), chosen.equal, Settings().max_batch))
+        print(equal(open_model(Path(chosen.bundle), "auto"), chosen.equal, Settings().max_batch))
     elif chosen.drain:
         print(drain(chosen.bundle, chosen.drain))
     else:
-        classifier, pictures = load_bundle(chosen.bundle, "cpu"), pngs(500)
+        classifier, pictures = open_model(Path(chosen.bundle), "auto"), pngs(500)  # in the runtime that serves
         offline(classifier, pictures, 16)
-        with served(chosen.bundle, "--threads", str(chosen.threads)) as (_, port):
+        with served(chosen.bundle, "--workers", str(chosen.workers), "--threads", str(chosen.threads)) as (_, port):
             load(port, clients=32, seconds=1)
             rounds = [one_round(classifier, pictures, port, chosen.seconds) for _ in range(chosen.rounds)]
         print(table(rounds))

@@ -132,7 +132,7 @@ def test_closing_answers_what_waits() -> None:
         task = asyncio.create_task(batches.ask(list(range(8))))
         await asyncio.sleep(0)
         await batches.close()
-        assert not batches._thread.is_alive()
+        assert not any(thread.is_alive() for thread in batches._threads)
         return await task
 
     assert asyncio.run(run()) == [2 * i for i in range(8)]

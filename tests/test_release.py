@@ -34,7 +34,14 @@ def test_a_released_bundle_is_complete_and_says_what_is_true(
 ) -> None:
     out = tmp_path / "out"
     told = release.release(run, out, data=synthetic)
-    names = {"MODEL_CARD.md", "model.json", "model.safetensors", "network.onnx", "report.html"}
+    names = {
+        "MODEL_CARD.md",
+        "model.json",
+        "model.safetensors",
+        "network.onnx",
+        "report.html",
+        "neighbours.safetensors",
+    }
     assert {path.name for path in out.iterdir()} == names
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     classifier = load_bundle(out, "cpu")

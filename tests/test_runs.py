@@ -208,7 +208,7 @@ def test_a_start_that_fails_later_leaves_no_folder_and_the_next_one_its_number(
 
     (here / "runs" / "7").mkdir(parents=True)
     (here / "mine").mkdir()
-    monkeypatch.setattr(features, "extract_shard", full)
+    monkeypatch.setattr(features, "commit_shard", full)
     for out in ([], ["--out", "mine"]):
         done = attire("train", "--data", small_csv, *FLAGS, *out)
         assert (done.status, done.last) == (1, "error: shard: No space left on device")
@@ -264,7 +264,7 @@ def test_ctrl_c_before_training_names_the_line_that_goes_on(
     def stop(*given: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(features, "extract_shard", stop)
+    monkeypatch.setattr(features, "compute_shard", stop)
     again = "go on with: attire train --resume runs"
     done = attire("train", "--data", small_csv, *FLAGS)
     assert done.status == 130
