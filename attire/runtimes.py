@@ -146,6 +146,7 @@ def run_onnx(path: Path, facts: dict[str, Any]) -> Run:
         raise AttireError(path, "ONNX Runtime is not installed", str(error), "pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; its warnings are about what it optimises
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others want the cores: a server's loop
     if tensors := bundle_tensors(path, facts):
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in tensors.values()]
         options.add_external_initializers(list(tensors), values)

@@ -7,6 +7,9 @@ start.
 import asyncio
 import copy
 import json
+import os
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -45,6 +48,7 @@ from attire.uploads import (
 
 Result = TypeVar("Result")
 MB = 1 << 20
+NICE = 10  # of the threads that run the model, see docs/serving.md
 FACTS = ("name", "recipe", "test", "test_digest", "trunk")  # what a bundle says of itself and /model passes on
 REPORT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
@@ -184,6 +188,8 @@ class Service:
 
     def begin(self) -> None:
         torch.set_num_threads(self.threads)  # this thread's
+        if sys.platform == "linux":  # where it is a thread's own: the loop comes first, or refusals wait for answers
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
     def answer(self, seen: list[Seen]) -> list[Answer]:
         """In the model's thread: one forward pass."""
