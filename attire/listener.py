@@ -26,6 +26,7 @@ LINGER_SECONDS = 5.0  # for the rest of a body that was refused, so that the cli
 KEEP_ALIVE_SECONDS = 15
 CONNECTIONS = 800  # below the 1,024 open files that most systems allow a process
 DRAIN_SECONDS = 1.0  # after SIGTERM: still answering, not ready, so that balancers and clients look elsewhere
+LAST_SECONDS = 0.5  # after that without new connections: what those that are there ask is answered
 GRACE_SECONDS = 60  # for what is being answered; longer than any deadline of the app
 
 
@@ -121,6 +122,12 @@ class Server(uvicorn.Server):
         self.leave()
         if self.signal == signal.SIGTERM:
             await asyncio.sleep(DRAIN_SECONDS)
+            for found in sockets or []:
+                found.listen(0)  # the kernel takes nobody new, and who waits to be accepted still is
+            await asyncio.sleep(LAST_SECONDS / 2)
+            for server in self.servers:
+                server.close()
+            await asyncio.sleep(LAST_SECONDS / 2)  # who has just been accepted may be about to ask
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
