@@ -24,7 +24,7 @@ from attire.pictures import SHOULD, SUFFIXES
 from attire.prediction import read_picture
 
 STDIN = "-"
-THREADS = 2  # one reads a file while another decodes: Pillow's warnings are guarded, so decoding takes turns
+THREADS = 2  # one reads a file while another decodes
 AHEAD = 256  # pictures waiting, 784 bytes each
 
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-SIDE = 28
+from attire.pictures import SIDE
+
 COLUMNS = 10
 NAMES = "names"  # the PNG's text chunk: a JSON list, from left to right and top to bottom
 
