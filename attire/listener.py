@@ -1,14 +1,16 @@
 """Sockets: the HTTP server under the app, its limits, and how it stops. The only code that knows uvicorn."""
 
 import asyncio
+import ctypes
 import errno
 import logging
 import signal
 import socket
+import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from types import FrameType
 from typing import Any
@@ -27,6 +29,9 @@ KEEP_ALIVE_SECONDS = 15
 CONNECTIONS = 800  # below the 1,024 open files that most systems allow a process
 DRAIN_SECONDS = 1.0  # after SIGTERM: still answering, not ready, so that balancers and clients look elsewhere
 LAST_SECONDS = 0.5  # after that without new connections: what those that are there ask is answered
+SO_ATTACH_FILTER = 26  # of asm-generic/socket.h
+# struct sock_filter (code, jt, jf, k), four times: load byte 13, TCP's flags; is SYN set? yes: drop; no: let through
+DROP_SYN = (0x30, 0, 0, 13, 0x45, 0, 1, 0x02, 0x06, 0, 0, 0, 0x06, 0, 0, 0xFFFFFFFF)
 GRACE_SECONDS = 60  # for what is being answered; longer than any deadline of the app
 
 
@@ -123,7 +128,7 @@ class Server(uvicorn.Server):
         if self.signal == signal.SIGTERM:
             await asyncio.sleep(DRAIN_SECONDS)
             for found in sockets or []:
-                found.listen(0)  # the kernel takes nobody new, and who waits to be accepted still is
+                take_nobody_new(found)  # who waits to be accepted still is
             await asyncio.sleep(LAST_SECONDS / 2)
             for server in self.servers:
                 server.close()
@@ -147,6 +152,20 @@ class Server(uvicorn.Server):
         finally:
             for sig, handler in before.items():
                 signal.signal(sig, handler)
+
+
+def take_nobody_new(found: socket.socket) -> None:
+    """Let the kernel begin no further connection; those it has begun or taken stay, and can be accepted.
+
+    Closing alone resets who was taken between the last accept and the close, and `listen(0)` still takes one. So on
+    Linux a socket filter (bpf(4), socket(7)) drops segments with SYN: who asks again a second later is refused.
+    """
+    found.listen(0)
+    if sys.platform != "linux":
+        return
+    code = ctypes.create_string_buffer(struct.pack("=" + 4 * "HBBI", *DROP_SYN))
+    with suppress(OSError):  # a kernel without it: the one in the queue may be reset
+        found.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 4, ctypes.addressof(code)))
 
 
 def bind(host: str, port: int) -> socket.socket:

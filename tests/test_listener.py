@@ -190,6 +190,25 @@ def test_sigterm_under_load_loses_no_accepted_request(bundle: Path) -> None:
         assert lost == [0] * 6
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernel may still take one")
+def test_who_was_taken_is_answered_and_who_comes_later_is_refused() -> None:
+    with listener.bind("127.0.0.1", 0) as found:
+        found.listen(16)
+        found.settimeout(PATIENCE)
+        taken = [socket.create_connection(found.getsockname(), PATIENCE) for _ in range(3)]
+        listener.take_nobody_new(found)
+        with pytest.raises(TimeoutError):  # dropped, not reset: the socket is still open
+            socket.create_connection(found.getsockname(), 0.2)
+        accepted = [found.accept()[0] for _ in taken]
+        for ours, theirs in zip(taken, accepted, strict=True):
+            ours.sendall(b"asked")
+            assert theirs.recv(5) == b"asked"
+            theirs.sendall(b"told")
+            assert ours.recv(4) == b"told"
+            ours.close()
+            theirs.close()
+
+
 def test_ctrl_c_ends_it_in_one_line(bundle: Path) -> None:
     with served(bundle, "--access-log") as (process, line):
         assert httpx.get(f"http://127.0.0.1:{port_of(line)}/healthz", trust_env=False).status_code == 200
