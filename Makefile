@@ -4,18 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test check cover release-model bench-all clean help
+.PHONY: train test check docs dist cover release-model bench-all clean help
 
 help:
 	@echo "make train   data, weights, features, a trained classifier and its report"
 	@echo "make test    all tests, the real ones included"
 	@echo "make check   lint, format, types"
+	@echo "make docs    the documentation as a site: site/index.html"
+	@echo "make dist    source distribution and wheel: dist/"
 	@echo "make bench-all  docs/performance.md measured anew, on a quiet machine: two hours; BUNDLE=runs/1/model"
 	@echo "make release-model  attire/shipped made again: trained, proved in 16 bits; RECIPE=fast"
 	@echo "make cover   all tests with the share of lines they run"
 
 train: $(READY)
 	@$(BIN)/attire train $(ARGS)
+	@echo "attire is $(BIN)/attire; to type it bare: . $(BIN)/activate" >&2
 
 test: $(READY)
 	@$(BIN)/python -m pytest $(ARGS)
@@ -25,6 +28,13 @@ check: $(READY)
 
 cover: $(READY)
 	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+docs: $(READY)
+	@$(BIN)/python -m mkdocs build --quiet --strict
+	@echo "site/index.html; to search in it: $(BIN)/python -m http.server -d site"
+
+dist: $(READY)
+	@$(BIN)/python -m build --quiet --no-isolation && ls dist
 
 RECIPE ?= fast
 RELEASED := runs/release-$(shell date +%Y%m%d-%H%M%S)
@@ -53,4 +63,4 @@ $(READY): pyproject.toml constraints.txt
 		touch $@; echo "done ($$(( $$(date +%s) - start )) s)"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ from attire.prediction import Prediction
 from attire.runtimes import Exported, format_of, load_export
 
 FORMS = ("table", "jsonl", "csv")
+NARROW = 72  # columns; below it a name and three classes do not fit in a line
 BATCH = 128  # images a forward pass: 256 was no faster, and the first of many answers comes sooner
 
 
@@ -98,6 +100,12 @@ def table_line(name: str, found: Prediction, top: int) -> str:
     return f"{one_line(name):24} {found.label:12} {found.probability:.3f}   {rest}".rstrip()
 
 
+def narrow_lines(name: str, found: Prediction, top: int) -> str:
+    """The same on a terminal that is too narrow for it: the name, and a line for each class."""
+    told = [f"{found}"] if found.rejected else [f"{label:12} {p:.3f}" for label, p in found.ranking[:top]]
+    return "\n  ".join([one_line(name), *told])
+
+
 def json_line(name: str, found: Prediction, top: int) -> str:
     told = {"file": name, "label": found.label, "probabilities": dict(found.ranking[:top])}
     return json.dumps({**told, "rejected": found.rejected, "distance": found.distance})
@@ -141,6 +149,8 @@ def tell(
     out, top, began = out or sys.stdout, min(top, len(model.classes)), time.perf_counter()
     if form == "csv":
         print(csv_header(top), file=out)
+    narrow = form == "table" and out.isatty() and shutil.get_terminal_size().columns < NARROW
+    line = narrow_lines if narrow else LINES[form]
     strips, done, failed = Strips(show), 0, 0
     with progress(arguments, out) as step, closing(read_ahead(expand(arguments), model.classes)) as asked:
         for batch in answer(model, asked):
@@ -149,7 +159,7 @@ def tell(
                     print(f"error: {item}", file=sys.stderr)
                     failed += 1
                     continue
-                print(LINES[form](item[0].name, item[1], top), file=out)
+                print(line(item[0].name, item[1], top), file=out)
                 strips.write(item[0])
                 done += 1
             out.flush()

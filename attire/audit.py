@@ -22,7 +22,7 @@ from attire.intervals import Interval, wilson
 from attire.pages import write_page
 from attire.recipes import FAST
 from attire.results import load_result
-from attire.stages import open_trunk
+from attire.stages import choose_trunk, open_trunk
 from attire.watching import Silent, Watcher
 from attire.weights import read_weights, tensor_digest
 
@@ -202,13 +202,13 @@ def run_answers(run: Path, data: ImageDataset) -> Rows:
 def feature_blocks(parts: Mapping[str, ImageDataset], device: torch.device, watcher: Watcher) -> suspects.Blocks:
     """Plain features of all parts, as recipe `fast` has them: after a run of it nothing is extracted."""
     weights = fetch.vgg16_weights(progress=watcher.advance)
-    precision = devices.choose_precision(FAST.precision, device)
-    backend = devices.choose_backend(FAST.backend, precision, device)
+    precision, backend = choose_trunk(FAST.backend, FAST.precision, device)
     digest = tensor_digest(read_weights(weights))
     spec = FeatureSpec(FAST.freeze_to, FAST.image_size, FAST.pool, digest, precision, backend=backend)
 
     def load_trunk() -> features.Trunk:
-        return open_trunk(vgg.vgg16(weights, spec.freeze_to, spec.pool, nn.Sequential()), spec, device)
+        trunk = vgg.vgg16(weights, spec.freeze_to, spec.pool, nn.Sequential())
+        return open_trunk(trunk, spec, device, sum(map(len, parts.values())))
 
     cached = []
     for name, data in parts.items():

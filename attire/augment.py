@@ -15,24 +15,28 @@ ASPECT = (0.3, 3.3)  # height over width, uniform in the logarithm
 
 @dataclass(frozen=True)
 class Target:
-    """What a batch is to be answered: labels (b,); of a mixed one `share` of each row, and `others` for the rest."""
+    """What a batch is to be answered: labels (b,); of a mixed one `share` of each row, and `others` for the rest.
+
+    soft: a teacher's answers (b, K), of mixed rows mixed likewise.
+    """
 
     labels: Tensor
     others: Tensor | None = None
     share: float = 1.0
+    soft: Tensor | None = None
 
 
-def augment(x: Tensor, labels: Tensor, recipe: Recipe, epoch: int, step: int) -> tuple[Tensor, Target]:
+def augment(x: Tensor, target: Target, recipe: Recipe, epoch: int, step: int) -> tuple[Tensor, Target]:
     """Rows (b, D) as the recipe wants them in this step, changed in place, and their targets."""
     if not (recipe.erase or recipe.cutmix):
-        return x, Target(labels)
+        return x, target
     rng = np.random.default_rng([recipe.seed, epoch, step, 1])
     maps = x.view(len(x), *recipe.map_shape)
     if recipe.erase:
         erase(maps, recipe.erase, rng)
     if len(x) < 2 or rng.random() >= recipe.cutmix:
-        return x, Target(labels)
-    return x, cutmix(maps, labels, rng)
+        return x, target
+    return x, cutmix(maps, target, rng)
 
 
 def erase(maps: Tensor, probability: float, rng: np.random.Generator) -> None:
@@ -58,7 +62,7 @@ def boxes(
     return inside[0][:, :, None] & inside[1][:, None, :]
 
 
-def cutmix(maps: Tensor, labels: Tensor, rng: np.random.Generator) -> Target:
+def cutmix(maps: Tensor, target: Target, rng: np.random.Generator) -> Target:
     """CutMix (Yun et al. 2019, alpha 1): one rectangle of each map is another row's, in place."""
     order = torch.from_numpy(rng.permutation(len(maps))).to(maps.device)
     length = np.array([np.sqrt(1 - rng.random()) * maps.shape[-1]])
@@ -66,4 +70,6 @@ def cutmix(maps: Tensor, labels: Tensor, rng: np.random.Generator) -> Target:
     rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
     top, bottom, left, right = (int(v) for v in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
     maps[:, :, top:bottom, left:right] = maps[order, :, top:bottom, left:right]
-    return Target(labels, labels[order], 1 - float(mask.float().mean()))
+    share, soft = 1 - float(mask.float().mean()), target.soft
+    mixed = None if soft is None else share * soft + (1 - share) * soft[order]
+    return Target(target.labels, target.labels[order], share, mixed)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from attire import calibration, devices, files, heads, neighbours, reject, vgg
+from attire import calibration, devices, features, files, heads, neighbours, reject, vgg
 from attire.blocks import CHANNELS, above, feature_shape
 from attire.bundles import ABOUT, GRAPH, WEIGHTS, find_bundle
 from attire.bundles import SHIPPED as SHIPPED
@@ -47,10 +47,16 @@ class Architecture:
     dropout: float
     train_blocks: int = 0  # blocks above `freeze_to` that are part of `features`, their weights no longer ImageNet's
     conv: tuple[int, ...] = ()
+    test_views: int = 1  # views of a picture whose logits are averaged for its answer
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "conv", tuple(self.conv))
         Recipe(**self.__dict__, standardise=False)  # raises UsageError for what no recipe can ask for
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Names of the views that are averaged, the plain one first."""
+        return features.answer_views(self.test_views)
 
     @property
     def end(self) -> str:
@@ -89,15 +95,21 @@ class Classifier:
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()
 
     def logits(self, images: NDArray[np.uint8]) -> Tensor:
-        """(n, K) float32 on the CPU, for (n, 28, 28) uint8 images with a black background."""
-        parts = [self._head(x) for x in self._features(images)]
+        """(n, K) float32 on the CPU, for (n, 28, 28) uint8 images with a black background: the mean over the views."""
+        parts = [found for _, found in self._answers(images)]
         return torch.cat(parts) if parts else torch.empty(0, len(self.classes))
 
-    def _features(self, images: NDArray[np.uint8]) -> Iterator[Tensor]:
+    def _answers(self, images: NDArray[np.uint8]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Plain features (b, D) and logits (b, K), the mean over the views, a batch at a time."""
+        for parts in zip(*(self._features(images, view) for view in self.architecture.views), strict=True):
+            yield parts[0], torch.stack([self._head(x) for x in parts]).mean(0)
+
+    def _features(self, images: NDArray[np.uint8], view: str = "plain") -> Iterator[Tensor]:
         """(b, D) float32 on the device, a batch at a time: what torchvision's `forward` hands to its classifier."""
         step = max(1, BATCH_PIXELS // self.architecture.image_size**2)
         for start in range(0, len(images), step):
-            x = vgg.preprocess(images[start : start + step], self.architecture.image_size)
+            seen = features.seen(images[start : start + step], view)
+            x = vgg.preprocess(seen, self.architecture.image_size)
             with torch.inference_mode():
                 x = x.to(self.device, memory_format=torch.channels_last)
                 x = self.model.avgpool(self.model.features(x)).flatten(1)
@@ -151,9 +163,9 @@ class Classifier:
         if images.shape in ((28, 28), (784,)):
             images, single = images[None], True
         found: list[Prediction] = []
-        for x in self._features(as_images(images)):
+        for x, logits in self._answers(as_images(images)):
             distances = [None] * len(x) if self.rejecter is None else self.rejecter.distances(x).tolist()
-            found += map(self.ranked, self._probabilities(self._head(x)), distances)
+            found += map(self.ranked, self._probabilities(logits), distances)
         return found[0] if single else found
 
     def ranked(self, probabilities: NDArray[np.floating[Any]], distance: float | None = None) -> Prediction:

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import click
 
-from attire import __version__
+from attire import __version__, shell
+from attire.blocks import BLOCKS
 from attire.errors import AttireError, AttireWarning, Stopped, UsageError, one_line
-from attire.recipes import RECIPES, Recipe
+from attire.recipes import BACKENDS, RECIPES, Recipe
+from attire.shell import among
 
 if TYPE_CHECKING:
     from attire.classifier import Classifier
@@ -30,6 +32,7 @@ FIELD_HELP = {
     "image_size": "Side in px of the picture VGG16 sees.",
     "pool": "Average the feature map to this side; 0 leaves it as it is.",
     "flips": "Also cache mirrored pictures and train on either.",
+    "test_views": "Views of a picture averaged for an answer: plain, mirrored, then shifted.",
     "standardise": "Scale each feature to mean 0, deviation 1.",
     "shifts": "Also cache this many shifted pictures of each (0 to 8).",
     "train_blocks": "VGG16 blocks above the boundary that are trained on from ImageNet.",
@@ -39,6 +42,8 @@ FIELD_HELP = {
     "conv": "Widths of 3x3 convolutions in front of the hidden layers, such as 256,512.",
     "erase": "Probability that a rectangle of a feature map is erased.",
     "cutmix": "Probability that a batch is mixed by CutMix.",
+    "distil": "With --teacher: share of the loss that its answers make up.",
+    "soften": "With --teacher: temperature of its answers and ours in that share.",
     "ema": "Decay of the weights' moving average, which then ships; 0: none.",
     "clip": "Largest norm of the gradient; 0: any.",
     "hidden": "Widths of the classifier's hidden layers, such as 1024,512.",
@@ -52,27 +57,21 @@ FIELD_HELP = {
     "val_size": "Rows cut from the training part for validation.",
     "stratify": "Keep each class's share when splitting.",
     "precision": "Of the frozen trunk: auto (measured once), fp32 or bf16.",
-    "backend": "What runs the trunk during extraction: torch, or openvino-int8 (extra).",
+    "backend": "What runs the trunk during extraction: torch, openvino or openvino-int8 (an extra).",
     "seed": "Of initialisation, order and dropout.",
     "split_seed": "Decides which rows are validation, and test when one file is split.",
 }
 
-
-class Commands(click.Group):
-    """A group that suggests the near command for an unknown one."""
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        from difflib import get_close_matches
-
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            near = get_close_matches(args[0], self.list_commands(ctx), n=1)
-            hint = f"did you mean: attire {near[0]}" if near else "see: attire --help"
-            raise UsageError(f"attire {args[0]}", "no such command", do=hint) from error
+# What a shell offers for them; Recipe itself says what is allowed.
+FIELD_VALUES = {
+    "freeze_to": tuple(BLOCKS),
+    "schedule": ("cosine", "constant"),
+    "precision": ("auto", "fp32", "bf16"),
+    "backend": BACKENDS,
+}
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=shell.Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="attire")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
@@ -95,7 +94,9 @@ def recipe_options(command: Command) -> Command:
             command = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=told)(command)
         else:
             converted = str if kind is tuple else kind
-            command = click.option(flag, field.name, type=converted, default=None, help=told)(command)
+            offered = among(*FIELD_VALUES.get(field.name, ()))
+            option = click.option(flag, field.name, type=converted, default=None, help=told, shell_complete=offered)
+            command = option(command)
     return command
 
 
@@ -108,9 +109,10 @@ def shown(value: Any) -> str:
 def data_options(command: Command) -> Command:
     for option in (
         click.option("--classes", help="Class names in the order of their labels, separated by commas."),
-        click.option("--test", metavar="FILE", help="This file or folder is the test set."),
+        click.option("--test", type=click.Path(), metavar="FILE", help="This file or folder is the test set."),
         click.option(
             "--data",
+            type=click.Path(),
             metavar="PATH",
             help="CSV, IDX file or folder, folder of class folders; default: the official set.",
         ),
@@ -129,14 +131,25 @@ def source_options(command: Command) -> Command:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
-device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto, cpu, cuda or mps.",
+    shell_complete=among("auto", "cpu", "cuda", "mps"),
+)
 
 
 @cli.command()
 @source_options
 @json_option
 def fetch(data_from: Path | None, weights_from: Path | None, as_json: bool) -> None:
-    """Fetch and verify the official data and VGG16's weights; what is there already is only verified."""
+    """Fetch and verify the official data and VGG16's weights; what is there already is only verified.
+
+    \b
+    attire fetch
+    attire fetch --data-from FOLDER --weights-from FILE     without a network
+    """
     from attire import fetch as fetching
     from attire.terminal import Terminal, print_result
 
@@ -159,18 +172,27 @@ def share_or_count(text: str) -> float | int:
 
 
 @cli.command()
-@click.option("--recipe", "recipe_name", default=None, help=f"{' or '.join(RECIPES)}.  [default: fast]")
+@click.option(
+    "--recipe",
+    "recipe_name",
+    default=None,
+    help=f"{' or '.join(RECIPES)}.  [default: fast]",
+    shell_complete=among(*RECIPES),
+)
 @click.option("--config", type=click.Path(path_type=Path), help="A run's config.json: its recipe and data again.")
-@click.option("--resume", "resumed", metavar="RUN", help="Go on with a run that was stopped.")
+@click.option("--resume", "resumed", type=click.Path(), metavar="RUN", help="Go on with a run that was stopped.")
 @data_options
 @click.option(
     "--test-size", type=share_or_count, help="Share of one file, or rows of it, that test.  [default: 0.2]", metavar="N"
 )
-@click.option("--out", metavar="FOLDER", help="The run's folder.  [default: runs/1, runs/2 ...]")
+@click.option("--out", type=click.Path(), metavar="FOLDER", help="The run's folder.  [default: runs/1, runs/2 ...]")
 @click.option("--seeds", type=click.IntRange(2), help="So many runs that differ in their seed: mean and deviation.")
 @click.option("--folds", type=click.IntRange(2), help="Cross-validation over the training rows; no test set is read.")
 @device_option
 @click.option("--cache/--no-cache", default=None, help="Train from cached features, or through VGG16 in every epoch.")
+@click.option(
+    "--teacher", "teachers", multiple=True, metavar="RUN", help="Learn from its answers too; several: average."
+)
 @click.option("--log", type=click.Choice(["tensorboard"]), help="Also write the curves for TensorBoard (an extra).")
 @click.option("--claim", type=float, default=None, help="Accuracy in % to check.  [default: 98]")
 @source_options
@@ -194,7 +216,7 @@ def train(
     found: Any
     try:
         if resumed is not None:
-            given = [name for name, value in options.items() if value is not None and name != "device"]
+            given = [name for name, value in options.items() if value not in (None, ()) and name != "device"]
             if given or recipe_name or config or out or seeds or folds:
                 raise UsageError("--resume", "goes on with the run's own settings", do="leave the other options out")
             go_on = series.resume_series if series.is_series(resumed) else runs.resume
@@ -218,6 +240,8 @@ def train_many(seeds: int | None, folds: int | None, arguments: dict[str, Any]) 
     if seeds:
         return series.train_seeds(seeds, **arguments)
     arguments.pop("log")
+    if arguments.pop("teacher"):
+        raise UsageError("--teacher", "given together with --folds", do="a teacher has seen the rows of every fold")
     if not arguments.pop("cache"):
         raise UsageError("--folds", "needs cached features", do="leave --no-cache out")
     return series.cross_validate(cast(int, folds), **arguments)
@@ -228,7 +252,7 @@ def show_trained(found: Any, as_json: bool) -> None:
     from attire.report import comparison_table, terminal_summary
     from attire.results import metrics
     from attire.series import Folds, Seeds
-    from attire.terminal import print_result
+    from attire.terminal import columns, print_result
 
     if isinstance(found, Seeds):
         if as_json:
@@ -240,7 +264,7 @@ def show_trained(found: Any, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"run": str(found.folder), **metrics(found.result)}))
         return
-    print_result(terminal_summary(found.result))
+    print_result(terminal_summary(found.result, columns()))
     told = f"\nReport          {found.folder}/report.html\nProbabilities   {found.folder}/evaluation/predictions.csv"
     click.echo(told if isinstance(found, Folds) else next_steps(found.folder))
 
@@ -273,6 +297,7 @@ def train_arguments(name: str | None, config: Path | None, options: dict[str, An
         "cache": options["cache"] if options["cache"] is not None else stored.get("cache", True),
         "claimed": claim,
         "log": options["log"] or stored.get("log"),
+        "teacher": options["teachers"] or stored.get("teacher"),
     }
 
 
@@ -315,7 +340,14 @@ def next_steps(folder: Path) -> str:
 @click.option(
     "--part", type=click.Choice(["train", "test"]), default="test", show_default=True, help="Of data that has both."
 )
-@click.option("--backend", default="torch", show_default=True, help="torch, or openvino-int8 (extra).")
+@click.option(
+    "--backend",
+    default="torch",
+    show_default=True,
+    help="torch, openvino or openvino-int8 (an extra).",
+    shell_complete=among(*BACKENDS),
+)
+@click.option("--views", type=int, help="Views averaged, each a forward pass.  [default: the bundle's own number]")
 @click.option("--out", type=click.Path(path_type=Path), help="Write report, tables and pictures into this new folder.")
 @device_option
 @json_option
@@ -326,20 +358,26 @@ def evaluate(
     classes: str | None,
     part: Any,
     backend: str,
+    views: int | None,
     out: Path | None,
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure a bundle, or an exported file, on labelled images: by default the official 10,000 test images."""
+    """Measure a bundle, or an exported file, on labelled images: by default the official 10,000 test images.
+
+    \b
+    attire evaluate runs/1/model
+    attire evaluate model.onnx --data mine.csv --out measured     with report, tables and pictures
+    """
     from attire import runs
     from attire.report import class_table, write_report
     from attire.results import metrics, save_result
     from attire.scoring import evaluate_bundle
-    from attire.terminal import Terminal, print_result
+    from attire.terminal import Terminal, columns, print_result
 
     watch, folder = Terminal(as_json), runs.free_folder(out) if out else None
     try:
-        result = evaluate_bundle(bundle, test or data, part, class_names(classes), backend, device, watch)
+        result = evaluate_bundle(bundle, test or data, part, class_names(classes), backend, device, watch, views)
     finally:
         watch.close()
     if folder:
@@ -348,19 +386,67 @@ def evaluate(
     if as_json:
         click.echo(json.dumps(metrics(result)))
         return
-    print_result(f"Accuracy        {result.test.accuracy}\nClaim check     {result.claim}\n")
-    print_result(class_table(result.test, 100))
+    print_result(f"Accuracy        {result.test.accuracy}\nClaim check     {result.claim}\n{passes(result.config)}")
+    print_result(class_table(result.test, columns()))
+
+
+def passes(config: Any) -> str:
+    """What an answer costs where it takes more than one forward pass."""
+    return f"Views           an answer takes {config['views']} forward passes\n" if config["views"] > 1 else ""
 
 
 @cli.command()
-@click.argument("arguments", nargs=-1, metavar="FILE...")
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN RUN...")
+@click.option("--data", metavar="PATH", help="As for evaluate.  [default: the official test images]")
+@click.option("--classes", help="Class names in the order of their labels, separated by commas.")
+@click.option(
+    "--part", type=click.Choice(["train", "test"]), default="test", show_default=True, help="Of data that has both."
+)
+@click.option("--views", type=int, help="Views averaged by each member.  [default: its own number]")
+@click.option("--out", type=click.Path(path_type=Path), help="Write report, tables and ensemble.json into this folder.")
+@device_option
+@json_option
+def ensemble(
+    models: tuple[Path, ...], data: str | None, classes: str | None, out: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Measure several runs or bundles as one model, which averages their probabilities.
+
+    \b
+    attire ensemble runs/1 runs/2 runs/3
+    attire ensemble runs/1 runs/2 --views 2 --out both    then: attire ensemble both/ensemble.json
+    """
+    from attire import runs
+    from attire.report import comparison_table, write_report
+    from attire.results import save_result
+    from attire.scoring import evaluate_ensemble
+    from attire.terminal import Terminal, print_result
+
+    watch, folder = Terminal(as_json), runs.free_folder(out) if out else None
+    try:
+        found = evaluate_ensemble(models, data, classes=class_names(classes), watcher=watch, **options)
+    finally:
+        watch.close()
+    if folder:
+        save_result(folder, found.result)
+        write_report(folder, found.result)
+        found.ensemble.save(folder / "ensemble.json")
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+        return
+    print_result(comparison_table(found.names, (found.result, *found.members)))
+    click.echo(f"\nAccuracy        {found.result.test.accuracy}\nClaim check     {found.result.claim}")
+    click.echo(f"{passes(found.result.config)}{found.pair}")
+
+
+@cli.command()
+@click.argument("arguments", nargs=-1, type=click.Path(), metavar="FILE...")
 @click.option("--model", type=click.Path(path_type=Path), help="A bundle, a run or an exported file.  [default: ours]")
 @click.option(
     "--format", "form", type=click.Choice(["table", "jsonl", "csv"]), help="Of the answers.  [default: table]"
 )
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="How many classes to show.")
 @click.option("--show", type=click.Path(path_type=Path), metavar="FOLDER", help="What the model saw, as PNG.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
+@device_option
 @click.option("--json", "as_json", is_flag=True, help="The same as --format jsonl: an object a line.")
 def predict(
     arguments: tuple[str, ...], model: Path | None, form: str | None, as_json: bool, device: str, **options: Any
@@ -397,6 +483,9 @@ def predict(
 @json_option
 def release(run: Path, out: Path, as_json: bool) -> None:
     """Make a run's bundle fit to ship: 16-bit weights, ONNX Runtime's graph, card and report, measured again.
+
+    \b
+    attire release runs/1 --out release
 
     Refused where it does not answer as the run's bundle does on the official test images. What is at --out is replaced
     once all of it is written.
@@ -482,9 +571,20 @@ def free_name(stem: str, taken: set[str]) -> str:
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--format", "kind", default="onnx", show_default=True, help="onnx, openvino, torch-export or safetensors."
+    "--format",
+    "kind",
+    default="onnx",
+    show_default=True,
+    help="onnx, openvino, torch-export or safetensors.",
+    shell_complete=among("onnx", "openvino", "torch-export", "safetensors"),
 )
-@click.option("--precision", default="fp32", show_default=True, help="fp32, bf16 or int8; not every format has each.")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    help="fp32, bf16 or int8; not every format has each.",
+    shell_complete=among("fp32", "bf16", "int8"),
+)
 @click.option("--out", type=click.Path(path_type=Path), help="The file.  [default: the bundle's name and .onnx ...]")
 @click.option("--max-drop", default=0.3, show_default=True, help="Points of accuracy that bf16 and int8 may lose.")
 @json_option
@@ -512,18 +612,28 @@ def export(bundle: Path, kind: str, precision: str, out: Path | None, max_drop: 
 @cli.command("export-csv")
 @click.argument("folder", type=click.Path(path_type=Path))
 @source_options
-def export_csv(folder: Path, data_from: Path | None, weights_from: Path | None) -> None:
-    """Write the official sets in Kaggle's form: fashion-mnist_train.csv and fashion-mnist_test.csv."""
+@json_option
+def export_csv(folder: Path, data_from: Path | None, weights_from: Path | None, as_json: bool) -> None:
+    """Write the official sets in Kaggle's form: fashion-mnist_train.csv and fashion-mnist_test.csv.
+
+    \b
+    attire export-csv data/
+    """
     from attire import files
     from attire.data import load_dataset, write_csv
 
     get_sources(data_from, weights_from)
     files.make_dir(folder)
+    written = {}
     for part in ("train", "test"):
         path = folder / f"fashion-mnist_{part}.csv"
         dataset = load_dataset(None, part=part)
         write_csv(dataset, path)
-        click.echo(f"{path}   {len(dataset):,} rows")
+        written[part] = {"file": str(path), "rows": len(dataset)}
+        if not as_json:
+            click.echo(f"{path}   {len(dataset):,} rows")
+    if as_json:
+        click.echo(json.dumps(written))
 
 
 @cli.command()
@@ -531,7 +641,12 @@ def export_csv(folder: Path, data_from: Path | None, weights_from: Path | None) 
 @click.option("--clear", is_flag=True, help="Delete all of them.")
 @json_option
 def cache(keys: tuple[str, ...], clear: bool, as_json: bool) -> None:
-    """List the cached features with their size and what made them, and the copies of CSV files; or delete them."""
+    """List the cached features with their size and what made them, and the copies of CSV files; or delete them.
+
+    \b
+    attire cache
+    attire cache --delete 3f2a     the entry whose key begins so
+    """
     from attire import copies, features
     from attire.files import human_size
 
@@ -554,17 +669,26 @@ def cache(keys: tuple[str, ...], clear: bool, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
-def report(run: Path) -> None:
-    """Write a finished run's report.html again, from the run's own files."""
+@json_option
+def report(run: Path, as_json: bool) -> None:
+    """Write a finished run's report.html again, from the run's own files.
+
+    \b
+    attire report runs/1
+    """
     from attire.report import write_report
     from attire.results import load_result
 
-    click.echo(write_report(run, load_result(run)))
+    page = write_report(run, load_result(run))
+    click.echo(json.dumps({"page": str(page)}) if as_json else page)
 
 
 @cli.command()
 @click.option(
-    "--data", metavar="PATH", help="As for train; only its training rows are used.  [default: the official set]"
+    "--data",
+    type=click.Path(),
+    metavar="PATH",
+    help="As for train; only its training rows are used.  [default: the official set]",
 )
 @click.option("--classes", help="Class names in the order of their labels, separated by commas.")
 @click.option("--sizes", default="32,48,64,96,112,160,224", show_default=True, help="Picture sides in px.")
@@ -577,6 +701,10 @@ def report(run: Path) -> None:
 @json_option
 def sweep(sizes: str, boundaries: str, backgrounds: str, classes: str | None, as_json: bool, **options: Any) -> None:
     """Try every freeze boundary, picture size and pooling on a subset, and propose a recipe.
+
+    \b
+    attire sweep                                           the official set
+    attire sweep --data mine.csv --sizes 32,48 --out tried
 
     Each is scored by a closed-form linear classifier on rows cut from the training set. Safe to stop: the same
     command goes on.
@@ -632,8 +760,8 @@ def compare(compared: tuple[Path, ...], out: Path | None, as_json: bool) -> None
 
 
 @cli.command()
-@click.argument("data", required=False)
-@click.option("--test", metavar="FILE", help="This file or folder is the test set.")
+@click.argument("data", required=False, type=click.Path())
+@click.option("--test", type=click.Path(), metavar="FILE", help="This file or folder is the test set.")
 @click.option("--classes", help="Class names in the order of their labels, separated by commas.")
 @click.option("--run", type=click.Path(path_type=Path), help="Take this run's accuracy apart; tested on the same set.")
 @click.option("--out", type=click.Path(path_type=Path), default="audit", show_default=True, help="A new folder.")
@@ -676,7 +804,9 @@ def audit(
 
 @cli.command()
 @click.argument("models", nargs=-1, type=click.Path(path_type=Path), metavar="BUNDLE EXPORT...")
-@click.option("--data", metavar="PATH", help="Test images, as for evaluate.  [default: the official set]")
+@click.option(
+    "--data", type=click.Path(), metavar="PATH", help="Test images, as for evaluate.  [default: the official set]"
+)
 @click.option("--images", type=click.IntRange(0), default=0, help="Accuracy on so many of them.  [default: all]")
 @click.option("--threads", type=click.IntRange(0), default=0, help="For PyTorch.  [default: the machine's]")
 @click.option("--out", type=click.Path(path_type=Path), default="bench", show_default=True, help="A new folder.")
@@ -747,6 +877,7 @@ def bench_models(
 @click.option("--workers", type=click.IntRange(0), default=0, help="Threads that run the model.  [default: 2 on a CPU]")
 @click.option("--threads", type=click.IntRange(0), default=0, help="PyTorch's in each.  [default: its share of cores]")
 @click.option("--access-log", is_flag=True, help="A JSON line on stderr for each request.")
+@click.option("--json", "as_json", is_flag=True, help="Say where it listens as one JSON object.")
 @device_option
 def serve(
     bundle: Path | None,
@@ -758,6 +889,7 @@ def serve(
     workers: int,
     threads: int,
     access_log: bool,
+    as_json: bool,
     device: str,
 ) -> None:
     """Answer over HTTP: a page for people, predictions for programs.
@@ -791,9 +923,12 @@ def serve(
             threads=threads,
             access_log=access_log,
         )
-        told = f"Attire {short_version()} on {listener.url_of(found)}   model {described(classifier, folder)}"
+        url, model = listener.url_of(found), described(classifier, folder)
+        told = f"Attire {short_version()} on {url}   model {model}   stop with Ctrl-C"
+        if as_json:
+            told = json.dumps({"url": url, "model": model, "version": __version__})
         leave = app.state.service.leave
-        ended = listener.serve(app, found, leave, lambda: click.echo(f"{told}   stop with Ctrl-C"))
+        ended = listener.serve(app, found, leave, lambda: click.echo(told))
     if ended == signal.SIGINT:
         raise Stopped("attire serve", "stopped; every accepted request was answered")
 
@@ -836,6 +971,10 @@ def described(classifier: "Classifier", bundle: Path) -> str:
     return one_line(f"{name or bundle.name} ({', '.join(told)})" if told else f"{name or bundle.name}")
 
 
+cli.add_command(shell.completion)
+cli.add_command(shell.doctor)
+
+
 def main() -> NoReturn:
     """The one place where errors become a line and an exit status."""
     debug = "--debug" in sys.argv
@@ -849,7 +988,7 @@ def main() -> NoReturn:
         status = fail(str(error), error.status, debug)
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "attire"
-        status = fail(f"{where}: {one_line(error.format_message()).rstrip('.')}; see: {where} --help", 2, debug)
+        status = fail(f"{where}: {one_line(f'{shell.what(error)}; {shell.hint(error)}')}", 2, debug)
     except click.ClickException as error:
         status = fail(one_line(error.format_message()), 1, debug)
     except (KeyboardInterrupt, click.Abort):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from threading import Barrier
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,25 +14,39 @@ PIXELS = 2**16  # of a small batch: 64 pictures of 32 px, 16 of 64; what lies be
 LEAST = 4  # pictures of a small batch, however large they are: deep layers are mostly weights
 
 
+class Layout(NamedTuple):
+    """How a forward pass is spread over the cores, and of how many pictures a small batch is."""
+
+    how: Literal["whole", "in turn", "side by side"] = "whole"
+    pictures: int = 0
+
+
+def spread(function: Callable[[Tensor], Tensor], x: Tensor, layout: Layout) -> Tensor:
+    """`function` of all pictures (n, C, H, W) without gradients: all of them at once, or as the layout says."""
+    if layout.how == "side by side":
+        return side_by_side(function, x, layout.pictures)
+    return in_turn(function, x, layout.pictures) if layout.how == "in turn" else function(x)
+
+
 def small_batch(x: Tensor) -> int:
-    """How many of the pictures (n, C, H, W) make a small batch."""
+    """How many of the pictures (n, C, H, W) make a small batch where nobody says how many."""
     return max(LEAST, PIXELS // (x.shape[2] * x.shape[3]))
 
 
-def in_turn(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def in_turn(function: Callable[[Tensor], Tensor], x: Tensor, pictures: int = 0) -> Tensor:
     """`function` of all pictures (n, C, H, W), one small batch after the other, each on all cores."""
-    return torch.cat([function(part) for part in torch.split(x, small_batch(x))])
+    return torch.cat([function(part) for part in torch.split(x, pictures or small_batch(x))])
 
 
-def side_by_side(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def side_by_side(function: Callable[[Tensor], Tensor], x: Tensor, pictures: int = 0) -> Tensor:
     """`function` of all pictures (n, C, H, W) without gradients, as many small batches at a time as torch has threads.
 
     For functions of many short operations: the threads then wait for each other once, not after each operation.
     """
-    threads = torch.get_num_threads()
-    parts = -(-len(x) // (small_batch(x) * threads)) * threads  # equal ones, so that no core is left over at the end
+    threads, pictures = torch.get_num_threads(), pictures or small_batch(x)
+    parts = -(-len(x) // (pictures * threads)) * threads  # equal ones, so that no core is left over at the end
     if threads == 1 or len(x) < max(parts, 1):
-        return in_turn(function, x)
+        return in_turn(function, x, pictures)
 
     def run(part: Tensor) -> Tensor:
         with torch.no_grad():  # the mode of the calling thread is not that of this one

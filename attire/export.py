@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attire import devices, files, runtimes, vgg
+from attire import devices, features, files, runtimes, vgg
 from attire.bundles import find_bundle
 from attire.classifier import Classifier, load_bundle
 from attire.data import ImageDataset, load_dataset
@@ -74,6 +74,7 @@ class Gate:
 class WholeNetwork(nn.Module):
     """Raw images (n, 28, 28) uint8 to calibrated probabilities (n, K) float32: preprocessing and temperature inside.
 
+    So are the views, of which a bundle may average several; its batches are then so many times as large inside.
     rejecter: its distances (n,) are then a second output.
     """
 
@@ -87,23 +88,36 @@ class WholeNetwork(nn.Module):
             for name in TENSORS:
                 self.reject.register_buffer(name, getattr(rejecter, name))
         self.model, self.size, self.dtype = classifier.model.to(dtype), classifier.architecture.image_size, dtype
-        self.temperature = classifier.temperature
+        self.temperature, self.views = classifier.temperature, classifier.architecture.views
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(vgg.MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(vgg.STD).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        grey = images[:, None].float() / 255
+        count, grey = images.shape[0], images[:, None].float() / 255
+        if len(self.views) > 1:
+            grey = torch.cat([seen(grey, view) for view in self.views])  # (V * n, 1, 28, 28), view after view
         if self.size != 28:
             grey = F.interpolate(grey, size=(self.size, self.size), mode="bilinear", antialias=self.size < 28)
         x = (grey.expand(-1, 3, -1, -1) - self.mean) / self.std
-        features = self.model.avgpool(self.model.features(x.to(self.dtype))).flatten(1)
-        probabilities = torch.softmax(self.model.classifier(features).float() / self.temperature, 1)
+        x = self.model.avgpool(self.model.features(x.to(self.dtype))).flatten(1)
+        logits = self.model.classifier(x).float()
+        if len(self.views) > 1:
+            x, logits = x[:count], logits.unflatten(0, (len(self.views), count)).mean(0)
+        probabilities = torch.softmax(logits / self.temperature, 1)
         if self.reject is None:
             return probabilities
         centre, means, whiten = (getattr(self.reject, name) for name in TENSORS)
-        return probabilities, nearest(pooled(features, len(centre)), centre, whiten, means)
+        return probabilities, nearest(pooled(x, len(centre)), centre, whiten, means)
+
+
+def seen(grey: Tensor, view: str) -> Tensor:
+    """What `features.seen` does, to (n, 1, 28, 28) of 0..1 and in operations that every runtime has."""
+    if down_right := features.shift_of(view):
+        down, right = down_right
+        grey = F.pad(grey, (right, -right, down, -down))
+    return grey.flip(3) if view.endswith("flip") else grey
 
 
 def export(

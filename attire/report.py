@@ -88,7 +88,18 @@ def scored_once(result: RunResult) -> str:
     if folds := result.config.get("folds"):
         return f"Each image was scored once, by that one of {folds} classifiers that had not been trained on it."
     when = "by the weights that validation chose" if result.val else "after training had ended"
-    return f"The test set was scored once, {when}; this page is drawn from the stored predictions."
+    return f"The test set was scored once, {when}; this page is drawn from the stored predictions.{cost(result)}"
+
+
+def cost(result: RunResult) -> str:
+    """What answers cost where they are the mean of several, else nothing."""
+    recipe = result.config.get("recipe", {})
+    count = result.config.get("views", recipe.get("test_views", 1) if isinstance(recipe, Mapping) else 1)
+    if members := result.config.get("ensemble"):
+        return f" An answer is the mean of {len(members)} bundles, {count} forward passes in all."
+    if count == 1:
+        return ""
+    return f" An answer is the mean over {count} views of the picture and takes {count} times the forward passes."
 
 
 def methods(found: Evaluation) -> str:

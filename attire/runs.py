@@ -4,17 +4,20 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from attire import devices, files, recipes, results
+from attire import teacher as teaching
 from attire.classifier import Classifier, load_bundle
 from attire.errors import AttireError, Stopped, UsageError
 from attire.evaluation import Interval
 from attire.recipes import Recipe
 from attire.stages import DataChoice, Stage
+from attire.teacher import Teacher
 from attire.watching import Silent, Watcher
 
 
@@ -50,12 +53,14 @@ def train(
     cache: bool = True,
     claimed: float = 0.98,
     log: str | None = None,
+    teacher: Sequence[str | Path] | Mapping[str, Any] | Teacher | None = None,
     watcher: Watcher | None = None,
 ) -> Run:
     """Train a classifier and evaluate it once on the test set.
 
     data: None for the official set, else a CSV, an IDX file or a folder; run_dir: a new or empty folder, `runs/1`,
-    `runs/2` ... when left out; log: "tensorboard" also writes the curves into `<run_dir>/tensorboard` (an extra).
+    `runs/2` ... when left out; log: "tensorboard" also writes the curves into `<run_dir>/tensorboard` (an extra);
+    teacher: runs or bundles whose averaged answers are learnt from besides the labels (distillation).
     Raises AttireError for bad data, Stopped when it was interrupted: then
     `resume(run_dir)` goes on exactly where it stood.
     """
@@ -64,6 +69,7 @@ def train(
     paths = [None if path is None else str(path) for path in (data, test)]
     source = DataChoice(paths[0], paths[1], test_size, None if classes is None else tuple(classes))
     devices.choose_device(device)
+    taught = teaching.choose(teacher)
     config = {
         "schema": 1,
         "recipe": chosen.to_json(),
@@ -72,11 +78,12 @@ def train(
         "cache": cache,
         "claimed": claimed,
         "log": log,
+        "teacher": taught.to_json() if taught else None,
     }
     with new_folder(run_dir) as folder:
         files.write_json(folder / "config.json", config)
         with logging(log, folder, watcher or Silent()) as watching:
-            return carry_out(folder, chosen, source, device, cache, claimed, watching)
+            return carry_out(folder, chosen, source, device, cache, claimed, watching, taught)
 
 
 def resume(run_dir: str | Path, watcher: Watcher | None = None) -> Run:
@@ -90,10 +97,11 @@ def resume(run_dir: str | Path, watcher: Watcher | None = None) -> Run:
         values = dict(config["data"])
         source = DataChoice(**{**values, "classes": tuple(values["classes"]) if values["classes"] else None})
         device, cache, claimed = config["device"], config["cache"], config["claimed"]
+        taught = teaching.choose(config.get("teacher"))
     except (KeyError, TypeError) as error:
         raise AttireError(folder / "config.json", "not the config of a run", str(error)[:80]) from error
     with claimed_folder(folder), logging(config.get("log"), folder, watcher or Silent()) as watching:
-        return carry_out(folder, recipe, source, device, cache, claimed, watching)
+        return carry_out(folder, recipe, source, device, cache, claimed, watching, taught)
 
 
 @contextmanager
@@ -184,17 +192,32 @@ def logging(log: str | None, folder: Path, watcher: Watcher) -> Iterator[Watcher
 
 
 def carry_out(
-    folder: Path, recipe: Recipe, source: DataChoice, device: str, cache: bool, claimed: float, watcher: Watcher
+    folder: Path,
+    recipe: Recipe,
+    source: DataChoice,
+    device: str,
+    cache: bool,
+    claimed: float,
+    watcher: Watcher,
+    teacher: Teacher | None = None,
 ) -> Run:
     """The stages, in order. Each leaves on disk what the next start of the same run will not do again."""
     began = time.perf_counter()
     stage = Stage(recipe, source, devices.choose_device(device), watcher)
     devices.keep_freed_memory()  # from here on: what reading a CSV took goes back to the system
+    if (folder / "data.json").exists():
+        stage.taught = files.read_json(folder / "data.json").get("teacher")
     files.write_json(folder / "data.json", stage.describe_data())
     files.write_json(folder / "environment.json", stage.environment())
     sources = stage.cached() if cache else stage.on_the_fly()
+    soft = None
+    if teacher:
+        watcher.note("Teacher", teaching.describe(teacher, recipe))
+        told = (stage.splits, stage.training_views(), recipe, folder, watcher, stage.taught)
+        soft, stage.taught = teaching.targets(teacher, *told)
+        files.write_json(folder / "data.json", stage.describe_data())
     extracted = time.perf_counter() - began
-    head, history = stage.fit(sources[0], folder)
+    head, history = stage.fit(sources[0], folder, soft)
     found = stage.evaluate(head, sources)
     seconds = {"extract": extracted, "fit": sum(epoch.seconds for epoch in history)}
     seconds["total"] = time.perf_counter() - began

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attire import calibration, devices, files, recipes, results, training
+from attire import calibration, devices, files, recipes, results, teacher, training
 from attire.errors import AttireError, UsageError
 from attire.evaluation import evaluate
 from attire.recipes import Recipe
@@ -191,9 +191,9 @@ def one_fold(
     head, history = stage.fit(source, folder)
     temperature = 1.0
     if len(stage.val):
-        logits = training.predict_logits(head, source, stage.val).numpy()
+        logits = stage.logits(head, source, stage.val)
         temperature = calibration.fit_temperature(logits, stage.splits.data.labels[stage.val])
-    found = calibration.softmax(training.predict_logits(head, source, out).numpy(), temperature).astype(np.float32)
+    found = calibration.softmax(stage.logits(head, source, out), temperature).astype(np.float32)
     buffer = io.BytesIO()
     np.save(buffer, found)
     files.write_bytes(kept, buffer.getvalue())
@@ -254,4 +254,6 @@ def resume_series(folder: str | Path, watcher: Watcher | None = None) -> Seeds |
 
 def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The same, fit for JSON."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()}
+    told = {key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()}
+    found = teacher.choose(told.pop("teacher", None))
+    return told if found is None else {**told, "teacher": found.to_json()}

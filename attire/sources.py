@@ -50,9 +50,9 @@ def measure(blocks: Iterator[Tensor]) -> Standardiser:
 class CachedSource:
     """Rows of finished cache entries: the plain view first, then the others in the order of their numbers."""
 
-    def __init__(self, *views: Features) -> None:
+    def __init__(self, *views: Features, names: Sequence[str] = ("plain",)) -> None:
         self.standardise = Standardiser()
-        self.views = list(views)
+        self.views, self.names = list(views), tuple(names)
         self.rows = len(views[0])
         small = sum(2 * len(view) * view.shape[1] for view in self.views) <= IN_MEMORY
         self.table = whole(self.views) if small else None  # (views * N, D): view after view

@@ -2,7 +2,8 @@
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from attire import calibration, devices, features, fetch, files, heads, neighbours, reject, results, training, vgg
+from attire import (
+    calibration,
+    devices,
+    features,
+    fetch,
+    files,
+    heads,
+    neighbours,
+    reject,
+    results,
+    skew,
+    training,
+    vgg,
+)
 from attire.blocks import CHANNELS
 from attire.card import write_model_card
 from attire.classifier import Architecture, Classifier, fold_standardisation
@@ -23,6 +37,7 @@ from attire.neighbours import Neighbours
 from attire.recipes import Recipe
 from attire.reject import Rejecter
 from attire.report import write_report
+from attire.skew import Skew
 from attire.sources import CachedSource, OnTheFlySource, Standardiser, measure
 from attire.watching import Watcher
 from attire.weights import read_weights, tensor_digest
@@ -73,6 +88,7 @@ class Found:
     rejecter: Rejecter | None = None
     reject: dict[str, Any] | None = None
     neighbours: Neighbours | None = None
+    skew: Skew | None = None
 
 
 Source = CachedSource | OnTheFlySource
@@ -84,25 +100,26 @@ class Stage:
 
     def __init__(self, recipe: Recipe, source: DataChoice, device: torch.device, watcher: Watcher) -> None:
         self.recipe, self.device, self.watcher = recipe, device, watcher
+        self.taught: dict[str, Any] | None = None  # the teacher of the run, for data.json
         self.splits = source.load(recipe)
         watcher.note("Data", describe_data(self.splits))
         self.train, self.val = validation_rows(self.splits.data, self.splits.train_rows, recipe)
         self.weights = fetch.vgg16_weights(progress=watcher.advance)
         watcher.note("Weights", "VGG16 ImageNet, 13 convolutions   verified")
         watcher.note("Recipe", recipe.describe())
-        widths = (recipe.freeze_to, recipe.image_size, recipe.pool)
-        self.architecture = Architecture(*widths, recipe.hidden, recipe.dropout, recipe.train_blocks, recipe.conv)
-        widths = (*widths[:2], 0 if recipe.train_blocks else recipe.pool)
-        int8 = recipe.backend != "torch"
-        precision = "int8" if int8 else devices.choose_precision(recipe.precision, device)
-        backend = devices.choose_backend(recipe.backend, precision, device)
+        self.architecture = Architecture(**{field.name: getattr(recipe, field.name) for field in fields(Architecture)})
+        if (count := recipe.test_views) > 1:
+            watcher.note("Views", f"{count} of each picture averaged: an answer takes {count} times the forward passes")
+        widths = (recipe.freeze_to, recipe.image_size, 0 if recipe.train_blocks else recipe.pool)
+        precision, backend = choose_trunk(recipe.backend, recipe.precision, device)
         self.digest = tensor_digest(read_weights(self.weights))
         self.spec = FeatureSpec(*widths, self.digest, precision, backend=backend)
 
     def describe_data(self) -> dict[str, Any]:
         rows = {"train": len(self.train), "val": len(self.val), "test": len(self.splits.test_rows)}
         name = self.splits.data.source
-        return {"name": "Fashion-MNIST" if name == OFFICIAL else name, "rows": rows, **self.splits.describe()}
+        told = {"name": "Fashion-MNIST" if name == OFFICIAL else name, "rows": rows, **self.splits.describe()}
+        return {**told, "teacher": self.taught} if self.taught else told
 
     def environment(self) -> dict[str, Any]:
         return {**devices.environment(self.device), "precision": self.spec.precision, "backend": self.spec.backend}
@@ -113,7 +130,7 @@ class Stage:
     def load_trunk(self) -> features.Trunk:
         """The frozen part alone, on the device and in the precision of the run."""
         frozen = vgg.vgg16(self.weights, self.recipe.freeze_to, self.spec.pool, nn.Sequential())
-        return open_trunk(frozen, self.spec, self.device)
+        return open_trunk(frozen, self.spec, self.device, len(self.splits.data))
 
     def extract(self, data: ImageDataset, view: str, what: str) -> features.Features:
         def progress(done: int, total: int) -> None:
@@ -124,12 +141,15 @@ class Stage:
         )
 
     def cached(self) -> Sources:
-        """Features of every row, extracted once; the mirrored view for the training data only."""
+        """Features of every row, extracted once; of the test data only the views that an answer averages."""
         trained = self.train_features()
         trained.standardise = self.measured(trained)
         if self.splits.test_data is self.splits.data:
             return trained, trained
-        tested = CachedSource(self.extract(self.splits.test_data, "plain", "test"))
+        names = self.architecture.views
+        told = [f"test, {name}" if i else "test" for i, name in enumerate(names)]
+        parts = [self.extract(self.splits.test_data, name, what) for name, what in zip(names, told, strict=True)]
+        tested = CachedSource(*parts, names=names)
         tested.standardise = trained.standardise
         return trained, tested
 
@@ -137,8 +157,16 @@ class Stage:
         """Of the data that training rows are taken from, not standardised."""
         data, test = self.splits.data, self.splits.test_data
         told = {"plain": "train" if test is not data else "all", "flip": "train, mirrored"}
-        names = features.view_names(self.recipe.flips, self.recipe.shifts)
-        return CachedSource(*(self.extract(data, name, told.get(name, f"train, {name}")) for name in names))
+        parts = [self.extract(data, name, told.get(name, f"train, {name}")) for name in self.view_names()]
+        return CachedSource(*parts, names=self.view_names())
+
+    def training_views(self) -> tuple[str, ...]:
+        """The views that training draws from, in the order of their numbers."""
+        return features.view_names(self.recipe.flips, self.recipe.shifts)
+
+    def view_names(self) -> tuple[str, ...]:
+        """Those, then what answers alone look at."""
+        return tuple(dict.fromkeys((*self.training_views(), *self.architecture.views)))
 
     def measured(self, source: CachedSource) -> Standardiser:
         """What scales the training rows to mean 0 and deviation 1, where the recipe wants it."""
@@ -153,8 +181,7 @@ class Stage:
 
         def source(data: ImageDataset) -> OnTheFlySource:
             dataset = vgg.GarmentDataset(data.images, data.labels, size)
-            names = features.view_names(self.recipe.flips, self.recipe.shifts)
-            return OnTheFlySource(dataset, trunk, features.batch_rows(size), names)
+            return OnTheFlySource(dataset, trunk, features.batch_rows(size), self.view_names())
 
         trained = source(self.splits.data)
         if self.recipe.standardise:
@@ -163,15 +190,17 @@ class Stage:
         tested.standardise = trained.standardise
         return trained, tested
 
-    def fit(self, source: Source, folder: Path) -> tuple[nn.Sequential, list[training.Epoch]]:
-        """A new classifier from the seed, trained; the global random state is left as it was."""
+    def fit(
+        self, source: Source, folder: Path, soft: NDArray[np.float32] | None = None
+    ) -> tuple[nn.Sequential, list[training.Epoch]]:
+        """A new classifier from the seed, trained; the global random state is left as it was. soft: see `training`."""
         labels = self.splits.data.labels
         with torch.random.fork_rng(devices=[0] if self.device.type == "cuda" else []):
             torch.manual_seed(self.recipe.seed)
             head = self.new_head(source)
             checkpoints = folder / "checkpoints"
             rows = (self.train, self.val)
-            history = training.fit(head, source, labels, *rows, self.recipe, checkpoints, self.report_epoch)
+            history = training.fit(head, source, labels, *rows, self.recipe, checkpoints, self.report_epoch, soft)
         return head, history
 
     def new_head(self, source: Source) -> nn.Sequential:
@@ -197,11 +226,7 @@ class Stage:
 
     def evaluate(self, head: nn.Sequential, sources: Sources) -> Found:
         """The test set is read here, once, by the weights that training ended with."""
-        labels, classes = self.splits.data.labels, self.splits.data.classes
-
-        def logits(source: Source, rows: training.Rows) -> NDArray[np.float32]:
-            return np.asarray(training.predict_logits(head, source, rows).numpy())
-
+        labels, classes, logits = self.splits.data.labels, self.splits.data.classes, partial(self.logits, head)
         temperature, val = 1.0, None
         if len(self.val):
             val_logits = logits(sources[0], self.val)
@@ -210,6 +235,7 @@ class Stage:
         trained = calibration.softmax(logits(sources[0], self.train), temperature)
         tested = calibration.softmax(logits(sources[1], self.splits.test_rows), temperature)
         test_labels = self.splits.test_data.labels[self.splits.test_rows]
+        skewed = self.skew(head, sources[0])
         behind = [TunedSource(s, head) if isinstance(head, heads.TunedHead) else s for s in sources]
         rejecter = self.rejecter(behind[0])
         return Found(
@@ -221,7 +247,31 @@ class Stage:
             rejecter=rejecter,
             reject=reject.measure(rejecter, behind[1], self.splits.test_rows) if rejecter else None,
             neighbours=self.neighbours(head, sources[0]),
+            skew=skewed,
         )
+
+    def skew(self, head: nn.Sequential, source: Source) -> Skew | None:
+        """What is lost where the trunk is not the fp32 one that bundles predict with; None where it is.
+
+        Raises AttireError where that is more than can be borne, before anything is written.
+        """
+        if self.spec.precision == "fp32":
+            return None
+        data, size = self.splits.data, self.recipe.image_size
+        rows = skew.choose_rows(self.val if len(self.val) else self.train, size, self.recipe.split_seed)
+        frozen = vgg.vgg16(self.weights, self.recipe.freeze_to, self.spec.pool, nn.Sequential())
+        trunk = vgg.Trunk(frozen, self.device, "fp32")
+        served = OnTheFlySource(vgg.GarmentDataset(data.images, data.labels, size), trunk, features.batch_rows(size))
+        served.standardise = source.standardise
+        found = skew.measure(head, source, served, data.labels, rows)
+        self.watcher.note("Skew", found.describe())
+        found.check(self.spec.backend)
+        return found
+
+    def logits(self, head: nn.Module, source: Source, rows: training.Rows) -> NDArray[np.float32]:
+        """(n, K), the mean over the views that an answer averages: what the temperature is fitted to."""
+        numbers = [source.names.index(name) for name in self.architecture.views]
+        return np.asarray(training.predict_logits(head, source, rows, 1024, numbers).numpy())
 
     def neighbours(self, head: nn.Sequential, source: Source) -> Neighbours:
         """Some of the training rows, as the trained head sees them."""
@@ -258,7 +308,7 @@ class Stage:
             history=[asdict(epoch) for epoch in history],
             seconds=seconds,
             config=files.read_json(folder / "config.json"),
-            environment=self.environment(),
+            environment={**self.environment(), **({"skew": found.skew.to_json()} if found.skew else {})},
             data=self.describe_data(),
             claimed=claimed,
         )
@@ -309,15 +359,40 @@ class TunedSource:
             yield found
 
 
-def open_trunk(model: "torchvision.models.VGG", spec: FeatureSpec, device: torch.device) -> features.Trunk:
-    """The frozen part of a model as the function that extraction calls, on the backend that the spec names."""
-    if spec.backend in ("torch", devices.WINOGRAD):
-        return vgg.Trunk(model, device, spec.precision, spec.backend == devices.WINOGRAD)
-    from attire.quantised import CALIBRATION_IMAGES, Int8Trunk  # an optional extra, imported only where it is used
+def choose_trunk(backend: str, precision: str, device: torch.device) -> tuple[str, str]:
+    """Precision and backend, as a FeatureSpec has them, of what a recipe or an option asks for.
 
+    Raises UsageError where it asks for what this machine does not have.
+    """
+    if backend == "torch":
+        found = devices.choose_precision(precision, device)
+        return found, devices.choose_backend(backend, found, device)
+    from attire import compiled  # an optional extra, imported only where it is used
+
+    return "int8" if backend == compiled.INT8 else compiled.choose_precision(precision), backend
+
+
+def open_trunk(
+    model: "torchvision.models.VGG", spec: FeatureSpec, device: torch.device, rows: int = 0
+) -> features.Trunk:
+    """The frozen part of a model as the function that extraction calls, on the backend that the spec names.
+
+    rows: how many pictures are to come; see `devices.choose_layout`.
+    """
+    if spec.backend.startswith("torch"):
+        trunk = vgg.Trunk(model, device, spec.precision, spec.backend == devices.WINOGRAD)
+        if spec.backend == "torch" and device.type == "cpu":
+            name = f"{spec.freeze_to} {spec.precision}"
+            trunk.layout = devices.choose_layout(name, trunk, spec.image_size, rows)
+        return trunk
+    from attire.compiled import CALIBRATION_IMAGES, INT8, CompiledTrunk, Int8Trunk
+
+    exact = vgg.Trunk(model, torch.device("cpu"), "fp32")
+    if spec.backend != INT8:
+        return CompiledTrunk(exact, spec.image_size, spec.precision)
     name = f"{spec.freeze_to}-{spec.image_size}-{spec.pool}-{spec.weights[:8]}"
     images = load_dataset().images[:CALIBRATION_IMAGES]
-    return Int8Trunk(vgg.Trunk(model, torch.device("cpu"), "fp32"), name, spec.image_size, images)
+    return Int8Trunk(exact, name, spec.image_size, images)
 
 
 def validation_rows(data: ImageDataset, rows: training.Rows, recipe: Recipe) -> tuple[training.Rows, training.Rows]:

@@ -239,6 +239,7 @@ class Bench:
         where = "+".join(self.boundaries)
         spec = TapSpec(where, size, 0, self.weights, self.precision, VIEWS[background], backend=self.backend, taps=taps)
         stage = f"{size} px, {background}"
+        self.lay_out(size)
 
         def progress(done: int, total: int) -> None:
             self.watcher.advance(stage, done, total)
@@ -269,8 +270,14 @@ class Bench:
                 self.watcher.advance("Speed", len(speeds), len({(c.freeze_to, c.image_size) for c in cells}))
         return [replace(cell, images_per_second=speeds[cell.freeze_to, cell.image_size]) for cell in cells]
 
+    def lay_out(self, size: int) -> None:
+        if self.backend == "torch" and self.trunk.device.type == "cpu":
+            name = f"{self.boundaries[-1]} {self.precision}"
+            self.trunk.layout = devices.choose_layout(name, self.trunk, size, len(self.data))
+
     def images_per_second(self, boundary: str, size: int) -> float:
         """Preprocessing and trunk, as extraction runs them."""
+        self.lay_out(size)
         part = np.resize(self.data.images, (min(features.batch_rows(size), 512), 28, 28))
         trunk = TapTrunk(self.trunk, [(boundary, 1)])
         best = 0.0

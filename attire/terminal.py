@@ -4,8 +4,9 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from attire.training import Epoch
 
 
+PIPED = 100  # columns of a result that is not shown on a terminal
 NARROW = 72  # columns; below it a bar and its figures do not fit in a line
 
 
@@ -111,7 +113,35 @@ class Terminal:
             self.began[stage] = 0.0
 
 
+def columns() -> int:
+    """How wide a result may be: as the terminal, 100 when piped."""
+    return Console().width if sys.stdout.isatty() else PIPED
+
+
 def print_result(renderable: Any) -> None:
-    """A result on stdout: colour only on a terminal, as wide as the terminal, 100 columns when piped."""
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=100)
-    console.print(renderable)
+    """A result on stdout: colour only on a terminal, as wide as `columns`; what does not fit beside stands below."""
+    console = Console(highlight=False, width=columns())
+    for part in renderable.renderables if isinstance(renderable, Group) else [renderable]:
+        if isinstance(part, Table) and part.show_header and least_width(console, part) > console.width:
+            part = stacked(part)
+        console.print(part)
+
+
+def least_width(console: Console, table: Table) -> int:
+    """Columns of the terminal below which a cell would be cut that may not be wrapped."""
+    room, total = console.options.update(max_width=1000), 0
+    for column in table.columns:
+        parts = [console.measure(cell, options=room) for cell in (column.header, *column.cells)]
+        total += max(column.min_width or 0, *(x.maximum if column.no_wrap else x.minimum for x in parts))
+    return total + table.padding[1] * (len(table.columns) - 1)
+
+
+def stacked(table: Table) -> Table:
+    """A table too wide for its terminal, no digit lost: the first cell of each row, then a line for each other one."""
+    lines = Table.grid(padding=(0, 2, 0, 0))
+    heads = [column.header for column in table.columns]
+    for first, *cells in zip(*(column.cells for column in table.columns), strict=True):
+        lines.add_row(first)
+        for head, cell in zip(heads[1:], cells, strict=True):
+            lines.add_row(Text(f"  {head}"), cell)
+    return lines

@@ -9,7 +9,7 @@ import signal
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -77,12 +77,14 @@ def fit(
     recipe: Recipe,
     folder: Path,
     report: Report = lambda state, done, total: None,
+    soft: NDArray[np.float32] | None = None,
 ) -> list[Epoch]:
     """Train `classifier` on the rows `train` of `source`, measuring it on the rows `val` after each epoch.
 
     Continues from the newest sound checkpoint in `folder`, bit for bit as if it had not been stopped (same machine,
     same thread count). Ctrl-C and SIGTERM end it with a checkpoint and `Stopped`. Only the classifier's parameters
-    are given to Adam; `labels` is (N,) over all rows of the source.
+    are given to Adam; `labels` is (N,) over all rows of the source. soft: what a teacher answers, (V, N, K), see
+    `teacher.targets`; validation stays by the labels alone.
     """
     optimiser, average = make_optimiser(classifier, recipe), make_average(classifier, recipe)
     state = resume(classifier, optimiser, folder, average)
@@ -92,7 +94,7 @@ def fit(
             first = state.epoch in (0, recipe.probe_epochs) and not state.resumed
             before = digests(classifier) if first else {}
             targets = torch.from_numpy(labels)
-            run_epoch(classifier, optimiser, source, targets, train, recipe, state, folder, stop, report, average)
+            run_epoch(classifier, optimiser, source, targets, train, recipe, state, folder, stop, report, average, soft)
             if before:
                 check_all_changed(before, classifier)
             end_epoch(measured(classifier, average), source, targets, val, state, len(train))
@@ -119,6 +121,7 @@ def run_epoch(
     stop: list[int],
     report: Report,
     average: AveragedModel | None = None,
+    soft: NDArray[np.float32] | None = None,
 ) -> None:
     """The steps of one epoch that are still to do, each followed by a look at the clock and at `stop`."""
     heads.set_phase(classifier, state.epoch < recipe.probe_epochs)
@@ -130,8 +133,9 @@ def run_epoch(
     start, saved = time.perf_counter() - state.seconds, time.perf_counter()
     for x in source.batches(order[position:], recipe.batch_size, views):
         set_learning_rate(optimiser, recipe, state.epoch * steps + state.step, steps)
-        y = targets[order[position : position + len(x)]].to(device)
-        x, target = augment.augment(x.to(device), y, recipe, state.epoch, state.step)
+        part = slice(position, position + len(x))
+        given = augment.Target(targets[order[part]].to(device), soft=answers(soft, order, mirrored, part, device))
+        x, target = augment.augment(x.to(device), given, recipe, state.epoch, state.step)
         loss = train_step(classifier, optimiser, x, target, recipe)
         if average is not None and state.epoch >= recipe.probe_epochs:
             average.update_parameters(classifier)
@@ -177,16 +181,40 @@ def train_step(
     classifier: nn.Module, optimiser: torch.optim.Adam, x: Tensor, target: augment.Target, recipe: Recipe
 ) -> float:
     optimiser.zero_grad(set_to_none=True)
-    logits, smoothing = classifier(x), recipe.label_smoothing
-    loss = F.cross_entropy(logits, target.labels, label_smoothing=smoothing)
-    if target.others is not None:
-        rest = F.cross_entropy(logits, target.others, label_smoothing=smoothing)
-        loss = target.share * loss + (1 - target.share) * rest
+    loss = loss_of(classifier(x), target, recipe)
     torch.autograd.backward(loss)
     if recipe.clip:
         nn.utils.clip_grad_norm_(classifier.parameters(), recipe.clip)
     optimiser.step()
     return loss.item()
+
+
+def loss_of(logits: Tensor, target: augment.Target, recipe: Recipe) -> Tensor:
+    """Cross-entropy by the labels; with a teacher, `distil` of it by the teacher's answers (Hinton et al. 2015).
+
+    There both sides are softened by one temperature. The paper's factor T^2 is part of `distil`, so that the loss of
+    who guesses is ln K, whatever the share.
+    """
+    smoothing = recipe.label_smoothing
+    loss = F.cross_entropy(logits, target.labels, label_smoothing=smoothing)
+    if target.others is not None:
+        rest = F.cross_entropy(logits, target.others, label_smoothing=smoothing)
+        loss = target.share * loss + (1 - target.share) * rest
+    if target.soft is None:
+        return loss
+    taught = F.cross_entropy(logits / recipe.soften, target.soft)
+    return (1 - recipe.distil) * loss + recipe.distil * taught
+
+
+def answers(
+    soft: NDArray[np.float32] | None, order: Rows, views: Views | None, part: slice, device: torch.device
+) -> Tensor | None:
+    """What the teacher says of this part of the epoch's order, (b, K), of each row in its view."""
+    if soft is None:
+        return None
+    rows = order[part]
+    numbers = np.zeros(len(rows), np.int64) if views is None else views[part].astype(np.int64)
+    return torch.from_numpy(soft[numbers, rows]).to(device)
 
 
 def epoch_order(
@@ -244,13 +272,19 @@ def end_epoch(classifier: nn.Sequential, source: Source, targets: Tensor, val: R
     state.epoch, state.step, state.loss_sum, state.seconds = state.epoch + 1, 0, 0.0, 0.0
 
 
-def predict_logits(classifier: nn.Sequential, source: Source, rows: Rows, batch_size: int = 1024) -> Tensor:
-    """Logits (n, K) float32 on the CPU of the plain view of these rows, in their order, without dropout."""
+def predict_logits(
+    classifier: nn.Module, source: Source, rows: Rows, batch_size: int = 1024, views: Sequence[int] = (0,)
+) -> Tensor:
+    """Logits (n, K) float32 on the CPU of these rows, in their order, without dropout: the mean over these views."""
     classifier.eval()
     device = next(classifier.parameters()).device
     with torch.inference_mode():
-        parts = [classifier(x.to(device)).float().cpu() for x in source.batches(rows, batch_size, None)]
-    return torch.cat(parts)
+        found = []
+        for view in views:
+            numbers = np.full(len(rows), view) if view else None
+            batches = source.batches(rows, batch_size, numbers)
+            found.append(torch.cat([classifier(x.to(device)).float().cpu() for x in batches]))
+    return torch.stack(found).mean(0)
 
 
 # Guards against the classic blunders.

@@ -28,10 +28,12 @@ PREPROCESS_VERSION = 1  # part of every cache key: raise it when `preprocess` ch
 def preprocess(images: NDArray[np.uint8] | Tensor, size: int) -> Tensor:
     """Grey images as VGG16 wants them: scaled to 0..1, resized, stacked to three channels, normalised.
 
-    images: (n, H, W) uint8, black background. Returns (n, 3, size, size) float32. The three channels are equal
-    before normalisation, so the resize is done once, on one channel: bilinear, antialiased where it shrinks.
+    images: (n, H, W) uint8, black background; a tensor stays on its device. Returns (n, 3, size, size) float32. The
+    three channels are equal before normalisation, so the resize is done once, on one channel: bilinear, antialiased
+    where it shrinks.
     """
-    grey = torch.tensor(images)[:, None].float() / 255  # (n, 1, H, W), 0..1
+    images = images if isinstance(images, Tensor) else torch.tensor(images)
+    grey = images[:, None].float() / 255  # (n, 1, H, W), 0..1
     if grey.shape[-2:] != (size, size):
         grey = F.interpolate(grey, size=(size, size), mode="bilinear", antialias=True)
     mean, std = (torch.tensor(v, device=grey.device).view(1, 3, 1, 1) for v in (MEAN, STD))
@@ -119,7 +121,7 @@ class Trunk(nn.Module):
     """`features`, `avgpool` and flatten of a frozen VGG16, on its device and in its precision; no gradients.
 
     (n, 3, S, S) normalised pictures to (n, D) float32 features in torchvision's C, H, W order. fast: by Winograd's
-    convolutions, float32 on the CPU only.
+    convolutions, float32 on the CPU only. `layout` may be changed at any time: it decides the speed alone.
     """
 
     def __init__(
@@ -129,7 +131,8 @@ class Trunk(nn.Module):
         self.device, self.dtype = device, torch.bfloat16 if precision == "bf16" else torch.float32
         features = model.features.to(device, self.dtype, memory_format=torch.channels_last)
         self.features = winograd.accelerate(features) if fast else features
-        self.avgpool, self.fast = model.avgpool, fast
+        self.avgpool = model.avgpool
+        self.layout = cores.Layout("side by side") if fast else cores.Layout()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.spread(lambda part: self.avgpool(self.features(part).float()).flatten(1), x)
@@ -137,4 +140,4 @@ class Trunk(nn.Module):
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`function` of pictures (n, 3, S, S), which get here the device, type and layout that `features` wants."""
         x = x.to(self.device, self.dtype, memory_format=torch.channels_last)
-        return cores.side_by_side(function, x) if self.fast else function(x)
+        return cores.spread(function, x, self.layout)

@@ -392,7 +392,7 @@ def small_cnn(race: Race) -> None:
 
 def rates(race: Race) -> None:
     """Images/s of those that cannot finish, five rounds in turn; ratios to the plain script round by round."""
-    count = 4 if race.quick else 64
+    count = 4 if race.quick else 32
     works = {
         "plain script, a training epoch": plain_work(race, count),
         "fastai, a training epoch": fastai_work(race, count),
@@ -453,7 +453,7 @@ def attire_works(race: Race, count: int) -> dict[str, Callable[[], object]]:
     from attire import features, fetch, vgg
     from attire.features import FeatureSpec
     from attire.recipes import BACKENDS, CLASSIC
-    from attire.stages import open_trunk
+    from attire.stages import choose_trunk, open_trunk
     from attire.weights import read_weights, tensor_digest
 
     digest = tensor_digest(read_weights(fetch.vgg16_weights()))
@@ -461,10 +461,10 @@ def attire_works(race: Race, count: int) -> dict[str, Callable[[], object]]:
     for backend in BACKENDS:
         if "openvino" in backend and (race.quick or not (find_spec("openvino") and find_spec("nncf"))):
             continue
-        precision = "fp32" if backend == "torch" else backend.partition("-")[2]
-        spec = FeatureSpec(CLASSIC.freeze_to, CLASSIC.image_size, CLASSIC.pool, digest, precision, backend=backend)
+        precision, named = choose_trunk(backend, "fp32" if backend == "torch" else "auto", torch.device("cpu"))
+        spec = FeatureSpec(CLASSIC.freeze_to, CLASSIC.image_size, CLASSIC.pool, digest, precision, backend=named)
         model = vgg.vgg16(fetch.vgg16_weights(), spec.freeze_to, spec.pool, nn.Sequential())
-        trunk = open_trunk(model, spec, torch.device("cpu"))
+        trunk = open_trunk(model, spec, torch.device("cpu"), 0 if race.quick else len(race.train))
 
         def work(spec: FeatureSpec = spec, trunk: Any = trunk) -> None:
             step = features.batch_rows(spec.image_size)

@@ -37,6 +37,7 @@ from attire.recipes import RECIPES, Recipe
 from attire.stages import open_trunk
 
 TAPS = (("block3", 32, 1660), ("block3", 64, 415), ("block5", 224, 33))  # boundary, px, images: one forward pass each
+MANY = 0 if "--quick" in sys.argv else 10**6  # rows to come: enough that a layout is measured before, as in a long run
 CACHED = 64 * 2**20  # bytes of weights and moments that a processor's cache may hold: those do not count as memory
 
 
@@ -90,7 +91,7 @@ def extractions(quick: bool, precision: str, scratch: Path) -> Iterator[Stage]:
     for freeze_to, size, count in TAPS:
         count = max(2, count // 16) if quick else count
         spec = FeatureSpec(freeze_to, size, 0, "", precision)
-        trunk = open_trunk(vgg.vgg16(weights, freeze_to, 0, nn.Sequential()), spec, torch.device("cpu"))
+        trunk = open_trunk(vgg.vgg16(weights, freeze_to, 0, nn.Sequential()), spec, torch.device("cpu"), rows=MANY)
         part, flop = images[:count], count * flop_per_image(freeze_to, size)
         pictures = vgg.preprocess(part, size)
 

@@ -140,12 +140,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(random_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, "Done"]:
+def finished(random_weights: Path, convolutions: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, "Done"]:
     """A run of `tiny`, made once, in the folder `run` beside its `small.csv`; and what `attire train --json` said."""
     from command import TINY, attire
 
     folder = tmp_path_factory.mktemp("finished")
     write_csv(blocks_and_noise(60), folder / "small.csv")
+    (folder / "cache").mkdir()
+    shutil.copy(convolutions, folder / "cache")  # the choice that the tests which make this run again have
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATTIRE_CACHE", str(folder / "cache"))
         patch.setattr(fetch, "vgg16_weights", lambda source=None, progress=None: random_weights)

@@ -19,6 +19,7 @@ from attire import answers, bundles
 from attire.answers import speed, split_model
 from attire.data import FASHION_CLASSES, ImageDataset, write_csv
 from attire.errors import UsageError
+from attire.intake import Asked
 from attire.prediction import Prediction
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -55,6 +56,25 @@ def picture(path: Path | str, level: int = 0) -> str:
 
 def told(done: Done) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.out.splitlines()]
+
+
+class Wide(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("columns", [40, 72])
+def test_a_narrow_terminal_gets_a_line_for_each_class(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    image, out = np.zeros((28, 28), np.uint8), Wide()
+    asked = Asked("a-picture-with-a-long-name.png", image, None)
+    ranking = (("Ankle boot", 0.9), ("Sneaker", 0.08), ("Sandal", 0.02))
+    answer = Prediction("Ankle boot", 0.9, ranking, 1.0, False)
+    monkeypatch.setattr(answers, "read_ahead", lambda found, classes: (item for item in [asked]))
+    answers.tell([], SimpleNamespace(classes=FASHION_CLASSES, predict=lambda images: [answer]), out=out, top=2)
+    narrow = "a-picture-with-a-long-name.png\n  Ankle boot   0.900\n  Sneaker      0.080\n"
+    wide = "a-picture-with-a-long-name.png Ankle boot   0.900   Sneaker 0.080\n"
+    assert out.getvalue() == (narrow if columns == 40 else wide)
 
 
 def test_the_first_argument_may_be_the_model(bundle: Path) -> None:

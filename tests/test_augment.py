@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from attire.augment import augment, boxes, cutmix, erase
+from attire.augment import Target, augment, boxes, cutmix, erase
 from attire.recipes import FAST
 
 RECIPE = replace(FAST, erase=0.5, cutmix=1.0)
@@ -13,7 +13,7 @@ RECIPE = replace(FAST, erase=0.5, cutmix=1.0)
 
 def test_without_settings_nothing_happens() -> None:
     x = torch.ones(4, 12)
-    found, target = augment(x, torch.arange(4), FAST, 0, 0)
+    found, target = augment(x, Target(torch.arange(4)), FAST, 0, 0)
     assert found is x
     assert (target.others, target.share) == (None, 1.0)
 
@@ -21,7 +21,7 @@ def test_without_settings_nothing_happens() -> None:
 def test_the_same_step_is_augmented_the_same_and_another_is_not() -> None:
     def made(step: int) -> torch.Tensor:
         x = torch.arange(8.0)[:, None].repeat(1, 4096) + 1
-        return augment(x, torch.arange(8), RECIPE, 2, step)[0]
+        return augment(x, Target(torch.arange(8)), RECIPE, 2, step)[0]
 
     assert torch.equal(made(3), made(3))
     assert not torch.equal(made(3), made(4))
@@ -46,10 +46,19 @@ def test_boxes_have_the_size_asked_for_and_stay_inside() -> None:
 
 def test_cutmix_takes_a_rectangle_of_another_row_and_weighs_labels_by_area() -> None:
     maps = torch.arange(6.0)[:, None, None, None].repeat(1, 2, 8, 8)
-    target = cutmix(maps, torch.arange(6), np.random.default_rng(1))
+    target = cutmix(maps, Target(torch.arange(6)), np.random.default_rng(1))
     assert target.others is not None
     for row in range(6):
         own = float((maps[row] == row).float().mean())
         other = int(target.others[row])
         assert own == (1.0 if other == row else target.share)
         assert float((maps[row] == other).float().mean()) == (1.0 if other == row else 1 - target.share)
+
+
+def test_cutmix_mixes_a_teacher_s_answers_as_it_weighs_labels() -> None:
+    maps, labels = torch.arange(6.0)[:, None, None, None].repeat(1, 2, 8, 8), torch.arange(6)
+    target = cutmix(maps, Target(labels, soft=torch.eye(6)), np.random.default_rng(1))
+    assert target.others is not None
+    assert target.soft is not None
+    expected = target.share * torch.eye(6) + (1 - target.share) * torch.eye(6)[target.others]
+    assert torch.allclose(target.soft, expected)

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -99,3 +100,85 @@ def test_the_document_marks_what_is_extrapolated_and_names_what_is_missing(
     assert "Not measured: fastai" in text
     assert "Not measured yet: `python benchmarks/growth.py`." in text
     assert (tmp_path / "pictures" / "performance.png").read_bytes().startswith(b"\x89PNG")
+
+
+# claim_page.py
+
+
+@pytest.fixture
+def claim_page(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(FOLDER)
+    return import_module("claim_page")
+
+
+def of(correct: int, n: int = 1000) -> dict[str, int]:
+    return {"correct": correct, "n": n}
+
+
+def seed(wrong: list[int], *test: int) -> dict[str, Any]:
+    lines = [{"test": of(t), "train": of(990), "val": None, "one_vs_rest": 0.99} for t in test]
+    told = {"environment": ENVIRONMENT, "epochs_trained": len(test), "command": "python x"}
+    return {"epochs": lines, "wrong": {str(row): 3 for row in wrong}, **told}
+
+
+CLAIM = {
+    "seed-0": seed([1, 2, 3, 40], 950, 970, 960),
+    "seed-1": seed([2, 3, 50], 940, 950, 962),
+    "split-42": {"held_out": of(964), "test": of(955)},
+    "leak-10": {"test": of(961), "leaked": of(10, 10), "others": of(951, 990)},
+    "break": {"steps": 3, "instead_of": 645, "test": of(700)},
+    "wrong": {"other": {"2": 4, "60": 1}},
+    "noise": {"suspects": [2, 70], "n": 1000},
+}
+
+
+def test_each_way_to_move_the_figure_is_told_against_the_same_seed(claim_page: Any) -> None:
+    lines = list(claim_page.moves(CLAIM))
+    assert "2 seeds | 96.10 % +- 0.14 |" in lines[0]
+    assert "96.40 % (95.1-97.4, n = 1,000) | +0.90 against the same classifier" in lines[1]
+    assert "| +0.04; 100.0 % of those, 96.06 % of the others |" in lines[2]
+    assert "97.00 % at most | +1.00, +0.00 by seed" in lines[3]
+    assert "3 steps instead of 645 | 70.00 % " in lines[4]
+    assert "| -26.00 against the protocol |" in lines[4]
+    assert "measured on the training images | 99.00 %" in lines[7]
+    assert "one-vs-rest mean accuracy | 99.00 % | +3.00 |" in lines[8]
+
+
+def test_a_lucky_first_batch_is_counted_among_all_of_its_size(claim_page: Any) -> None:
+    right = np.ones(100, bool)
+    right[[33, 64, 70, 99]] = False
+    assert claim_page.lucky_batches(right, 32) == (100.0, pytest.approx(1 / 3))
+    assert claim_page.right_rows(CLAIM["seed-0"]).sum() == 996
+
+
+def test_what_all_get_wrong_and_what_labels_allow_stand_in_the_document(claim_page: Any) -> None:
+    assert claim_page.always_wrong(CLAIM) == [2]
+    text = claim_page.text({"recipes": {"fast": CLAIM}})
+    told = " ".join(text.split())
+    assert "**1 images are wrong in all of them**, 6 in at least one" in told
+    assert "finds 2 test labels suspect" in told
+    assert "1 of them are among the 1." in told
+    assert "a faultless classifier would read 99.8 %" in told
+    assert "3 epochs instead of the recipe's 15" in told
+    assert "`classic` itself" in told
+    assert max(len(line) for line in text.splitlines() if line[:1] not in "|-") <= 120
+
+
+def test_rows_of_a_leaky_set_come_from_both_sources_in_their_order(
+    claim_page: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    claim = import_module("claim")
+
+    class Rows:
+        def __init__(self, start: int, rows: int) -> None:
+            self.start, self.rows, self.views, self.standardise = start, rows, [np.empty((rows, 1))], None
+
+        def batches(self, order: Any, batch_size: int, views: Any) -> Any:
+            moved = 0 if views is None else torch.from_numpy(1000.0 * views[:, None])
+            yield torch.from_numpy(self.start + order[:, None].astype("f4")) + moved
+
+    both = claim.Joined(Rows(0, 5), Rows(100, 3))
+    order, views = np.array([4, 6, 1, 5, 2]), np.array([True, True, False, False, True])
+    found = torch.cat(list(both.batches(order, 2, views))).flatten()
+    assert found.tolist() == [1004, 101, 1, 100, 1002]

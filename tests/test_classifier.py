@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from scipy.special import softmax
 from torch import Tensor, nn
 
 from attire import classifier as module
-from attire import fetch, files, vgg
+from attire import features, fetch, files, vgg
 from attire.classifier import Architecture, Classifier, as_images, fold_standardisation, load_bundle
 from attire.data import FASHION_CLASSES, ImageDataset
 from attire.errors import AttireError, UsageError
@@ -126,6 +127,26 @@ def test_batches_do_not_change_the_answer(
     monkeypatch.setattr(module, "BATCH_PIXELS", 7 * 16**2)
     assert torch.allclose(classifier.logits(synthetic.images), whole, atol=1e-5)
     assert classifier.logits(synthetic.images[:0]).shape == (0, 10)
+
+
+def test_several_views_are_averaged_and_distances_are_of_the_plain_one(
+    classifier: Classifier, synthetic: ImageDataset, tmp_path: Path
+) -> None:
+    images = synthetic.images[:9]
+    names = features.answer_views(4)
+    assert names == ("plain", "flip", "shift+0-2", "shift+0-2 flip")
+    expected = torch.stack([classifier.logits(features.seen(images, name)) for name in names]).mean(0)
+    plain = classifier.predict_proba(images)
+    classifier.architecture = replace(classifier.architecture, test_views=4)
+    assert torch.allclose(classifier.logits(images), expected, atol=1e-5)
+    assert not np.allclose(classifier.predict_proba(images), plain, atol=1e-3)
+    assert [found.probability for found in classifier.predict(images)] == classifier.predict_proba(images).max(
+        1
+    ).tolist()
+    classifier.save(tmp_path / "model")
+    again = load_bundle(tmp_path / "model", "cpu")
+    assert again.architecture.test_views == 4
+    assert np.array_equal(again.predict_proba(images), classifier.predict_proba(images))
 
 
 def test_one_image_one_file_and_many_give_the_same_predictions(
@@ -354,6 +375,7 @@ SHAPE = {"freeze_to": "block2", "image_size": 16, "pool": 0, "hidden": [8], "dro
         {"architecture": {**SHAPE, "hidden": 8}},
         {"architecture": {**SHAPE, "pool": -1}},
         {"architecture": {**SHAPE, "depth": 3}},
+        {"architecture": {**SHAPE, "test_views": 99}},
         {"architecture": {"freeze_to": "block2"}},
         {"architecture": None},
     ],

@@ -105,7 +105,7 @@ def test_an_unknown_command_suggests_the_near_one(typed: str, hint: str) -> None
         ("--test-size nan", "--test-size: found nan, expected a fraction between 0 and 1, or a count"),
         ("--test-size 999999", "--test-size: found 999,999, expected fewer than the 60 rows of small.csv"),
         ("--test-size abc", "--test-size: expected a share such as 0.2 or a count, found 'abc'"),
-        ("--recipe slow", "--recipe: expected one of fast, classic, found 'slow'"),
+        ("--recipe slow", "--recipe: expected one of fast, classic, frozen-best, best, found 'slow'"),
         ("--device gpu", "--device: expected one of auto, cpu, cuda, mps, found 'gpu'"),
         ("--device cuda", "--device: cuda was asked for, but PyTorch finds none here; try --device auto"),
         ("--device cuda --seeds 2", "--device: cuda was asked for, but PyTorch finds none here; try --device auto"),
@@ -324,7 +324,7 @@ def test_evaluate_refuses_other_classes_and_backends(bundle: Path, small_csv: Pa
     assert done.status == 1
     assert done.error.startswith("small.csv: its classes are not the bundle's (T-shirt/top, Trouser,")
     done = attire("evaluate", bundle, "--data", small_csv, "--backend", "gpu")
-    assert (done.status, done.error) == (2, "--backend: expected torch or openvino-int8, found 'gpu'")
+    assert (done.status, done.error) == (2, "--backend: expected torch, openvino or openvino-int8, found 'gpu'")
 
 
 # The other commands.

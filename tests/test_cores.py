@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -73,3 +74,15 @@ def test_what_fails_in_a_worker_fails_here() -> None:
 def test_workers_are_started_once_in_each_process() -> None:
     assert cores.workers(2, os.getpid()) is cores.workers(2, os.getpid())
     assert cores.workers(2, -1) is not cores.workers(2, os.getpid())
+
+
+@pytest.mark.parametrize("how", ["whole", "in turn", "side by side"])
+def test_a_layout_changes_nothing_but_the_batches(how: Any) -> None:
+    x, sizes = torch.randn(21, 1, 8, 8, generator=torch.Generator().manual_seed(0)), []
+
+    def note(part: Tensor) -> Tensor:
+        sizes.append(len(part))
+        return double(part)
+
+    assert torch.equal(cores.spread(note, x, cores.Layout(how, 4)), double(x))
+    assert max(sizes) == (21 if how == "whole" else 4)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attire import devices
+from attire import cores, devices
 from attire.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ def test_only_fp32_on_a_cpu_has_another_convolution(timed: Timed) -> None:
     calls = timed()
     assert devices.choose_backend("openvino-int8", "int8", CPU) == "openvino-int8"
     assert devices.choose_backend("torch", "bf16", CPU) == "torch"
-    assert devices.choose_backend("torch", "fp32", torch.device("cuda")) == "torch"
+    assert devices.choose_backend("torch", "fp32", torch.device("cuda")) == "torch-cuda"
     assert not calls
 
 
@@ -127,3 +127,34 @@ def test_keeping_freed_memory_is_safe_to_ask_for_twice() -> None:
     devices.keep_freed_memory()
     devices.keep_freed_memory()
     assert torch.ones(3).sum() == 3
+
+
+def test_a_layout_is_measured_once_and_only_where_there_is_work(cache: Path) -> None:
+    calls: list[int] = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return x.flatten(1).sum(1, keepdim=True)
+
+    assert devices.choose_layout("block1 fp32", forward, 224, 400) == cores.Layout()
+    assert not calls
+    assert not (cache / "layouts.json").exists()
+    found = devices.choose_layout("block1 fp32", forward, 224, 10_000)
+    assert found in devices.layouts(224)
+    assert calls
+    calls.clear()
+    assert devices.choose_layout("block1 fp32", forward, 224, 1) == found
+    assert not calls
+    kept = json.loads((cache / "layouts.json").read_text())
+    (here,) = kept
+    (cache / "layouts.json").write_text(json.dumps({here: {"block1 fp32 at 224 px": ["sideways", -1]}}))
+    assert devices.choose_layout("block1 fp32", forward, 224, 10_000) in devices.layouts(224)
+    assert calls
+
+
+def test_a_layout_that_gives_other_bits_is_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) + len(x)  # what a kernel does that adds in another order for small batches
+
+    x = torch.zeros(16, 3, 4, 4)
+    assert devices.fastest(forward, x, devices.layouts(224)) == cores.Layout()

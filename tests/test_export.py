@@ -66,6 +66,24 @@ def test_an_export_answers_as_its_bundle_for_any_number_of_images(
     assert made.predict_proba(synthetic.images[:0]).shape == (0, 10)
 
 
+@pytest.mark.parametrize("kind", ["onnx", "openvino", "torch-export", "safetensors"])
+def test_an_export_averages_the_views_that_its_bundle_averages(
+    kind: str, bundle: Path, synthetic: ImageDataset, tmp_path: Path
+) -> None:
+    needs(kind)
+    classifier = load_bundle(bundle)
+    classifier.architecture = replace(classifier.architecture, test_views=4)
+    classifier.save(bundle)
+    made = export(bundle, kind, out=tmp_path / f"m{SUFFIXES[kind]}", data=synthetic)
+    for rows in (1, 3):
+        expected = classifier.predict_proba(synthetic.images[:rows])
+        assert np.abs(made.predict_proba(synthetic.images[:rows]) - expected).max() < 1e-4
+    csv = tmp_path / "all.csv"
+    write_csv(synthetic, csv)
+    with pytest.raises(UsageError, match="--views: an exported file holds its own; measure the bundle it was made of"):
+        scoring.evaluate_bundle(made.path, csv, views=2)
+
+
 @pytest.mark.parametrize(
     ("kind", "precision"), [("onnx", "int8"), ("openvino", "int8"), ("torch-export", "bf16"), ("safetensors", "bf16")]
 )

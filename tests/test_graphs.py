@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,20 @@ def test_the_graph_answers_as_the_bundle_and_holds_no_weights(graphed: Path, syn
     assert np.allclose([x.distance or 0 for x in found], [x.distance or 0 for x in expected], rtol=1e-3)
     assert (graphed / "network.onnx").stat().st_size < 0.2 * (graphed / "model.safetensors").stat().st_size
     assert graph.predict(synthetic.images[:0]) == []
+
+
+def test_a_graph_holds_the_views_that_its_bundle_averages(
+    rejecting: Classifier, synthetic: ImageDataset, tmp_path: Path
+) -> None:
+    rejecting.architecture = replace(rejecting.architecture, test_views=6)
+    rejecting.save(tmp_path)
+    gate = write_graph(tmp_path, synthetic)
+    assert gate.largest < 1e-5
+    bundle, graph = load_bundle(tmp_path, "cpu"), load_graph(tmp_path)
+    for rows in (1, 7):
+        expected, found = bundle.predict(synthetic.images[:rows]), graph.predict(synthetic.images[:rows])
+        assert np.allclose([x.probability for x in found], [x.probability for x in expected], atol=1e-5)
+        assert np.allclose([x.distance or 0 for x in found], [x.distance or 0 for x in expected], rtol=1e-3)
 
 
 def test_any_reader_of_onnx_can_open_it(graphed: Path, synthetic: ImageDataset) -> None:

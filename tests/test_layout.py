@@ -60,12 +60,43 @@ def test_a_room_has_a_name_of_its_own_and_says_what_it_is(room: str) -> None:
     assert ast.get_docstring(ROOMS[room])
 
 
-def test_the_readme_s_tree_names_every_file() -> None:
+def readme_tree() -> str:
     blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    tree = next((block for block in blocks if "attire/\n" in block), "")
-    told = dict(re.findall(r"^\W*(\w+\.(?:py|html)) +(\S.*)$", tree.partition("attire/\n")[2], re.M))
+    return next((block for block in blocks if "attire/\n" in block), "").partition("attire/\n")[2]
+
+
+def test_the_readme_s_tree_names_every_file_and_no_other() -> None:
+    told = re.findall(r"^  (\w+\.(?:py|html)) +\S.*$", readme_tree(), re.M)
     there = {path.name for path in (*PACKAGE.glob("*.py"), *PACKAGE.glob("*.html"))} - {"__init__.py"}
-    assert there <= set(told)
+    assert sorted(told) == sorted(there)
+
+
+def test_the_readme_s_tree_names_every_folder_and_no_other() -> None:
+    told = set(re.findall(r"^ *(\w+)/ +\S.*$", readme_tree(), re.M)) | {"attire"}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("needs a git checkout")
+    paths = [Path(name) for name in listed.stdout.splitlines() if not name.startswith(".")]
+    folders = {path.parts[0] for path in paths if len(path.parts) > 1}
+    folders |= {path.parts[1] for path in paths if path.parts[0] == "attire" and len(path.parts) > 2}
+    assert told == folders
+
+
+def test_the_readme_s_tree_follows_the_design() -> None:
+    """A newcomer who reads one finds the same rooms in the same order in the other."""
+    order = [name for name in re.findall(r"^  (\w+)\.py ", readme_tree(), re.M) if name != "__init__"]
+    assert order == listed_rooms()
+
+
+def test_what_the_design_names_exists() -> None:
+    """`room.name` in backticks is a function, a class or a value at the top of that room, or a method in it."""
+    text = (ROOT / "docs" / "design.md").read_text()
+    named = set(re.findall(r"`(\w+)\.(\w+)(?:\(\))?`", text)) | set(re.findall(r"--(\w+)\.(\w+)-->", text))
+    files = ("py", "html", "json", "npy", "safetensors")
+    for room, name in sorted((room, name) for room, name in named if room in ROOMS and name not in files):
+        top = {getattr(node, "name", "") for node in ROOMS[room].body}
+        top |= {ast.unparse(x) for node in ROOMS[room].body if isinstance(node, ast.Assign) for x in node.targets}
+        assert name in top, f"{room}.{name}"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"], ["evalute"]], ids=" ".join)

@@ -42,11 +42,15 @@ def test_the_default_is_fast() -> None:
         ({"hidden": (0,)}, r"--hidden: expected widths > 0, such as 512,128, found \(0,\)"),
         ({"schedule": "step"}, "--schedule: expected cosine or constant, found step"),
         ({"precision": "fp8"}, "--precision: expected auto, fp32 or bf16, found fp8"),
-        ({"backend": "tpu"}, "--backend: expected torch or openvino-int8, found tpu"),
+        ({"backend": "tpu"}, "--backend: expected torch, openvino or openvino-int8, found tpu"),
         ({"freeze_to": "block6"}, "--freeze-to: expected one of block1"),
         ({"image_size": 4}, "--image-size: 4 px leaves no feature at block3; use 8 px or more"),
         ({"image_size": 2000}, "--image-size: expected at most 1024 px, found 2000"),
         ({"val_size": -1}, "--val-size: expected a whole number >= 0, found -1"),
+        ({"test_views": 0}, "--test-views: expected a whole number >= 1, found 0"),
+        ({"test_views": 19}, "--test-views: expected at most 18, found 19"),
+        ({"distil": 0.0}, "--distil: expected above 0, at most 1, found 0.0"),
+        ({"soften": 0.0}, "--soften: expected a number > 0, found 0.0"),
         ({"seed": -1}, "--seed: expected a whole number >= 0, found -1"),
         ({"seed": 2**32}, "--seed: expected at most 4294967295"),
     ],
@@ -81,7 +85,7 @@ def test_whole_numbers_do_for_fractions() -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="--recipe: expected one of fast, classic, found 'slow'"):
+    with pytest.raises(UsageError, match="--recipe: expected one of fast, classic, frozen-best, best, found 'slow'"):
         recipes.named("slow")
 
 
@@ -90,4 +94,10 @@ def test_a_recipe_is_one_line_for_people() -> None:
         "classic: frozen to block5, 224 px averaged to 7x7, classifier 1024-512, Adam lr 0.0001 constant, 10 epochs"
     )
     assert "mirrored views" in FAST.describe()
+    assert recipes.named("best").describe() == (
+        "best: frozen to block2, 32 px, mirrored views, 2 shifted, trained to block4 with batch normalisation, "
+        "classifier 512, Adam lr 0.001 cosine, 12 epochs, erase and cutmix, weights averaged 0.999, "
+        "2 views averaged for an answer"
+    )
+    assert "classifier conv256-conv512," in recipes.named("frozen-best").describe()
     assert "classifier linear" in replace(FAST, hidden=()).describe()

@@ -6,6 +6,7 @@ import sys
 from itertools import count
 
 import pytest
+from rich.console import Group
 from rich.table import Table
 
 from attire.intervals import wilson
@@ -170,3 +171,17 @@ def test_a_result_on_a_terminal_is_as_wide_as_it_and_coloured_unless_told_not_to
     print_result(table())
     assert bool(COLOUR.search(drawn.getvalue())) is not no_color
     assert 30 < max(len(row) for row in drawn.rows()) <= 40
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_a_table_too_wide_for_its_terminal_loses_no_digit(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    drawn, found = Screen(), Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in ("Class", "precision, %", "recall, %"):
+        found.add_column(name, no_wrap=name != "Class")
+    found.add_row("Ankle boot", "90.1 (88.1-91.9)", "89.2 (87.1-91.0)")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "stdout", drawn)
+    print_result(Group("first", found))
+    below = ["first", "Ankle boot", "  precision, %  90.1 (88.1-91.9)", "  recall, %     89.2 (87.1-91.0)", ""]
+    beside = ["first", "Class       precision, %      recall, %", "Ankle boot  90.1 (88.1-91.9)  89.2 (87.1-91.0)", ""]
+    assert drawn.rows() == (below if columns == 40 else beside)

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attire import files, training
+from attire.augment import Target
 from attire.errors import AttireError, AttireWarning, Stopped
 from attire.recipes import FAST, Recipe
 from attire.training import Epoch, Rows, State
@@ -42,7 +44,7 @@ class Table:
             self.seen += part.tolist()
             x = self.rows[part].clone()
             if views is not None:
-                x[torch.from_numpy(views[start : start + batch_size])] *= 0.9
+                x[torch.from_numpy(views.astype(bool)[start : start + batch_size])] *= 0.9
             yield x
 
 
@@ -330,3 +332,40 @@ def test_the_order_of_a_streamed_source_keeps_neighbours_within_a_window() -> No
         assert len(np.unique(window // 10)) == 10
         assert np.ptp(window) > 300
         assert not np.array_equal(window // 10, np.repeat(window[::10] // 10, 10))
+
+
+def test_a_teacher_s_answers_are_a_share_of_the_loss() -> None:
+    torch.manual_seed(0)
+    logits, labels = 3 * torch.randn(6, 10), torch.arange(6)
+    recipe = replace(RECIPE, label_smoothing=0.0, distil=0.7, soften=2.0)
+    hard = F.cross_entropy(logits, labels)
+    sure = F.one_hot(labels, 10).float()
+    same = training.loss_of(logits, Target(labels, soft=sure), replace(recipe, soften=1.0))
+    assert same.item() == pytest.approx(hard.item())
+    soft = (logits / 2).softmax(1)
+    alone = training.loss_of(logits, Target(labels, soft=soft), replace(recipe, distil=1.0))
+    entropy = -(soft * soft.log()).sum(1).mean()
+    assert alone.item() == pytest.approx(entropy.item(), rel=1e-5)  # no loss beyond the teacher's own doubt
+    both = training.loss_of(logits, Target(labels, soft=soft), recipe)
+    assert both.item() == pytest.approx(0.3 * hard.item() + 0.7 * entropy.item(), rel=1e-5)
+    guess = training.loss_of(torch.zeros(6, 10), Target(labels, soft=soft), recipe)
+    assert guess.item() == pytest.approx(math.log(10))
+
+
+def test_each_row_learns_from_the_teacher_s_answer_for_its_view() -> None:
+    soft = np.arange(2 * 5 * 3, dtype=np.float32).reshape(2, 5, 3)
+    order, views = np.array([4, 0, 3]), np.array([True, False, True])
+    found = training.answers(soft, order, views, slice(1, 3), torch.device("cpu"))
+    assert found is not None
+    assert found.tolist() == [soft[0, 0].tolist(), soft[1, 3].tolist()]
+    plain = training.answers(soft, order, None, slice(0, 1), torch.device("cpu"))
+    assert plain is not None
+    assert plain.tolist() == [soft[0, 4].tolist()]
+
+
+def test_logits_of_several_views_are_averaged() -> None:
+    head, table, rows = new_head(), Table(), np.array([3, 1])
+    both = training.predict_logits(head, table, rows, views=(0, 1))
+    with torch.no_grad():
+        x = table.rows[rows]
+        assert torch.allclose(both, (head.eval()(x) + head(0.9 * x)) / 2, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The int8 trunk: close to the exact one, built once, refused where it was damaged."""
+"""Compiled trunks: close to the exact one; the int8 one is built once, and refused where it was damaged."""
 
 import ctypes
 import faulthandler
@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from attire import devices, vgg
+from attire.compiled import INT8, CompiledTrunk, Int8Trunk, backend, choose_precision
 from attire.data import ImageDataset
-from attire.errors import AttireError
-from attire.quantised import BACKEND, Int8Trunk, backend
+from attire.errors import AttireError, UsageError
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
@@ -35,9 +35,9 @@ def test_its_features_are_close_to_the_exact_ones_and_it_is_built_once(
     error = ((found - exact).norm() / exact.norm()).item()
     assert found.shape == exact.shape
     assert 0 < error < 0.1
-    monkeypatch.setattr("attire.quantised.quantise", lambda *given: pytest.fail("quantised again"))
+    monkeypatch.setattr("attire.compiled.quantise", lambda *given: pytest.fail("quantised again"))
     assert torch.equal(Int8Trunk(trunk, "test", 16, synthetic.images)(pictures), found)
-    folder = cache / "backends" / f"{BACKEND}-test"
+    folder = cache / "backends" / f"{INT8}-test"
     assert sorted(path.name for path in folder.iterdir()) == ["MANIFEST.json", "network.bin", "network.xml"]
     weights = folder / "network.bin"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -64,3 +64,23 @@ def test_where_it_is_not_installed_one_line_says_so(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(__import__("sys").modules, "nncf", None)
     with pytest.raises(AttireError, match=r"openvino: not installed; pip install 'attire\[openvino\]'"):
         backend()
+
+
+def test_without_quantisation_its_features_are_the_exact_ones(trunk: vgg.Trunk, synthetic: ImageDataset) -> None:
+    pictures = vgg.preprocess(synthetic.images, 16)
+    with torch.inference_mode():
+        exact = trunk(pictures)
+    found = CompiledTrunk(trunk, 16, "fp32")(pictures)
+    assert torch.allclose(found, exact, rtol=1e-3, atol=1e-4 * exact.abs().max().item())
+
+
+def test_bf16_is_refused_where_openvino_would_not_compute_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, openvino = backend()
+    able = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    assert choose_precision("auto") == ("bf16" if able else "fp32")
+    assert choose_precision("fp32") == "fp32"
+    if able:
+        assert choose_precision("bf16") == "bf16"
+    else:
+        with pytest.raises(UsageError, match="--precision: bf16 was asked for, but OpenVINO has none"):
+            choose_precision("bf16")

@@ -1,0 +1,226 @@
+"""The claim of 98 % taken apart: what moves an accuracy that should stand still, by how much, and what is left.
+
+    python benchmarks/claim.py seed-0 seed-1 seed-2 split-42 split-43 leak-10 leak-1000 break
+    python benchmarks/claim.py wrong --run runs/1 --run runs/2       test images that all of these get wrong
+    python benchmarks/claim.py noise --audit audit                   after: attire audit --run runs/1
+    python benchmarks/claim_page.py                                  docs/claim.md and its pictures
+
+Each part trains the recipe's classifier on cached features (--recipe, --epochs) and adds what it found to
+docs/claim.json. The test set chooses nothing here: it is the subject.
+"""
+
+import argparse
+import csv
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import measuring
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from attire import augment, devices, files, heads, training
+from attire.data import OFFICIAL, load_dataset, split_indices
+from attire.evaluation import one_vs_rest
+from attire.recipes import Recipe, named
+from attire.results import load_result
+from attire.sources import CachedSource
+from attire.stages import DataChoice, Stage
+from attire.watching import Silent
+
+OUT = Path(__file__).parent.parent / "docs" / "claim.json"
+HELD_OUT = 12_000  # a fifth of the training file, as the claim's own protocol holds out
+Rows = NDArray[np.int64]
+
+
+class Joined:
+    """Rows of the training features, then those of the test features, which have the plain view alone."""
+
+    def __init__(self, first: CachedSource, second: CachedSource) -> None:
+        self.first, self.second, self.standardise = first, second, first.standardise
+
+    def batches(self, order: Rows, batch_size: int, views: training.Views | None) -> Iterator[Tensor]:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            numbers = None if views is None else views[start : start + batch_size]
+            inside = rows < self.first.rows
+            own = None if numbers is None else numbers[inside]
+            parts = [(self.first, rows[inside], own, inside)]
+            parts += [(self.second, rows[~inside] - self.first.rows, None, ~inside)]
+            x = torch.empty(len(rows), self.first.views[0].shape[1])
+            for source, wanted, view, mask in parts:
+                if len(wanted):
+                    x[torch.from_numpy(mask)] = next(iter(source.batches(wanted, len(wanted), view)))
+            yield x
+
+
+class Bench:
+    """The official data with the recipe's cached features; validation rows are cut off as in every run."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.stage = Stage(recipe, DataChoice(), devices.choose_device("cpu"), Silent())
+        devices.keep_freed_memory()
+        trained, tested = self.stage.cached()
+        assert isinstance(trained, CachedSource)
+        assert isinstance(tested, CachedSource)
+        self.trained, self.tested = trained, tested
+        self.labels, self.test_labels = self.stage.splits.data.labels, self.stage.splits.test_data.labels
+        self.test = np.arange(len(self.test_labels))
+
+    def head(self, recipe: Recipe) -> nn.Sequential:
+        torch.manual_seed(recipe.seed)
+        return self.stage.new_head(self.trained)
+
+    def fit(
+        self,
+        recipe: Recipe,
+        source: Any,
+        labels: Rows,
+        rows: Rows,
+        each: Callable[[nn.Sequential], Any],
+        last: bool = True,
+    ) -> list[Any]:
+        """What `each` says of the classifier after every epoch, or with `last` after the last one alone."""
+        head, found = self.head(recipe), []
+
+        def report(state: training.State, done: int, total: int) -> None:
+            if not done and (not last or state.epoch == recipe.epochs):
+                found.append(each(head))
+                print(f"epoch {state.epoch}: {found[-1]}"[:200], flush=True)
+
+        with tempfile.TemporaryDirectory(dir=files.cache_dir()) as folder:
+            training.fit(head, source, labels, rows, rows[:0], recipe, Path(folder) / "run" / "checkpoints", report)
+        return found
+
+    def right(self, head: nn.Sequential, source: CachedSource, rows: Rows, labels: Rows) -> NDArray[np.bool_]:
+        return np.asarray(self.answers(head, source, rows) == labels[rows])
+
+    def answers(self, head: nn.Sequential, source: CachedSource, rows: Rows) -> Rows:
+        return np.asarray(self.stage.logits(head, source, rows).argmax(1))
+
+
+def share(right: NDArray[np.bool_]) -> dict[str, int]:
+    return {"correct": int(right.sum()), "n": len(right)}
+
+
+def epochs(bench: Bench, seed: int) -> dict[str, Any]:
+    """The protocol: every epoch's accuracy on training, validation and test rows; the last one's mistakes."""
+    recipe = replace(bench.recipe, seed=seed)
+    answers = np.empty(0, np.int64)
+
+    def each(head: nn.Sequential) -> dict[str, Any]:
+        nonlocal answers
+        answers = bench.answers(head, bench.tested, bench.test)
+        right = answers == bench.test_labels
+        line = {"test": share(right), "one_vs_rest": one_vs_rest(int((~right).sum()), len(right), 10)}
+        for name, rows in (("train", bench.stage.train), ("val", bench.stage.val)):
+            line[name] = share(bench.right(head, bench.trained, rows, bench.labels)) if len(rows) else None
+        return line
+
+    lines = bench.fit(recipe, bench.trained, bench.labels, bench.stage.train, each, last=False)
+    wrong = np.flatnonzero(answers != bench.test_labels)
+    return {"epochs": lines, "wrong": {str(row): int(answers[row]) for row in wrong}}
+
+
+def split(bench: Bench, seed: int) -> dict[str, Any]:
+    """The claim's own kind of test set: a random fifth of the training file; and the official one, same classifier."""
+    rest, held = split_indices(bench.labels, HELD_OUT, seed, False, name=OFFICIAL)
+
+    def each(head: nn.Sequential) -> dict[str, Any]:
+        held_out = share(bench.right(head, bench.trained, held, bench.labels))
+        return {"held_out": held_out, "test": share(bench.right(head, bench.tested, bench.test, bench.test_labels))}
+
+    return bench.fit(bench.recipe, bench.trained, bench.labels, rest, each)[-1]  # type: ignore[no-any-return]
+
+
+def leak(bench: Bench, count: int) -> dict[str, Any]:
+    """So many test images, with their labels, also among the training images: 10 as in the first release."""
+    leaked = np.random.default_rng(0).choice(bench.test, count, replace=False)
+    rows = np.concatenate([bench.stage.train, len(bench.labels) + leaked])
+    labels = np.concatenate([bench.labels, bench.test_labels])
+    inside = np.isin(bench.test, leaked)
+
+    def each(head: nn.Sequential) -> dict[str, Any]:
+        right = bench.right(head, bench.tested, bench.test, bench.test_labels)
+        return {"test": share(right), "leaked": share(right[inside]), "others": share(right[~inside])}
+
+    source = Joined(bench.trained, bench.tested)
+    return bench.fit(bench.recipe, source, labels, rows, each)[-1]  # type: ignore[no-any-return]
+
+
+def stray_break(bench: Bench) -> dict[str, Any]:
+    """`break` at the end of a loop's body: only the first batch of each epoch trains; only the first one is scored."""
+    recipe, head = bench.recipe, bench.head(bench.recipe)
+    optimiser = training.make_optimiser(head, recipe)
+    steps = -(-len(bench.stage.train) // recipe.batch_size)
+    for epoch in range(recipe.epochs):
+        heads.set_phase(head, False)
+        rows = training.epoch_order(bench.stage.train, recipe, epoch)[0][: recipe.batch_size]
+        training.set_learning_rate(optimiser, recipe, epoch * steps, steps)
+        x = next(iter(bench.trained.batches(rows, len(rows), None)))
+        target = augment.Target(torch.from_numpy(bench.labels[rows]))
+        training.train_step(head, optimiser, x, target, recipe)
+    right = bench.right(head, bench.tested, bench.test, bench.test_labels)
+    return {"steps": recipe.epochs, "instead_of": recipe.epochs * steps, "test": share(right)}
+
+
+def wrong(runs: list[Path]) -> dict[str, Any]:
+    """The official test rows that each of these runs gets wrong, by their own predictions."""
+    data = load_dataset(part="test")
+    found = {}
+    for run in runs:
+        result = load_result(run)
+        if result.data["test"]["digest"] != data.digest:
+            raise SystemExit(f"error: {run} was not tested on the official test set")
+        rows = np.flatnonzero(~result.predictions.correct)
+        name = f"{result.recipe}, seed {result.seed}"
+        found[name] = {str(row): int(result.predictions.predicted[row]) for row in rows}
+    return found
+
+
+def noise(audit: Path) -> dict[str, Any]:
+    """The test rows whose label `attire audit` finds suspect."""
+    with (audit / "suspects.csv").open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["part"] == "test"]
+    rows = sorted(int(line["row"]) for line in lines)
+    return {"suspects": rows, "n": len(load_dataset(part="test"))}
+
+
+def keep(recipe: str, name: str, value: Any) -> None:
+    found = files.read_json(OUT) if OUT.exists() else {"schema": 1, "recipes": {}}
+    found["recipes"].setdefault(recipe, {})[name] = value
+    files.write_json(OUT, found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", help="seed-N, split-N, leak-N, break, wrong, noise")
+    parser.add_argument("--recipe", default="fast")
+    parser.add_argument("--epochs", type=int, help="fewer than the recipe's")
+    parser.add_argument("--run", type=Path, action="append", default=[], help="for wrong: a run's folder")
+    parser.add_argument("--audit", type=Path, help="for noise: the folder that `attire audit` wrote")
+    given = parser.parse_args()
+    recipe = named(given.recipe)
+    recipe = replace(recipe, epochs=given.epochs or recipe.epochs)
+    bench: Bench | None = None
+    for part in given.parts:
+        kind, _, number = part.partition("-")
+        if kind in ("wrong", "noise"):
+            keep(given.recipe, kind, wrong(given.run) if kind == "wrong" else noise(given.audit))
+            continue
+        bench, began = bench or Bench(recipe), time.perf_counter()
+        known = {"seed": epochs, "split": split, "leak": leak}
+        found = stray_break(bench) if kind == "break" else known[kind](bench, int(number))
+        told = {"epochs_trained": recipe.epochs, "seconds": round(time.perf_counter() - began, 1)}
+        about = {"command": measuring.command(), "environment": measuring.environment(), **told}
+        keep(given.recipe, part, {**found, **about})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""What a recipe will cost on this machine, from a few batches of each of its stages.
+
+    python benchmarks/recipe_cost.py frozen-best best            on 2 cores a minute each
+
+Extraction: images/s through the frozen part. Training: seconds of a step, the median of --steps, on random features;
+for a recipe that trains blocks, while they wait and while they learn. The estimate is for 60,000 + 10,000 images with
+nothing cached, and leaves out reading from the disk, the evaluation of single epochs, report and bundle.
+"""
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from attire import augment, devices, features, fetch, heads, training, vgg
+from attire.blocks import above, feature_shape
+from attire.data import load_dataset
+from attire.features import FeatureSpec
+from attire.recipes import RECIPES, Recipe, named
+from attire.report import duration
+from attire.stages import open_trunk
+from attire.weights import read_weights, tensor_digest
+
+TRAIN, TEST = 60_000, 10_000
+
+
+def extraction(recipe: Recipe, weights: Any, seconds: float) -> float:
+    """Images/s of preprocessing and trunk, as extraction runs them, over so many seconds."""
+    device = devices.choose_device("cpu")
+    precision = devices.choose_precision(recipe.precision, device)
+    backend = devices.choose_backend(recipe.backend, precision, device)
+    pool = 0 if recipe.train_blocks else recipe.pool
+    digest = tensor_digest(read_weights(weights))
+    spec = FeatureSpec(recipe.freeze_to, recipe.image_size, pool, digest, precision, backend=backend)
+    trunk = open_trunk(vgg.vgg16(weights, recipe.freeze_to, pool, nn.Sequential()), spec, device)
+    images = load_dataset().images[: features.batch_rows(recipe.image_size)]
+    features.compute(images[:64], spec, trunk)
+    began, rows = time.perf_counter(), 0
+    while (spent := time.perf_counter() - began) < seconds:
+        features.compute(images, spec, trunk)
+        rows += len(images)
+    return rows / spent
+
+
+def new_head(recipe: Recipe, weights: Any) -> nn.Sequential:
+    shape = feature_shape(above(recipe.freeze_to, recipe.train_blocks), recipe.image_size, recipe.pool)
+    head = heads.build(shape, recipe.conv, recipe.hidden, 10, recipe.dropout)
+    if recipe.train_blocks:
+        head = heads.tuned_head(weights, recipe, head)
+    return head.to(memory_format=torch.channels_last)
+
+
+def step_seconds(recipe: Recipe, head: nn.Sequential, probing: bool, steps: int) -> float:
+    width = int(np.prod(recipe.map_shape))
+    optimiser, average = training.make_optimiser(head, recipe), training.make_average(head, recipe)
+    labels, spent = torch.arange(recipe.batch_size) % 10, []
+    heads.set_phase(head, probing)
+    for step in range(steps + 1):
+        x = torch.rand(recipe.batch_size, width)
+        began = time.perf_counter()
+        x, target = augment.augment(x, augment.Target(labels), recipe, 0, step)
+        training.train_step(head, optimiser, x, target, recipe)
+        if average is not None:
+            average.update_parameters(head)
+        spent.append(time.perf_counter() - began)
+    return statistics.median(spent[1:])
+
+
+def answer_rate(recipe: Recipe, head: nn.Sequential) -> float:
+    """Rows/s through what is behind the freeze boundary."""
+    head.eval()
+    x = torch.rand(512, int(np.prod(recipe.map_shape)))
+    with torch.inference_mode():
+        head(x[:64])
+        began = time.perf_counter()
+        head(x)
+    return len(x) / (time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="+", help=", ".join(RECIPES))
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=8.0, help="for which extraction is watched")
+    given = parser.parse_args()
+    weights = fetch.vgg16_weights()
+    print(f"{devices.processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for recipe in map(named, given.recipes):
+        rate = extraction(recipe, weights, given.seconds)
+        head = new_head(recipe, weights)
+        learning = step_seconds(recipe, head, False, given.steps)
+        probing = step_seconds(recipe, head, True, given.steps) if recipe.probe_epochs else 0.0
+        back = answer_rate(recipe, head)
+        views = len(dict.fromkeys((*features.view_names(recipe.flips, recipe.shifts),)))
+        extract = (TRAIN * views + TEST * recipe.test_views) / rate
+        steps = -(-(TRAIN - recipe.val_size) // recipe.batch_size)
+        train = steps * (probing * recipe.probe_epochs + learning * (recipe.epochs - recipe.probe_epochs))
+        answers = recipe.test_views * (TRAIN + TEST) / back
+        width = int(np.prod(recipe.map_shape))
+        print(
+            f"{recipe.name}: {views} views of {2 * width / 1000:.0f} kB, {2e-9 * width * views * TRAIN:.1f} GB on disk"
+        )
+        print(f"  extraction  {rate:,.0f} images/s        {duration(extract)}")
+        print(f"  a step      {learning:.3f} s, {probing:.3f} s probing   {duration(train)} for {recipe.epochs} epochs")
+        print(f"  answers     {back:,.0f} rows/s          {duration(answers)}")
+        print(f"  in all about {duration(extract + train + answers)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""docs/commands.md: every `--help`, as the program itself gives it. `tests/test_docs.py` holds the two together.
+
+python docs/make/commands.py
+"""
+
+from pathlib import Path
+
+from attire.cli import cli
+from attire.files import write_text
+from attire.shell import Context
+
+PAGE = Path(__file__).parent.parent / "commands.md"
+COLUMNS = 80
+BEGIN = """# Commands
+
+Made by `python docs/make/commands.py` from the program itself; not edited. `attire train --help` shows the same.
+Exit status: 0; 1 for data and I/O; 2 for usage; 130 after Ctrl-C.
+"""
+
+
+def helps() -> dict[str, str]:
+    """`attire` and each command's name, with its help at COLUMNS."""
+    root = Context(cli, info_name="attire", terminal_width=COLUMNS, **cli.context_settings)
+    found = {"attire": root.get_help()}
+    for name in sorted(cli.commands):
+        command = cli.commands[name]
+        found[f"attire {name}"] = Context(command, parent=root, info_name=name, terminal_width=COLUMNS).get_help()
+    return found
+
+
+def page() -> str:
+    return BEGIN + "".join(f"\n## {name}\n\n```text\n{text}\n```\n" for name, text in helps().items())
+
+
+if __name__ == "__main__":
+    write_text(PAGE, page())
