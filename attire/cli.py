@@ -56,7 +56,7 @@ FIELD_HELP = {
     "epochs": "Passes over the training rows.",
     "val_size": "Rows cut from the training part for validation.",
     "stratify": "Keep each class's share when splitting.",
-    "precision": "Of the frozen trunk: auto (measured once), fp32 or bf16.",
+    "precision": "Of the frozen trunk and of training: auto (measured once), fp32 or bf16; answers are fp32.",
     "backend": "What runs the trunk during extraction: torch, openvino or openvino-int8 (an extra).",
     "seed": "Of initialisation, order and dropout.",
     "split_seed": "Decides which rows are validation, and test when one file is split.",

@@ -112,6 +112,7 @@ class Stage:
             watcher.note("Views", f"{count} of each picture averaged: an answer takes {count} times the forward passes")
         widths = (recipe.freeze_to, recipe.image_size, 0 if recipe.train_blocks else recipe.pool)
         precision, backend = choose_trunk(recipe.backend, recipe.precision, device)
+        self.train_precision = devices.choose_train_precision(recipe.precision, device)
         self.digest = tensor_digest(read_weights(self.weights))
         self.spec = FeatureSpec(*widths, self.digest, precision, backend=backend)
 
@@ -122,7 +123,8 @@ class Stage:
         return {**told, "teacher": self.taught} if self.taught else told
 
     def environment(self) -> dict[str, Any]:
-        return {**devices.environment(self.device), "precision": self.spec.precision, "backend": self.spec.backend}
+        told = {"precision": self.spec.precision, "backend": self.spec.backend}
+        return {**devices.environment(self.device), **told, "train_precision": self.train_precision}
 
     def model(self, classifier: nn.Sequential) -> "torchvision.models.VGG":
         return vgg.vgg16(self.weights, self.architecture.end, self.recipe.pool, classifier)
@@ -199,8 +201,8 @@ class Stage:
             torch.manual_seed(self.recipe.seed)
             head = self.new_head(source)
             checkpoints = folder / "checkpoints"
-            rows = (self.train, self.val)
-            history = training.fit(head, source, labels, *rows, self.recipe, checkpoints, self.report_epoch, soft)
+            rows, recipe = (self.train, self.val), replace(self.recipe, precision=self.train_precision)
+            history = training.fit(head, source, labels, *rows, recipe, checkpoints, self.report_epoch, soft)
         return head, history
 
     def new_head(self, source: Source) -> nn.Sequential:

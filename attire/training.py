@@ -84,7 +84,7 @@ def fit(
     Continues from the newest sound checkpoint in `folder`, bit for bit as if it had not been stopped (same machine,
     same thread count). Ctrl-C and SIGTERM end it with a checkpoint and `Stopped`. Only the classifier's parameters
     are given to Adam; `labels` is (N,) over all rows of the source. soft: what a teacher answers, (V, N, K), see
-    `teacher.targets`; validation stays by the labels alone.
+    `teacher.targets`; validation stays by the labels alone. precision: `auto` is fp32 here, who calls has measured.
     """
     optimiser, average = make_optimiser(classifier, recipe), make_average(classifier, recipe)
     state = resume(classifier, optimiser, folder, average)
@@ -180,8 +180,11 @@ def measured(classifier: nn.Sequential, average: AveragedModel | None) -> nn.Seq
 def train_step(
     classifier: nn.Module, optimiser: torch.optim.Adam, x: Tensor, target: augment.Target, recipe: Recipe
 ) -> float:
+    """One step; in bf16 the products alone are, weights, their gradients and the loss stay fp32."""
     optimiser.zero_grad(set_to_none=True)
-    loss = loss_of(classifier(x), target, recipe)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        logits = classifier(x)
+    loss = loss_of(logits.float(), target, recipe)
     torch.autograd.backward(loss)
     if recipe.clip:
         nn.utils.clip_grad_norm_(classifier.parameters(), recipe.clip)

@@ -39,10 +39,12 @@ def attire_fast(race: Race) -> None:
     trained.standardise = stage.measured(trained)
     tell("note", text="features of the training images", seconds=race.seconds)
     with race.paused():
-        tested: list[CachedSource] = []
-        took = seconds(lambda: tested.append(CachedSource(stage.extract(stage.splits.test_data, "plain", "test"))))
+        views, parts = stage.architecture.views, []
+        took = seconds(lambda: parts.extend(stage.extract(stage.splits.test_data, view, "test") for view in views))
         tell("note", text="features of the test images, not counted", seconds=took)
-        tested[0].standardise = trained.standardise
+        tested = CachedSource(*parts, names=views)
+        tested.standardise = trained.standardise
+        numbers = range(len(views))
     torch.manual_seed(recipe.seed)
     head = stage.architecture.build(10)
     quarters = {len(stage.train) * i // 4 // recipe.batch_size for i in (1, 2, 3)}
@@ -51,10 +53,12 @@ def attire_fast(race: Race) -> None:
         if done and (state.epoch or state.step not in quarters):
             return
         images = state.epoch * total + done
-        race.point_from(images, lambda: predict_logits(head, tested[0], stage.splits.test_rows).argmax(1).numpy())
+        rows = stage.splits.test_rows
+        race.point_from(images, lambda: predict_logits(head, tested, rows, 1024, numbers).argmax(1).numpy())
         head.train()
 
     folder = files.make_dir(race.scratch / "run" / "checkpoints")
+    recipe = replace(recipe, precision=stage.train_precision)
     fit(head, trained, stage.splits.data.labels, stage.train, stage.val, recipe, folder, report)
 
 

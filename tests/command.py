@@ -12,7 +12,9 @@ import pytest
 from attire import cli
 
 # The recipe `tiny` of conftest.py.
-TINY = shlex.split("--freeze-to block2 --image-size 16 --hidden 16 --epochs 3 --batch-size 16 --precision fp32")
+TINY = shlex.split(
+    "--freeze-to block2 --image-size 16 --hidden 16 --epochs 3 --batch-size 16 --precision fp32 --test-views 1"
+)
 
 
 @dataclass(frozen=True)

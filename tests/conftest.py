@@ -101,7 +101,14 @@ def small_csv(synthetic: ImageDataset, tmp_path: Path) -> Path:
 def tiny() -> Recipe:
     """The default recipe in miniature: a run on `small_csv` takes about a second."""
     return Recipe(
-        name="tiny", freeze_to="block2", image_size=16, hidden=(16,), epochs=3, batch_size=16, precision="fp32"
+        name="tiny",
+        freeze_to="block2",
+        image_size=16,
+        hidden=(16,),
+        epochs=3,
+        batch_size=16,
+        precision="fp32",
+        test_views=1,
     )
 
 

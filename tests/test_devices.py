@@ -85,6 +85,19 @@ def test_the_fastest_convolution_is_measured_once(
     assert list(kept.values()) == [{"direct": direct, "winograd": quick, "bf16": bf16}]
 
 
+def test_training_is_in_bf16_where_that_beats_the_direct_convolution(
+    timed: Timed, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed(direct=2.0, winograd=1.0, bf16=1.5)
+    assert devices.choose_precision("auto", CPU) == "fp32"  # Winograd's convolution, which has no backward pass
+    assert devices.choose_train_precision("auto", CPU) == "bf16"
+    assert devices.choose_train_precision("fp32", CPU) == "fp32"
+    assert devices.choose_train_precision("auto", torch.device("mps")) == "fp32"
+    monkeypatch.setattr(devices, "has_bf16", lambda: False)
+    assert devices.choose_train_precision("auto", CPU) == "fp32"
+    assert devices.choose_train_precision("bf16", CPU) == "bf16"
+
+
 def test_only_fp32_on_a_cpu_has_another_convolution(timed: Timed) -> None:
     calls = timed()
     assert devices.choose_backend("openvino-int8", "int8", CPU) == "openvino-int8"

@@ -369,3 +369,21 @@ def test_logits_of_several_views_are_averaged() -> None:
     with torch.no_grad():
         x = table.rows[rows]
         assert torch.allclose(both, (head.eval()(x) + head(0.9 * x)) / 2, atol=1e-6)
+
+
+def test_in_bf16_the_products_alone_are_rounded() -> None:
+    torch.manual_seed(0)
+    head = new_head()
+    seen: list[torch.dtype] = []
+    linear = next(layer for layer in head.modules() if isinstance(layer, nn.Linear))
+    linear.register_forward_hook(lambda layer, given, found: seen.append(found.dtype))
+    optimiser = training.make_optimiser(head, RECIPE)
+    x, target = torch.rand(8, linear.in_features), Target(torch.arange(8))
+    losses = [training.train_step(head, optimiser, x, target, replace(RECIPE, precision=p)) for p in ("fp32", "bf16")]
+    assert seen == [torch.float32, torch.bfloat16]
+    assert losses[1] != losses[0]
+    assert {p.dtype for p in head.parameters()} | {p.grad.dtype for p in head.parameters() if p.grad is not None} == {
+        torch.float32
+    }
+    training.predict_logits(head, Table(), np.arange(4))
+    assert seen[2:] == [torch.float32]

@@ -1,0 +1,87 @@
+"""A recipe's variants on validation rows: how settings are chosen. The test set is not read.
+
+    python benchmarks/trials.py fast "hidden=(1024,)" "batch_size=512 lr=2e-3"
+    python benchmarks/trials.py best --rows 15000 "epochs=8" "epochs=8 image_size=48"
+
+Each variant is a line of changes to the recipe's fields. It is trained from cached features on the rows that
+`attire train` trains on (--rows: the first so many of them) and scored on its validation rows: one view, then the mean
+over the views that the variant averages, or over both the plain and the mirrored one.
+"""
+
+import argparse
+import ast
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import measuring
+
+from attire import devices, files, recipes, training
+from attire.intervals import wilson
+from attire.recipes import Recipe
+from attire.sources import CachedSource
+from attire.stages import DataChoice, Stage
+from attire.watching import Silent
+
+
+class Progress(Silent):
+    """A line for each epoch."""
+
+    def epoch(self, epoch: training.Epoch) -> None:
+        told = f"loss {epoch.train_loss:.4f}  val {100 * (epoch.val_accuracy or 0):.2f} %  {epoch.seconds:.0f} s"
+        print(f"    epoch {epoch.epoch:3}  {told}", flush=True)
+
+
+def changed(recipe: Recipe, text: str) -> Recipe:
+    pairs = (part.split("=", 1) for part in text.split())
+    changes = {name: ast.literal_eval(value) if value[0] not in "bcfnt" else value for name, value in pairs}
+    return recipes.from_json({**recipe.to_json(), **changes})
+
+
+def trial(recipe: Recipe, rows: int | None) -> None:
+    stage = Stage(recipe, DataChoice(), devices.choose_device("cpu"), Progress())
+    devices.keep_freed_memory()
+    stage.train = stage.train[:rows]
+    source = stage.train_features()
+    source.standardise = stage.measured(source)
+    began, busy = time.perf_counter(), time.process_time()
+    with tempfile.TemporaryDirectory(dir=files.cache_dir()) as folder:
+        head, _ = stage.fit(source, Path(folder) / "run")
+    took, cpu = time.perf_counter() - began, time.process_time() - busy
+    labels, told = stage.splits.data.labels[stage.val], []
+    shown = [("one view", [0])]
+    for count in sorted({recipe.test_views, 2 if recipe.flips else 1} - {1}):
+        names = replace(stage.architecture, test_views=count).views
+        if set(names) <= set(source.names):
+            shown.append((f"{count} views", [source.names.index(name) for name in names]))
+    for what, views in shown:
+        logits = training.predict_logits(head, source, stage.val, 1024, views).numpy()
+        right = int((logits.argmax(1) == labels).sum())
+        told.append(f"{what} {100 * right / len(labels):.2f} % ({wilson(right, len(labels)).span()})")
+    print(f"  {', '.join(told)}; {took:.0f} s, {cpu:.0f} s of processor time", flush=True)
+    release(source)
+
+
+def release(source: CachedSource) -> None:
+    for view in source.views:
+        view.release()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", choices=sorted(recipes.RECIPES))
+    parser.add_argument("changes", nargs="*", default=[""])
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--seeds", type=int, default=1)
+    given = parser.parse_args()
+    print(measuring.environment())
+    for text in given.changes:
+        for seed in range(given.seeds):
+            recipe = replace(changed(recipes.named(given.recipe), text), seed=seed)
+            print(f"{given.recipe} {text or 'as it is'}, seed {seed}", flush=True)
+            trial(recipe, given.rows)
+
+
+if __name__ == "__main__":
+    main()
