@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test check docs dist cover release-model bench-all clean help
+.PHONY: train test check docs dist cover faults release-model bench-all clean help
 
 help:
 	@echo "make train   data, weights, features, a trained classifier and its report"
@@ -14,6 +14,7 @@ help:
 	@echo "make dist    source distribution and wheel: dist/"
 	@echo "make bench-all  docs/performance.md measured anew, on a quiet machine: two hours; BUNDLE=runs/1/model"
 	@echo "make release-model  attire/shipped made again: trained, proved in 16 bits; RECIPE=fast"
+	@echo "make faults  every input/output call of every command killed and failed in turn; FAULTS=train for one of them"
 	@echo "make cover   all tests with the share of lines they run"
 
 train: $(READY)
@@ -28,6 +29,9 @@ check: $(READY)
 
 cover: $(READY)
 	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+faults: $(READY)
+	@$(BIN)/python faults/runner.py $(FAULTS) $(ARGS)
 
 docs: $(READY)
 	@$(BIN)/python -m mkdocs build --quiet --strict

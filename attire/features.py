@@ -133,6 +133,8 @@ def extract(
         report = progress or (lambda done, total: None)
         if missing:
             parts = {i: images[starts[i] : starts[i] + spec.shard_rows] for i in missing}
+            need = 2 * spec.width * sum(len(part) for part in parts.values())
+            files.check_room(folder, need, "the features", "make room, or name another disk's folder in ATTIRE_CACHE")
             ledger |= extract_shards(parts, spec, load_trunk, folder, len(images), report)
         if missing or not (folder / "MANIFEST.json").exists():
             write_manifest(folder, images_digest, spec, ledger)

@@ -1,12 +1,14 @@
 """Digests, atomic writes, locks and the cache folder: the only code that writes artefacts."""
 
+import errno
 import hashlib
 import json
 import mmap
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +16,13 @@ import filelock
 import platformdirs
 
 from attire.errors import AttireError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+PART = ".attire."  # how the names of temporary files begin; they end in .part
 
 
 def cache_dir() -> Path:
@@ -46,13 +55,16 @@ def canonical_json(value: Any) -> bytes:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """Write to a temporary file beside `path`; on success fsync and rename, on any failure leave no trace."""
+    """Write to a temporary file beside `path`; on success fsync and rename, on any failure leave no trace.
+
+    What a process that was killed left behind, here or for other files of the folder, is removed first.
+    """
     make_dir(path.parent)
+    sweep(path.parent)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".part", dir=path.parent)
+        handle, part = temporary(path)
     except OSError as error:
         raise cannot("write", path, error) from error
-    part = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -65,6 +77,29 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         raise cannot("write", path, error) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def temporary(path: Path) -> tuple[int, Path]:
+    """A new file beside `path`, open for writing, on which this process holds a lock: `sweep` leaves it alone."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f"{PART}{path.name[:80]}.", suffix=".part", dir=path.parent)
+        if fcntl is None:
+            return handle, Path(name)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:  # not swept between the two
+            return handle, Path(name)
+        os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed: the kernel has freed the locks on them."""
+    if fcntl is None:
+        return
+    for part in folder.glob(f"{PART}*.part"):
+        with suppress(OSError), part.open("rb") as file:  # somebody's who is still writing, or swept by another
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
@@ -174,7 +209,24 @@ def umask() -> int:
 
 
 def cannot(verb: str, path: Path, error: OSError) -> AttireError:
-    return AttireError(path, f"cannot {verb}", error.strerror or str(error))
+    """The error of the system in one line; where the disk is full, with what is left of it."""
+    do = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        do = f"make room: {human_size(free_bytes(path.parent))} are free there"
+    return AttireError(path, f"cannot {verb}", error.strerror or str(error), do)
+
+
+def free_bytes(folder: Path) -> int:
+    """What may still be written in the file system of a folder, which need not be there yet."""
+    there = next((place for place in (folder, *folder.absolute().parents) if place.exists()), Path("/"))
+    return shutil.disk_usage(there).free
+
+
+def check_room(folder: Path, needed: int, what: str, do: str = "make room") -> None:
+    """Raise AttireError, before long work is begun, where its result would not fit on the disk."""
+    if (free := free_bytes(folder)) < needed:
+        size = f"{human_size(needed)} needed, {human_size(free)} free"
+        raise AttireError(folder, f"not enough room for {what}", size, do)
 
 
 def human_size(count: float) -> str:

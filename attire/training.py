@@ -97,7 +97,8 @@ def fit(
             run_epoch(classifier, optimiser, source, targets, train, recipe, state, folder, stop, report, average, soft)
             if before:
                 check_all_changed(before, classifier)
-            end_epoch(measured(classifier, average), source, targets, val, state, len(train))
+            with products(next(classifier.parameters()).device, recipe):
+                end_epoch(measured(classifier, average), source, targets, val, state, len(train))
             save_checkpoint(classifier, optimiser, state, folder, average)
             write_history(folder.parent / "history.csv", state.history)
             report(state, 0, len(train))
@@ -127,7 +128,7 @@ def run_epoch(
     heads.set_phase(classifier, state.epoch < recipe.probe_epochs)
     order, mirrored = epoch_order(train, recipe, state.epoch, getattr(source, "stretch", None))
     steps = math.ceil(len(train) / recipe.batch_size)
-    position = state.step * recipe.batch_size
+    position = min(state.step * recipe.batch_size, len(order))  # the last batch may have been a smaller one
     views = mirrored[position:] if mirrored is not None else None
     device = next(classifier.parameters()).device
     start, saved = time.perf_counter() - state.seconds, time.perf_counter()
@@ -177,12 +178,17 @@ def measured(classifier: nn.Sequential, average: AveragedModel | None) -> nn.Seq
     return cast(nn.Sequential, average.module)
 
 
+def products(device: torch.device, recipe: Recipe) -> torch.autocast:
+    """In which products are of the recipe's precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
+
+
 def train_step(
     classifier: nn.Module, optimiser: torch.optim.Adam, x: Tensor, target: augment.Target, recipe: Recipe
 ) -> float:
     """One step; in bf16 the products alone are, weights, their gradients and the loss stay fp32."""
     optimiser.zero_grad(set_to_none=True)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+    with products(x.device, recipe):
         logits = classifier(x)
     loss = loss_of(logits.float(), target, recipe)
     torch.autograd.backward(loss)
@@ -368,12 +374,13 @@ def save_checkpoint(
     arrays["random.cpu"] = torch.get_rng_state()
     if next(classifier.parameters()).is_cuda:
         arrays["random.cuda"] = torch.cuda.get_rng_state()
-    about = files.canonical_json({**asdict(state), "schema": SCHEMA})
+    told = {name: value for name, value in asdict(state).items() if name != "resumed"}
+    about = files.canonical_json({**told, "schema": SCHEMA})
     path = folder / f"epoch-{state.epoch:03d}-step-{state.step:06d}.ckpt"
     with files.sealed(path) as file, zipfile.ZipFile(cast(IO[bytes], file), "w") as archive:
-        archive.writestr("about.json", about)
+        archive.writestr(zipfile.ZipInfo("about.json"), about)  # which has no time stamp: equal states, equal bytes
         for name, value in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, value.detach().cpu().numpy(), allow_pickle=False)
     for old in checkpoints(folder)[KEPT_CHECKPOINTS:]:
         old.unlink()

@@ -10,6 +10,7 @@ nothing cached, and leaves out reading from the disk, the evaluation of single e
 import argparse
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -89,11 +90,13 @@ def main() -> None:
     given = parser.parse_args()
     weights = fetch.vgg16_weights()
     print(f"{devices.processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    cpu = devices.choose_device("cpu")
     for recipe in map(named, given.recipes):
         rate = extraction(recipe, weights, given.seconds)
         head = new_head(recipe, weights)
-        learning = step_seconds(recipe, head, False, given.steps)
-        probing = step_seconds(recipe, head, True, given.steps) if recipe.probe_epochs else 0.0
+        timed = replace(recipe, precision=devices.choose_train_precision(recipe.precision, cpu))
+        learning = step_seconds(timed, head, False, given.steps)
+        probing = step_seconds(timed, head, True, given.steps) if recipe.probe_epochs else 0.0
         back = answer_rate(recipe, head)
         views = len(dict.fromkeys((*features.view_names(recipe.flips, recipe.shifts),)))
         extract = (TRAIN * views + TEST * recipe.test_views) / rate

@@ -72,13 +72,12 @@ def measured(stages: list[Stage], limits: Callable[[], dict[str, float]], rounds
     return lines
 
 
-def round_limits(names: tuple[str, ...], quick: bool) -> Callable[[], dict[str, float]]:
-    """FLOP/s or bytes/s of one trial each, at the largest size."""
-    cpu = torch.device("cpu")
-    size = 2**22 if quick else machine.memory_bytes()
-    side = 128 if quick else machine.SIDES[-1]
-    works = {name: work for name, _, _, work in machine.memory_trials(size, cpu)}
-    works |= {name: work for name, _, _, work in machine.matrix_trials((side,), cpu) if name != "int8"}
+def round_limits(found: Machine, names: tuple[str, ...], quick: bool) -> Callable[[], dict[str, float]]:
+    """FLOP/s or bytes/s of one trial each, the way that was best over all rounds of `found`."""
+    cpu, best = torch.device("cpu"), {limit.name: limit.how for limit in found.limits}
+    size, sides = (2**22, (128,)) if quick else (machine.memory_bytes(), machine.SIDES)
+    trials = [*machine.memory_trials(size, cpu), *machine.matrix_trials(sides, cpu)]
+    works = {name: work for name, _, how, work in trials if name in names and best[name] == how}
     return lambda: {name: machine.per_second(works[name], cpu) for name in names}
 
 
@@ -130,7 +129,8 @@ def head_epochs(quick: bool, scratch: Path, found: Machine) -> Iterator[Stage]:
     jobs = (("fast", 60_000, 4096, 60_000), ("classic", 48_000, 25_088, 6_400))
     for name, rows, width, timed in jobs:
         rows, timed = (512, 512) if quick else (rows, timed)
-        recipe: Recipe = replace(RECIPES[name], flips=False)
+        precision = devices.choose_train_precision("auto", torch.device("cpu"))
+        recipe: Recipe = replace(RECIPES[name], flips=False, precision=precision)
         torch.manual_seed(0)
         source = sources.CachedSource(head_epoch.synthetic_features(scratch / f"{name}-rows", rows, width))
         head = vgg.build_classifier(width, recipe.hidden, 10, recipe.dropout)
@@ -141,11 +141,13 @@ def head_epochs(quick: bool, scratch: Path, found: Machine) -> Iterator[Stage]:
         def work(*given: Any) -> Callable[[], object]:
             return lambda: head_epoch.epoch_seconds(*given)
 
-        def least(limits: dict[str, float], flop: float = flop, moved: float = moved) -> float:
-            return max(flop / limits["fp32"], moved / limits["memory copy"])
+        def least(
+            limits: dict[str, float], flop: float = flop, moved: float = moved, precision: str = precision
+        ) -> float:
+            return max(flop / limits[precision], moved / limits["memory copy"])
 
-        by_memory = moved / found.rate("memory copy") > flop / found.rate("fp32")
-        limit = "memory copy rate" if by_memory else "fp32 matrix rate"
+        by_memory = moved / found.rate("memory copy") > flop / found.rate(precision)
+        limit = "memory copy rate" if by_memory else f"{precision} matrix rate"
         yield Stage(
             f"head epoch, {name}, {rows:,} x {width:,}", limit, work(head, source, labels, chosen, recipe), least, timed
         )
@@ -204,7 +206,8 @@ def predictions(bundle: Path, quick: bool) -> Iterator[Stage]:
 
     classifier = load_bundle(bundle, "cpu")
     images = data.load_dataset(part="test").images
-    flop = flop_per_image(classifier.architecture.freeze_to, classifier.architecture.image_size)
+    about = classifier.architecture
+    flop = len(about.views) * flop_per_image(about.end, about.image_size)
     for count, calls in ((1, 3 if quick else 100), (256, 1 if quick else 8)):
 
         def work(count: int = count, calls: int = calls) -> None:
@@ -237,16 +240,18 @@ def main() -> None:
             print(f"limit: {limit.name:14}{told(limit.to_json())} {limit.unit}, {limit.how}")
         print(flush=True)
         lines = measured(
-            list(extractions(given.quick, precision, scratch)), round_limits((precision,), given.quick), rounds
+            list(extractions(given.quick, precision, scratch)), round_limits(found, (precision,), given.quick), rounds
         )
-        matrix = round_limits(("fp32", "memory copy"), given.quick)
+        matrix = round_limits(
+            found, (devices.choose_train_precision("auto", torch.device("cpu")), "memory copy"), given.quick
+        )
         lines += measured(list(head_epochs(given.quick, scratch, found)), matrix, rounds)
         disk = {"disk read": 1e9 * found.rate("disk read")}
         lines += measured(list(csvs(given.quick, scratch, found)), lambda: disk, rounds)
         lines += measured(list(cold_starts(given.bundle, given.export, scratch)), dict, rounds)
         if given.bundle:
             lines += measured(
-                list(predictions(given.bundle, given.quick)), round_limits(("fp32",), given.quick), rounds
+                list(predictions(given.bundle, given.quick)), round_limits(found, ("fp32",), given.quick), rounds
             )
     folder_out = measuring.results_folder(given.quick, given.out)
     measuring.save(folder_out / "stages.json", {"machine": found.to_json(), "stages": lines})

@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("changes", nargs="*", default=[""])
     parser.add_argument("--rows", type=int)
     parser.add_argument("--seeds", type=int, default=1)
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     print(measuring.environment())
     for text in given.changes:
         for seed in range(given.seeds):

@@ -1,5 +1,7 @@
 import errno
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -64,9 +66,70 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(AttireError) as caught:
         files.write_bytes(path, b"new")
-    assert str(caught.value) == f"{path}: cannot write (No space left on device)"
+    told = f"{path}: cannot write (No space left on device); make room: "
+    assert re.fullmatch(re.escape(told) + r"\d[\d.]* \w+ are free there", str(caught.value))
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
     assert path.read_text() == "old"
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from attire.files import atomic
+with atomic(Path(sys.argv[1])) as file:
+    file.write(b"half")
+    file.flush()
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_a_live_one_writes_is_not(tmp_path: Path) -> None:
+    def writer(name: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-c", WRITER, str(tmp_path / name)]
+        found = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert found.stdout
+        assert found.stdout.readline() == "writing\n"
+        return found
+
+    mine = tmp_path / ".attire.of-somebody-else"
+    mine.touch()
+    with writer("killed") as killed, writer("alive") as alive:
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        assert len(list(tmp_path.glob("*.part"))) == 2
+        files.write_text(tmp_path / "next", "")
+        (left,) = tmp_path.glob("*.part")
+        assert left.name.startswith(".attire.alive.")
+        alive.kill()
+    files.write_text(tmp_path / "next", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".attire.of-somebody-else", "next"]
+
+
+def test_a_temporary_file_swept_before_it_was_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, names = files.tempfile.mkstemp, []
+
+    def swept(**given: object) -> tuple[int, str]:
+        handle, name = make(**given)  # type: ignore[call-overload]
+        names.append(name)
+        if len(names) == 1:
+            Path(name).unlink()
+        return handle, name
+
+    monkeypatch.setattr("attire.files.tempfile.mkstemp", swept)
+    files.write_text(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
+    assert len(names) == 2
+
+
+def test_room_is_looked_for_before_it_is_needed(tmp_path: Path) -> None:
+    files.check_room(tmp_path / "not" / "there" / "yet", 1, "a byte")
+    found = re.escape(f"{tmp_path}: not enough room for the features (") + r"1\d{8}\.\d GB needed, .* free\); make room"
+    with pytest.raises(AttireError, match=found):
+        files.check_room(tmp_path, 10**18 + 1, "the features")
 
 
 def test_a_file_where_the_folder_should_be_is_one_line(tmp_path: Path) -> None:

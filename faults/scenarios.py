@@ -1,0 +1,92 @@
+"""What is ended and failed: the commands that write something, each on a set so small that it takes a second."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from runner import Scenario, attire
+
+from attire import cli, devices, export, features, fetch, files, runs, stages, training  # imported before any fork
+from attire.data import load_dataset, write_csv
+
+__all__ = ["SCENARIOS", "cli", "runs", "stages"]
+
+ROWS = 60
+TINY = "--freeze-to block2 --image-size 16 --hidden 16 --epochs 2 --batch-size 16 --precision fp32 --test-views 1"
+TUNED = "--freeze-to block1 --train-blocks 1 --batch-norm --ema 0.9 --probe-epochs 1 --no-standardise --pool 1"
+
+
+def small_shards() -> None:
+    """Sixteen rows a shard, and a checkpoint after every step."""
+    features.SHARD_BYTES = 2**16
+    training.CHECKPOINT_SECONDS = -1.0
+
+
+def official(root: Path) -> Path:
+    """A cache that has the real data and weights, which lie elsewhere, and what was measured of this machine."""
+    data, weights = fetch.official_data(), fetch.vgg16_weights()
+    cache = root / "cache"
+    cache.mkdir()
+    (cache / "data").symlink_to(data.parent)
+    (cache / "weights").symlink_to(weights.parent)
+    here = f"{devices.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    files.write_json(cache / "convolutions.json", {here: {"direct": 1.0, "winograd": 2.0, "bf16": 2.0}})
+    return cache
+
+
+def with_images(root: Path) -> None:
+    official(root)
+    write_csv(load_dataset(part="test").subset(np.arange(ROWS)), root / "small.csv")
+
+
+def train(root: Path, more: str = "") -> list[str]:
+    return ["train", "--data", "small.csv", *TINY.split(), *more.split(), "--out", "run"]
+
+
+def go_on(root: Path, more: str = "") -> list[str]:
+    """What the program itself says: a run that has begun is resumed."""
+    return ["train", "--resume", "run"] if (root / "run" / "config.json").exists() else train(root, more)
+
+
+def finished(root: Path) -> None:
+    with_images(root)
+    done = attire(root, train(root), setting=small_shards)
+    if done.status:
+        raise SystemExit(f"error: cannot prepare a run: {done.err}")
+    shutil.rmtree(root / "run" / "checkpoints")
+
+
+def nothing(root: Path) -> None:
+    """Inputs for `attire fetch`, outside of what is counted."""
+    beside = root.parent / "inputs"
+    if not beside.exists():
+        beside.mkdir()
+        for path in fetch.official_data().iterdir():
+            if path.suffix != ".lock" and path.name != ".lock":
+                shutil.copy(path, beside)
+        shutil.copy(fetch.vgg16_weights(), beside / "weights.safetensors")
+
+
+def fetched(root: Path) -> list[str]:
+    beside = root.parent / "inputs"
+    return ["fetch", "--data-from", str(beside), "--weights-from", str(beside / "weights.safetensors")]
+
+
+def exported(kind: str, root: Path) -> list[str]:
+    return ["export", "run/model", "--format", kind, "--out", f"network{export.SUFFIXES[kind]}"]
+
+
+SCENARIOS = {
+    found.name: found
+    for found in (
+        Scenario("fetch", fetched, nothing),
+        Scenario("train", train, with_images, go_on, small_shards),
+        Scenario("tune", partial(train, more=TUNED), with_images, partial(go_on, more=TUNED), small_shards),
+        Scenario("report", lambda root: ["report", "run"], finished),
+        Scenario("evaluate", lambda root: ["evaluate", "run/model", "--data", "small.csv"], finished),
+        Scenario("export-safetensors", partial(exported, "safetensors"), finished),
+        Scenario("export-onnx", partial(exported, "onnx"), finished),
+    )
+}
