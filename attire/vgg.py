@@ -1,5 +1,6 @@
 """VGG16's convolutions with torchvision's names, its blocks as freeze boundaries, and the one preprocessing."""
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -129,7 +130,9 @@ class Trunk(nn.Module):
     ) -> None:
         super().__init__()
         self.device, self.dtype = device, torch.bfloat16 if precision == "bf16" else torch.float32
-        features = model.features.to(device, self.dtype, memory_format=torch.channels_last)
+        # Rounded weights are a copy's: the model may be somebody's classifier, which goes on to answer in float32.
+        features = copy.deepcopy(model.features) if precision == "bf16" else model.features
+        features = features.to(device, self.dtype, memory_format=torch.channels_last)
         self.features = winograd.accelerate(features) if fast else features
         self.avgpool = model.avgpool
         self.layout = cores.Layout("side by side") if fast else cores.Layout()

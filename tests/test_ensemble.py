@@ -9,7 +9,7 @@ import pytest
 from command import attire
 from test_heads import TUNED
 
-from attire import features, runs, scoring
+from attire import devices, features, runs, scoring
 from attire.classifier import Classifier, load_bundle
 from attire.data import FASHION_CLASSES, ImageDataset, write_csv
 from attire.ensemble import Ensemble, cached_probabilities, open_ensemble
@@ -28,6 +28,12 @@ def pair(classifier: Classifier, tmp_path: Path) -> tuple[Path, Path]:
     other = Classifier(classifier.model, architecture, FASHION_CLASSES, 0.4, {"recipe": {"name": "other", "seed": 3}})
     other.save(tmp_path / "second")
     return tmp_path / "first", tmp_path / "second"
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features in fp32 on every processor, so that what comes through the cache is what comes without."""
+    monkeypatch.setattr(devices, "has_bf16", lambda: False)
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ def test_a_temporary_file_swept_before_it_was_locked_is_made_again(
 
 def test_room_is_looked_for_before_it_is_needed(tmp_path: Path) -> None:
     files.check_room(tmp_path / "not" / "there" / "yet", 1, "a byte")
-    found = re.escape(f"{tmp_path}: not enough room for the features (") + r"1\d{8}\.\d GB needed, .* free\); make room"
+    found = re.escape(f"{tmp_path}: not enough room for the features (") + r"1\d{9}\.\d GB needed, .* free\); make room"
     with pytest.raises(AttireError, match=found):
         files.check_room(tmp_path, 10**18 + 1, "the features")
 

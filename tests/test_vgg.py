@@ -97,7 +97,9 @@ def test_bf16_stays_close_to_fp32(random_weights: Path, synthetic: ImageDataset)
     pictures = vgg.preprocess(synthetic.images[:3], 32)
     with torch.inference_mode():
         exact = vgg.Trunk(vgg.vgg16(random_weights, "block3", 0, nn.Sequential()), CPU, "fp32")(pictures)
-        coarse = vgg.Trunk(vgg.vgg16(random_weights, "block3", 0, nn.Sequential()), CPU, "bf16")(pictures)
+        model = vgg.vgg16(random_weights, "block3", 0, nn.Sequential())
+        coarse = vgg.Trunk(model, CPU, "bf16")(pictures)
+        assert torch.equal(vgg.Trunk(model, CPU, "fp32")(pictures), exact)  # the model itself was not rounded
     assert coarse.dtype == torch.float32
     error = ((exact - coarse).norm() / exact.norm()).item()
     assert 0 < error < 0.02
