@@ -166,8 +166,8 @@ FROZEN_BEST = Recipe(
     ema=0.999,
     epochs=16,
 )
-# Blocks 3 and 4 trained on from ImageNet, above a cached block2. 48 px learn faster than 32 by the step (docs/log.md), for
-# 2.3 times the arithmetic. Not yet measured over three seeds either.
+# Blocks 3 and 4 trained on from ImageNet, above a cached block2. 48 px learn faster than 32 by the step (docs/log.md),
+# for 2.3 times the arithmetic. Not yet measured over three seeds either.
 BEST = Recipe(
     name="best",
     freeze_to="block2",

@@ -20,6 +20,8 @@ from attire.stages import DataChoice, Stage
 from attire.teacher import Teacher
 from attire.watching import Silent, Watcher
 
+LOCK, PID = ".lock", ".pid"  # in a run's folder while a process works on it
+
 
 @dataclass(frozen=True)
 class Run:
@@ -134,12 +136,17 @@ def free_folder(run_dir: str | Path | None) -> Path:
     folder = Path(run_dir)
     if folder.exists() and not folder.is_dir():
         raise AttireError(folder, "expected a folder, found a file", do="give --out another name")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and not all(map(is_leftover, folder.iterdir())):
         do = "give --out another name"
         if any((folder / name).exists() for name in ("checkpoints", "series.json")):
             do += f", or go on with: attire train --resume {shlex.quote(str(folder))}"
         raise AttireError(folder, "the folder is not empty", do=do)
     return folder
+
+
+def is_leftover(path: Path) -> bool:
+    """What a process leaves that was killed before it had written the config of a new run."""
+    return path.name in (LOCK, PID) or path.match(f"{files.PART}*.part")
 
 
 def clear(folder: Path) -> None:
@@ -156,10 +163,10 @@ def claimed_folder(folder: Path) -> Iterator[None]:
 
     Ctrl-C becomes `Stopped`, and its subject this folder: of a series stopped in one of its runs, the series.
     """
-    pid = folder / ".pid"
+    pid = folder / PID
     with ExitStack() as held:
         try:
-            held.enter_context(files.lock(folder / ".lock", wait=0.5))
+            held.enter_context(files.lock(folder / LOCK, wait=0.5))
         except TimeoutError as error:
             holder = pid.read_text().strip() if pid.exists() else "unknown"
             raise AttireError(folder, f"another attire (process {holder}) is training into it") from error

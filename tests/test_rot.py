@@ -1,0 +1,132 @@
+"""Bytes that change on the disk: in whatever Attire keeps, each change is noticed before it could do harm."""
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from attire import features, files, training, vgg
+from attire.classifier import Classifier, load_bundle
+from attire.data import ImageDataset
+from attire.errors import AttireError
+from attire.export import export
+from attire.features import FeatureSpec
+from attire.recipes import FAST
+from attire.runtimes import load_export
+
+PAGE = 4096
+
+
+def damages(data: bytes, seed: int = 0) -> Iterator[tuple[str, bytes]]:
+    """200 changed bytes, 50 cuts, 20 pages of zeros, 10 tails; what changes nothing is left out."""
+    rng = np.random.default_rng(seed)
+    for place, change in zip(rng.integers(0, len(data), 200).tolist(), rng.integers(1, 256, 200).tolist(), strict=True):
+        yield f"byte {place} changed", data[:place] + bytes([data[place] ^ change]) + data[place + 1 :]
+    for end in rng.integers(0, len(data), 50).tolist():
+        yield f"cut at {end}", data[:end]
+    for page in rng.integers(0, -(-len(data) // PAGE), 20).tolist():
+        start, end = page * PAGE, min((page + 1) * PAGE, len(data))
+        if any(data[start:end]):
+            yield f"page {page} zeroed", data[:start] + bytes(end - start) + data[end:]
+    for length in rng.integers(1, 2 * PAGE, 10).tolist():
+        yield f"{length} bytes appended", data + rng.bytes(length)
+
+
+def refused(path: Path, read: Callable[[], object]) -> None:
+    """`read` raises an AttireError for each damage of the file, and nothing once it is whole again."""
+    whole = path.read_bytes()
+    for what, data in damages(whole):
+        path.write_bytes(data)
+        try:
+            read()
+        except AttireError as error:
+            assert "\n" not in str(error)
+        else:
+            pytest.fail(f"{path.name}: {what}: not noticed")
+    path.write_bytes(whole)
+    read()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "neighbours.safetensors"])
+def test_a_damaged_bundle_is_refused(name: str, finished: tuple[Path, object], tmp_path: Path) -> None:
+    bundle = shutil.copytree(finished[0] / "model", tmp_path / "model")
+    refused(bundle / name, lambda: load_bundle(bundle, "cpu"))
+
+
+def test_a_damaged_description_of_a_bundle_is_refused_or_says_the_same(
+    finished: tuple[Path, object], tmp_path: Path
+) -> None:
+    """JSON may change in its spaces, and mean what it did."""
+    bundle = shutil.copytree(finished[0] / "model", tmp_path / "model")
+    path = bundle / "model.json"
+    whole, told = path.read_bytes(), files.read_json(path)
+    for what, data in damages(whole):
+        path.write_bytes(data)
+        try:
+            load_bundle(bundle, "cpu")
+        except AttireError:
+            continue
+        assert json.loads(data) == told, what
+
+
+@pytest.mark.parametrize("kind", ["onnx", "safetensors"])
+def test_a_damaged_export_is_refused(kind: str, bundle: Path, synthetic: ImageDataset, tmp_path: Path) -> None:
+    made = export(bundle, kind, out=tmp_path / f"network.{kind}", data=synthetic).path
+    refused(made, lambda: load_export(made))
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
+    head = torch.nn.Sequential(torch.nn.Linear(40, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
+    training.save_checkpoint(head, training.make_optimiser(head, FAST), training.State(epoch=1), tmp_path)
+    (path,) = training.checkpoints(tmp_path)
+    refused(path, lambda: training.read_checkpoint(path))
+
+
+class Counting:
+    """A trunk that counts its pictures."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.trunk, self.pictures = vgg.Trunk(classifier.model, torch.device("cpu"), "fp32"), 0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.pictures += len(x)
+        return self.trunk(x)  # type: ignore[no-any-return]
+
+
+def test_a_damaged_shard_is_made_again_with_one_warning(
+    classifier: Classifier, synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "SHARD_BYTES", 2**16)  # sixteen rows
+    trunk, spec = Counting(classifier), FeatureSpec("block2", 16, 0, "x")
+    made = features.extract(synthetic.images, "digest", spec, lambda: trunk)
+    expected = [np.array(shard) for shard in made.shards]
+    path = features.shard_path(made.folder, 1)
+    whole = path.read_bytes()
+    for what, data in damages(whole):
+        path.write_bytes(data)
+        trunk.pictures = 0
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            again = features.extract(synthetic.images, "digest", spec, lambda: trunk)
+        assert [str(line.message).endswith("set aside as *.damaged and made again") for line in caught] == [True], what
+        assert trunk.pictures == 16, what
+        assert all(map(np.array_equal, again.shards, expected)), what
+
+
+def test_whatever_happens_to_a_manifest_no_wrong_feature_comes_of_it(
+    classifier: Classifier, synthetic: ImageDataset
+) -> None:
+    trunk, spec = Counting(classifier), FeatureSpec("block2", 16, 0, "x")
+    made = features.extract(synthetic.images[:8], "digest", spec, lambda: trunk)
+    expected, path = np.array(made.shards[0]), made.folder / "MANIFEST.json"
+    for what, data in damages(path.read_bytes()):
+        path.write_bytes(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            again = features.extract(synthetic.images[:8], "digest", spec, lambda: trunk)
+        assert np.array_equal(again.shards[0], expected), what
