@@ -138,6 +138,8 @@ def extract(
             ledger |= extract_shards(parts, spec, load_trunk, folder, len(images), report)
         if missing or not (folder / "MANIFEST.json").exists():
             write_manifest(folder, images_digest, spec, ledger)
+        for line in folder.glob("shard-*.json"):  # the manifest holds what the shards' own ledger lines did
+            line.unlink()
     report(len(images), len(images))
     return Features(folder, len(images), spec.width, spec.shard_rows)
 
@@ -248,8 +250,12 @@ def mirrored(view: str) -> str:
 
 
 def verified_shards(folder: Path, rows: int, spec: FeatureSpec) -> dict[int, dict[str, Any]]:
-    """Ledger lines of the shards on disk whose bytes are what their digests say; the rest is set aside."""
-    ledger, damaged = {}, 0
+    """Ledger lines of the shards on disk whose bytes are what their digests say; the rest is set aside.
+
+    A shard that no line speaks of, in an entry without a manifest, was written by a process that was killed before it
+    could write the line: it is only missing.
+    """
+    ledger, damaged, finished = {}, 0, (folder / "MANIFEST.json").exists()
     for i, start in enumerate(range(0, rows, spec.shard_rows)):
         path = shard_path(folder, i)
         if not path.exists():
@@ -258,7 +264,7 @@ def verified_shards(folder: Path, rows: int, spec: FeatureSpec) -> dict[int, dic
         expected = min(spec.shard_rows, rows - start)
         if line and line["rows"] == expected and files.sha256_file(path) == line["sha256"]:
             ledger[i] = line
-        else:
+        elif line or finished:
             path.replace(path.with_suffix(".damaged"))
             damaged += 1
     if damaged:
@@ -284,14 +290,12 @@ def ledger_line(folder: Path, index: int) -> dict[str, Any] | None:
 
 
 def write_manifest(folder: Path, images_digest: str, spec: FeatureSpec, ledger: dict[int, dict[str, Any]]) -> None:
-    """Written last; the shards' own ledger files have then done their work."""
+    """Written last."""
     lines = [ledger[i] for i in sorted(ledger)]
     rows = sum(line["rows"] for line in lines)
     made_by = {"images": images_digest, "rows": rows, "width": spec.width, **asdict(spec)}
     manifest = {"schema": 1, **made_by, "shards": lines}
     files.write_json(folder / "MANIFEST.json", manifest)
-    for i in ledger:
-        shard_path(folder, i).with_suffix(".json").unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
