@@ -30,4 +30,7 @@ def is_bundle(path: Path) -> bool:
     """Whether `find_bundle` finds one there: what `attire predict` takes for a bundle, not for a folder of pictures."""
     if path.name == ABOUT:
         return path.is_file()
-    return is_folder(path) and any((path / part / ABOUT).is_file() for part in ("", "model"))
+    try:
+        return is_folder(path) and any((path / part / ABOUT).is_file() for part in ("", "model"))
+    except OSError:  # a folder that cannot be searched
+        return False

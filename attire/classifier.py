@@ -245,6 +245,8 @@ def read_about(path: Path) -> dict[str, Any]:
     if not is_sealed(about):
         raise AttireError(path, "not one of ours, or changed after it was written", do="use a fresh copy")
     try:
+        if schema != SCHEMA:
+            raise ValueError(f"schema {schema!r}")
         if about["preprocess"]["version"] != vgg.PREPROCESS_VERSION:
             raise AttireError(path, "its preprocessing is of another version than this Attire's", do="train it again")
         check_classes(tuple(about["classes"]))

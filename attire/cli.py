@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+# click itself would call a file that cannot be read a wrong usage, and refuse all of a command's other files with it.
+PATH = click.Path(readable=False, path_type=Path)
+NAME = click.Path(readable=False)
+
 # What a recipe's field is, and why its value is what it is. The figures are docs/results.md's.
 FIELD_HELP = {
     "freeze_to": "VGG16 block up to which everything is frozen and cached: block1..block5.",
@@ -109,10 +113,10 @@ def shown(value: Any) -> str:
 def data_options(command: Command) -> Command:
     for option in (
         click.option("--classes", help="Class names in the order of their labels, separated by commas."),
-        click.option("--test", type=click.Path(), metavar="FILE", help="This file or folder is the test set."),
+        click.option("--test", type=NAME, metavar="FILE", help="This file or folder is the test set."),
         click.option(
             "--data",
-            type=click.Path(),
+            type=NAME,
             metavar="PATH",
             help="CSV, IDX file or folder, folder of class folders; default: the official set.",
         ),
@@ -122,12 +126,8 @@ def data_options(command: Command) -> Command:
 
 
 def source_options(command: Command) -> Command:
-    command = click.option(
-        "--weights-from", type=click.Path(path_type=Path), help="VGG16 weights from this .pth or .safetensors."
-    )(command)
-    return click.option(
-        "--data-from", type=click.Path(path_type=Path), help="The official IDX files from this folder."
-    )(command)
+    command = click.option("--weights-from", type=PATH, help="VGG16 weights from this .pth or .safetensors.")(command)
+    return click.option("--data-from", type=PATH, help="The official IDX files from this folder.")(command)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
@@ -179,13 +179,13 @@ def share_or_count(text: str) -> float | int:
     help=f"{' or '.join(RECIPES)}.  [default: fast]",
     shell_complete=among(*RECIPES),
 )
-@click.option("--config", type=click.Path(path_type=Path), help="A run's config.json: its recipe and data again.")
-@click.option("--resume", "resumed", type=click.Path(), metavar="RUN", help="Go on with a run that was stopped.")
+@click.option("--config", type=PATH, help="A run's config.json: its recipe and data again.")
+@click.option("--resume", "resumed", type=NAME, metavar="RUN", help="Go on with a run that was stopped.")
 @data_options
 @click.option(
     "--test-size", type=share_or_count, help="Share of one file, or rows of it, that test.  [default: 0.2]", metavar="N"
 )
-@click.option("--out", type=click.Path(), metavar="FOLDER", help="The run's folder.  [default: runs/1, runs/2 ...]")
+@click.option("--out", type=NAME, metavar="FOLDER", help="The run's folder.  [default: runs/1, runs/2 ...]")
 @click.option("--seeds", type=click.IntRange(2), help="So many runs that differ in their seed: mean and deviation.")
 @click.option("--folds", type=click.IntRange(2), help="Cross-validation over the training rows; no test set is read.")
 @device_option
@@ -335,7 +335,7 @@ def next_steps(folder: Path) -> str:
 
 
 @cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PATH)
 @data_options
 @click.option(
     "--part", type=click.Choice(["train", "test"]), default="test", show_default=True, help="Of data that has both."
@@ -348,7 +348,7 @@ def next_steps(folder: Path) -> str:
     shell_complete=among(*BACKENDS),
 )
 @click.option("--views", type=int, help="Views averaged, each a forward pass.  [default: the bundle's own number]")
-@click.option("--out", type=click.Path(path_type=Path), help="Write report, tables and pictures into this new folder.")
+@click.option("--out", type=PATH, help="Write report, tables and pictures into this new folder.")
 @device_option
 @json_option
 def evaluate(
@@ -396,14 +396,14 @@ def passes(config: Any) -> str:
 
 
 @cli.command()
-@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN RUN...")
+@click.argument("models", nargs=-1, required=True, type=PATH, metavar="RUN RUN...")
 @click.option("--data", metavar="PATH", help="As for evaluate.  [default: the official test images]")
 @click.option("--classes", help="Class names in the order of their labels, separated by commas.")
 @click.option(
     "--part", type=click.Choice(["train", "test"]), default="test", show_default=True, help="Of data that has both."
 )
 @click.option("--views", type=int, help="Views averaged by each member.  [default: its own number]")
-@click.option("--out", type=click.Path(path_type=Path), help="Write report, tables and ensemble.json into this folder.")
+@click.option("--out", type=PATH, help="Write report, tables and ensemble.json into this folder.")
 @device_option
 @json_option
 def ensemble(
@@ -439,13 +439,13 @@ def ensemble(
 
 
 @cli.command()
-@click.argument("arguments", nargs=-1, type=click.Path(), metavar="FILE...")
-@click.option("--model", type=click.Path(path_type=Path), help="A bundle, a run or an exported file.  [default: ours]")
+@click.argument("arguments", nargs=-1, type=NAME, metavar="FILE...")
+@click.option("--model", type=PATH, help="A bundle, a run or an exported file.  [default: ours]")
 @click.option(
     "--format", "form", type=click.Choice(["table", "jsonl", "csv"]), help="Of the answers.  [default: table]"
 )
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="How many classes to show.")
-@click.option("--show", type=click.Path(path_type=Path), metavar="FOLDER", help="What the model saw, as PNG.")
+@click.option("--show", type=PATH, metavar="FOLDER", help="What the model saw, as PNG.")
 @device_option
 @click.option("--json", "as_json", is_flag=True, help="The same as --format jsonl: an object a line.")
 def predict(
@@ -478,8 +478,8 @@ def predict(
 
 
 @cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), default="release", show_default=True, help="The new bundle.")
+@click.argument("run", type=PATH)
+@click.option("--out", type=PATH, default="release", show_default=True, help="The new bundle.")
 @json_option
 def release(run: Path, out: Path, as_json: bool) -> None:
     """Make a run's bundle fit to ship: 16-bit weights, ONNX Runtime's graph, card and report, measured again.
@@ -502,11 +502,9 @@ def release(run: Path, out: Path, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
-@click.option(
-    "--model", type=click.Path(path_type=Path), metavar="BUNDLE", help="Whose answer.  [default: the one that ships]"
-)
-@click.option("--out", type=click.Path(path_type=Path), default=".", help="Folder for the pictures.  [default: here]")
+@click.argument("paths", nargs=-1, required=True, type=PATH, metavar="FILE...")
+@click.option("--model", type=PATH, metavar="BUNDLE", help="Whose answer.  [default: the one that ships]")
+@click.option("--out", type=PATH, default=".", help="Folder for the pictures.  [default: here]")
 @click.option("--label", metavar="CLASS", help="What speaks for this class.  [default: for the answer]")
 @device_option
 @json_option
@@ -569,7 +567,7 @@ def free_name(stem: str, taken: set[str]) -> str:
 
 
 @cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PATH)
 @click.option(
     "--format",
     "kind",
@@ -585,7 +583,7 @@ def free_name(stem: str, taken: set[str]) -> str:
     help="fp32, bf16 or int8; not every format has each.",
     shell_complete=among("fp32", "bf16", "int8"),
 )
-@click.option("--out", type=click.Path(path_type=Path), help="The file.  [default: the bundle's name and .onnx ...]")
+@click.option("--out", type=PATH, help="The file.  [default: the bundle's name and .onnx ...]")
 @click.option("--max-drop", default=0.3, show_default=True, help="Points of accuracy that bf16 and int8 may lose.")
 @json_option
 def export(bundle: Path, kind: str, precision: str, out: Path | None, max_drop: float, as_json: bool) -> None:
@@ -610,7 +608,7 @@ def export(bundle: Path, kind: str, precision: str, out: Path | None, max_drop: 
 
 
 @cli.command("export-csv")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
 @source_options
 @json_option
 def export_csv(folder: Path, data_from: Path | None, weights_from: Path | None, as_json: bool) -> None:
@@ -668,7 +666,7 @@ def cache(keys: tuple[str, ...], clear: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @json_option
 def report(run: Path, as_json: bool) -> None:
     """Write a finished run's report.html again, from the run's own files.
@@ -686,7 +684,7 @@ def report(run: Path, as_json: bool) -> None:
 @cli.command()
 @click.option(
     "--data",
-    type=click.Path(),
+    type=NAME,
     metavar="PATH",
     help="As for train; only its training rows are used.  [default: the official set]",
 )
@@ -696,7 +694,7 @@ def report(run: Path, as_json: bool) -> None:
 @click.option("--backgrounds", default="black", show_default=True, help="black, white or black,white.")
 @click.option("--rows", type=click.IntRange(1), default=4000, show_default=True, help="Training images that fit.")
 @click.option("--val", type=click.IntRange(1), default=3000, show_default=True, help="Training images that score.")
-@click.option("--out", type=click.Path(path_type=Path), default="sweep", show_default=True, help="Goes on there.")
+@click.option("--out", type=PATH, default="sweep", show_default=True, help="Goes on there.")
 @device_option
 @json_option
 def sweep(sizes: str, boundaries: str, backgrounds: str, classes: str | None, as_json: bool, **options: Any) -> None:
@@ -732,8 +730,8 @@ def sweep(sizes: str, boundaries: str, backgrounds: str, classes: str | None, as
 
 
 @cli.command()
-@click.argument("compared", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN RUN...")
-@click.option("--out", type=click.Path(path_type=Path), help="The page.  [default: compare-A-B.html beside the first]")
+@click.argument("compared", nargs=-1, required=True, type=PATH, metavar="RUN RUN...")
+@click.option("--out", type=PATH, help="The page.  [default: compare-A-B.html beside the first]")
 @json_option
 def compare(compared: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """Compare runs on the same test images: paired test, interval of the difference, where they disagree.
@@ -760,11 +758,11 @@ def compare(compared: tuple[Path, ...], out: Path | None, as_json: bool) -> None
 
 
 @cli.command()
-@click.argument("data", required=False, type=click.Path())
-@click.option("--test", type=click.Path(), metavar="FILE", help="This file or folder is the test set.")
+@click.argument("data", required=False, type=NAME)
+@click.option("--test", type=NAME, metavar="FILE", help="This file or folder is the test set.")
 @click.option("--classes", help="Class names in the order of their labels, separated by commas.")
-@click.option("--run", type=click.Path(path_type=Path), help="Take this run's accuracy apart; tested on the same set.")
-@click.option("--out", type=click.Path(path_type=Path), default="audit", show_default=True, help="A new folder.")
+@click.option("--run", type=PATH, help="Take this run's accuracy apart; tested on the same set.")
+@click.option("--out", type=PATH, default="audit", show_default=True, help="A new folder.")
 @device_option
 @json_option
 def audit(
@@ -803,13 +801,11 @@ def audit(
 
 
 @cli.command()
-@click.argument("models", nargs=-1, type=click.Path(path_type=Path), metavar="BUNDLE EXPORT...")
-@click.option(
-    "--data", type=click.Path(), metavar="PATH", help="Test images, as for evaluate.  [default: the official set]"
-)
+@click.argument("models", nargs=-1, type=PATH, metavar="BUNDLE EXPORT...")
+@click.option("--data", type=NAME, metavar="PATH", help="Test images, as for evaluate.  [default: the official set]")
 @click.option("--images", type=click.IntRange(0), default=0, help="Accuracy on so many of them.  [default: all]")
 @click.option("--threads", type=click.IntRange(0), default=0, help="For PyTorch.  [default: the machine's]")
-@click.option("--out", type=click.Path(path_type=Path), default="bench", show_default=True, help="A new folder.")
+@click.option("--out", type=PATH, default="bench", show_default=True, help="A new folder.")
 @click.option("--machine", is_flag=True, help="Instead: what this machine can do at most.")
 @click.option("--quick", is_flag=True, help="With --machine: tiny, to see that it works; the figures are no limits.")
 @json_option
@@ -868,11 +864,11 @@ def bench_models(
 
 
 @cli.command()
-@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.argument("bundle", required=False, type=PATH)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address of this machine to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--allow-host", "hosts", multiple=True, metavar="NAME", help="Also answer to this Host name.")
-@click.option("--token-file", type=click.Path(path_type=Path), help="Want the token in this file, or in ATTIRE_TOKEN.")
+@click.option("--token-file", type=PATH, help="Want the token in this file, or in ATTIRE_TOKEN.")
 @click.option("--max-queue", type=click.IntRange(1), default=128, show_default=True, help="Pictures that may wait.")
 @click.option("--workers", type=click.IntRange(0), default=0, help="Threads that run the model.  [default: 2 on a CPU]")
 @click.option("--threads", type=click.IntRange(0), default=0, help="PyTorch's in each.  [default: its share of cores]")
@@ -998,7 +994,11 @@ def main() -> NoReturn:
             raise
         status = fail("out of memory; try a smaller --image-size or --batch-size", 1, debug)
     except OSError as error:
-        status = fail(f"{one_line(str(error.filename or 'attire'))}: {error.strerror or error}", 1, debug)
+        from attire import files
+
+        name = str(error.filename or "attire")
+        do = files.room_left(Path(name), error)
+        status = fail(f"{one_line(name)}: {error.strerror or error}{'; ' if do else ''}{do}", 1, debug)
     sys.exit(status)
 
 

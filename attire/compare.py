@@ -119,8 +119,7 @@ def write_comparison(found: Comparison, path: Path) -> Path:
     first, second = found.results[:2]
     galleries = disagreements(first, second)
     tiles = [(title, [tile(first, second, row, images) for row in rows]) for title, rows in galleries]
-    write_json(path.with_suffix(".json"), found.to_json())
-    return write_page(
+    page = write_page(
         path,
         "compare.html",
         c=found,
@@ -129,6 +128,8 @@ def write_comparison(found: Comparison, path: Path) -> Path:
         has_images=images is not None,
         runs=list(zip(found.names, found.results, strict=True)),
     )
+    write_json(path.with_suffix(".json"), found.to_json())
+    return page
 
 
 def test_images(results: Sequence[RunResult]) -> NDArray[np.uint8] | None:

@@ -172,14 +172,21 @@ def read_json(path: Path) -> dict[str, Any]:
 def lock(path: Path, wait: float = -1) -> Iterator[None]:
     """Hold `path` as a lock file between processes; the kernel frees it when the holder dies.
 
-    `wait` in seconds, -1 for ever. Raises TimeoutError when another process still holds it then.
+    `wait` in seconds, -1 for ever. Raises TimeoutError when another process still holds it then, AttireError where its
+    folder cannot be written into.
     """
     make_dir(path.parent)
+    held = filelock.FileLock(path, timeout=wait, poll_interval=0.1)
     try:
-        with filelock.FileLock(path, timeout=wait, poll_interval=0.1):
-            yield
+        held.acquire()
     except filelock.Timeout as error:
         raise TimeoutError(f"{path} is held by another process") from error
+    except OSError as error:
+        raise cannot("write into it", path.parent, error) from error
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def release(array: Any) -> None:
@@ -209,11 +216,15 @@ def umask() -> int:
 
 
 def cannot(verb: str, path: Path, error: OSError) -> AttireError:
-    """The error of the system in one line; where the disk is full, with what is left of it."""
-    do = ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        do = f"make room: {human_size(free_bytes(path.parent))} are free there"
-    return AttireError(path, f"cannot {verb}", error.strerror or str(error), do)
+    """The error of the system in one line."""
+    return AttireError(path, f"cannot {verb}", error.strerror or str(error), room_left(path, error))
+
+
+def room_left(path: Path, error: OSError) -> str:
+    """Where the disk is full, what is left of it; else nothing."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    return f"make room: {human_size(free_bytes(path.parent))} are free there"
 
 
 def free_bytes(folder: Path) -> int:

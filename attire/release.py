@@ -124,7 +124,10 @@ def replaced(folder: Path) -> Iterator[Path]:
     if folder.exists() and not (folder.is_dir() and ((folder / ABOUT).exists() or holds_only(folder, KEPT))):
         raise AttireError(folder, "holds something else than a bundle", do="give --out another name")
     parent = files.make_dir(folder.absolute().parent)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=parent))
+    try:
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=parent))
+    except OSError as error:
+        raise files.cannot("write", folder, error) from error
     old = part.with_suffix(".old")
     try:
         for name in KEPT:

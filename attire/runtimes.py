@@ -86,9 +86,18 @@ def load_export(path: str | Path) -> Exported:
     facts = read(path)
     if not isinstance(facts, dict) or facts.get("format") != kind or not facts.get("classes"):
         raise AttireError(path, "not a file that `attire export` wrote")
-    if facts.get("schema", 0) > SCHEMA:
-        raise AttireError(path, f"made by a newer Attire (schema {facts['schema']})", do="update attire")
-    return Exported(path, kind, facts, run(path, facts))
+    schema = facts.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise AttireError(path, f"made by a newer Attire (schema {schema})", do="update attire")
+    if schema != SCHEMA:
+        raise AttireError(path, "not a file that `attire export` wrote", f"schema {schema!r}"[:80])
+    try:
+        return Exported(path, kind, facts, run(path, facts))
+    except Exception as error:  # the seal fits, and still it is no network: each runtime raises errors of its own
+        if isinstance(error, MemoryError) or getattr(error, "status", 0) == 1:
+            raise
+        found = f"{type(error).__name__} {error}"[:80]
+        raise AttireError(path, "cannot be opened by its runtime", found, "export again") from error
 
 
 def load_graph(bundle: str | Path | None = None) -> Exported:

@@ -164,11 +164,12 @@ def sweep(
     Raises AttireError for bad data or a folder of another sweep, UsageError for a size, boundary or background.
     """
     check(sizes, boundaries, backgrounds)
-    watcher, folder = watcher or Silent(), files.make_dir(Path(out))
+    watcher, where = watcher or Silent(), devices.choose_device(device)
+    data_set, fit = draw(load_splits(data, classes=classes, seed=FAST.split_seed).train, rows, val)
+    folder = files.make_dir(Path(out))
     with claimed_folder(folder):
-        data_set, fit = draw(load_splits(data, classes=classes, seed=FAST.split_seed).train, rows, val)
         watcher.note("Data", f"{data_set.source}, {fit:,} training images to fit, {len(data_set) - fit:,} to score")
-        bench = Bench(data_set, fit, boundaries, devices.choose_device(device), watcher)
+        bench = Bench(data_set, fit, boundaries, where, watcher)
         done = bench.stored(folder / "sweep.json")
         for size, background in ((size, background) for size in sizes for background in backgrounds):
             if not any((cell.image_size, cell.background) == (size, background) for cell in done):

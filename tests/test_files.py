@@ -4,8 +4,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,10 +112,10 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_a_live_one_wr
 def test_a_temporary_file_swept_before_it_was_locked_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, names = files.tempfile.mkstemp, []
+    make, names = tempfile.mkstemp, list[str]()
 
-    def swept(**given: object) -> tuple[int, str]:
-        handle, name = make(**given)  # type: ignore[call-overload]
+    def swept(**given: Any) -> tuple[int, str]:
+        handle, name = make(**given)
         names.append(name)
         if len(names) == 1:
             Path(name).unlink()

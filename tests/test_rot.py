@@ -44,10 +44,9 @@ def refused(path: Path, read: Callable[[], object]) -> None:
         path.write_bytes(data)
         try:
             read()
-        except AttireError as error:
-            assert "\n" not in str(error)
-        else:
-            pytest.fail(f"{path.name}: {what}: not noticed")
+        except AttireError:
+            continue
+        pytest.fail(f"{path.name}: {what}: not noticed")
     path.write_bytes(whole)
     read()
 
