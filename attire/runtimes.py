@@ -5,8 +5,11 @@ No torch is imported here but where a format needs it: a picture is then answere
 
 import hashlib
 import json
+import os
+import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,7 +222,16 @@ def run_openvino(path: Path, facts: dict[str, Any]) -> Run:
     return lambda images: (np.array(network(images)[0], np.float32), None)
 
 
-# torch.export: a zip; the seal covers every record but the metadata itself.
+# torch.export: a zip; the seal covers every record but the metadata itself. A seal tells damage, not malice, and
+# torch.export.load goes on to unpickle anything where a record is not of tensors alone, or to run native code that lies
+# in the file (torch 2.14): so that no other records than these are let in, and pickles may hold tensors only.
+
+TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+RECORDS = re.compile(
+    r"archive_format|archive_version|version|byteorder|\.format_version|\.data/\w+|models/\w+\.json"
+    r"|data/(weights/(weight_\d+|\w+_weights_config\.json)|constants/(tensor_\d+|\w+_constants_config\.json))"
+    r"|data/sample_inputs/\w+\.pt|extra/[\w.]+"
+)
 
 
 def records_digest(path: Path) -> str:
@@ -234,7 +246,8 @@ def records_digest(path: Path) -> str:
 def read_torch_export(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
-            name = next(name for name in archive.namelist() if name.endswith(f"extra/{METADATA}"))
+            names = archive.namelist()
+            name = next(name for name in names if name.endswith(f"extra/{METADATA}"))
             facts: dict[str, Any] = json.loads(archive.read(name))
         seal = facts.pop("seal")
         digest = records_digest(path)
@@ -242,13 +255,28 @@ def read_torch_export(path: Path) -> dict[str, Any]:
         raise AttireError(path, "not a torch.export file that `attire export` wrote, or damaged") from error
     if seal != files.sha256(files.canonical_json(facts)) or facts["records"] != digest:
         raise damaged(path)
+    if foreign := [name for name in names if not RECORDS.fullmatch(name.partition("/")[2])]:
+        raise AttireError(path, "holds more than a network", foreign[0], do="nothing in it was executed")
     return facts
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """torch.load refuses pickles of anything else, whatever its caller asks for."""
+    before = {name: os.environ.pop(name, None) for name in (TENSORS_ONLY, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")}
+    os.environ[TENSORS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[TENSORS_ONLY]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def run_torch_export(path: Path, facts: dict[str, Any]) -> Run:
     import torch
 
-    module = torch.export.load(path).module()
+    with tensors_only():
+        module = torch.export.load(path).module()
 
     def run(images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], None]:
         with torch.inference_mode():

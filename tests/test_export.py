@@ -2,7 +2,9 @@
 
 import functools
 import http.server
+import io
 import json
+import os
 import queue
 import re
 import shutil
@@ -17,15 +19,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from attire import runs, scoring
+from attire import files, runs, scoring
 from attire.classifier import load_bundle
 from attire.data import ImageDataset, load_dataset, write_csv
 from attire.errors import AttireError, UsageError
 from attire.export import export
 from attire.recipes import Recipe
-from attire.runtimes import NO_SEAL, SUFFIXES, Exported, load_export, seal_bytes
+from attire.runtimes import METADATA, NO_SEAL, SUFFIXES, Exported, load_export, records_digest, seal_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporters' own deprecations
 
@@ -351,3 +354,65 @@ class Told(http.server.SimpleHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *given: object) -> None: ...
+
+
+class Payload:
+    """What a pickle can do to who loads it: this one writes a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.write_text, (self.canary, "fired")
+
+
+def pickled(canary: Path) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(Payload(canary), buffer)
+    return buffer.getvalue()
+
+
+def with_records(path: Path, change: Callable[[dict[str, bytes]], None]) -> None:
+    """Records changed, and the seal made anew: it tells damage, it cannot tell malice."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    change(records)
+    facts = json.loads(records.pop(f"extra/{METADATA}"))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(f"x/{name}", data)
+    facts = {**facts, "records": records_digest(path)}
+    del facts["seal"]
+    sealed = {**facts, "seal": files.sha256(files.canonical_json(facts))}
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(f"x/extra/{METADATA}", json.dumps(sealed))
+
+
+def test_no_pickle_in_an_exported_program_is_ever_run(bundle: Path, synthetic: ImageDataset, tmp_path: Path) -> None:
+    made = export(bundle, "torch-export", out=tmp_path / "m.pt2", data=synthetic).path
+    whole, canary = made.read_bytes(), tmp_path / "canary"
+    with_records(made, lambda records: None)
+    load_export(made)  # what is resealed as it was can be opened
+    payload = pickled(canary)
+
+    def weight(records: dict[str, bytes]) -> None:
+        name = "data/weights/model_weights_config.json"
+        config = json.loads(records[name])
+        first = next(iter(config["config"].values()))
+        first["use_pickle"] = True
+        records |= {name: json.dumps(config).encode(), f"data/weights/{first['path_name']}": payload}
+
+    changes: list[tuple[Callable[[dict[str, bytes]], None], str]] = [
+        (lambda records: records.update({"data/sample_inputs/model.pt": payload}), "cannot be opened by its runtime"),
+        (weight, "cannot be opened by its runtime"),
+        (lambda records: records.update({"data/weights/model.pt": payload}), "holds more than a network"),
+        (lambda records: records.update({"data/constants/opaque_obj_0": payload}), "holds more than a network"),
+        (lambda records: records.update({"data/aotinductor/model/x.so": b"\x7fELF"}), "holds more than a network"),
+    ]
+    for change, told in changes:
+        made.write_bytes(whole)
+        with_records(made, change)
+        with pytest.raises(AttireError, match=told):
+            load_export(made)
+        assert not canary.exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
