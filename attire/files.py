@@ -74,6 +74,7 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         part.replace(path)
         sync_dir(path.parent)
     except OSError as error:
+        part.unlink(missing_ok=True)  # first, so that a full disk is told with what is free without it
         raise cannot("write", path, error) from error
     finally:
         part.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from attire.errors import AttireError
 
 HOLDER = """
 import sys, time
+from collections.abc import Iterator
 from pathlib import Path
 from attire.files import lock
 with lock(Path(sys.argv[1])):
@@ -76,6 +78,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
 
 WRITER = """
 import sys, time
+from collections.abc import Iterator
 from pathlib import Path
 from attire.files import atomic
 with atomic(Path(sys.argv[1])) as file:
@@ -292,3 +295,27 @@ def test_equal_values_have_one_canonical_form() -> None:
 )
 def test_sizes_as_people_say_them(count: int, text: str) -> None:
     assert files.human_size(count) == text
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if sys.platform != "linux" or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs Linux, and the right to mount")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_on_a_disk_that_is_really_full_the_old_file_stays_and_nothing_else_does(small_disk: Path) -> None:
+    files.write_bytes(small_disk / "model", b"old" * 100_000)
+    told = rf"{small_disk}/model: cannot write \(No space left on device\); make room: \d+\.\d kB are free there"
+    with pytest.raises(AttireError, match=told):
+        files.write_bytes(small_disk / "model", b"new" * 300_000)
+    assert [path.name for path in small_disk.iterdir()] == ["model"]
+    assert (small_disk / "model").read_bytes() == b"old" * 100_000
+    with pytest.raises(AttireError, match=r"not enough room for the features \(2\.0 MB needed, \d+\.\d kB free\)"):
+        files.check_room(small_disk, 2_000_000, "the features")
+    files.write_bytes(small_disk / "other", b"new" * 100_000)  # what the failed write took is free again

@@ -11,7 +11,7 @@ import attire
 from attire.cli import FIELD_HELP, shown
 from attire.recipes import RECIPES
 
-PLACES = {"estimator.md", "other-data.md", "reliability.md"}  # may be missing; take a name out once its page is there
+PLACES = {"estimator.md", "other-data.md"}  # may be missing; take a name out once its page is there
 NOTEBOOK = "notebook.md"  # made of the one notebook under docs/, where there is one
 NAMES = "<!-- public names -->"
 TABLE = "<!-- recipes -->"
