@@ -419,7 +419,7 @@ def test_debug_shows_the_traceback_before_the_line() -> None:
             "out of memory; try a smaller --image-size or --batch-size",
         ),
         (RuntimeError("CUDA out of memory."), "out of memory; try a smaller --image-size or --batch-size"),
-        (OSError(28, "No space left on device", "a\nb"), r"a\nb: No space left on device"),
+        (OSError(13, "Permission denied", "a\nb"), r"a\nb: Permission denied"),
         (OSError("strange"), "attire: strange"),
     ],
     ids=repr,
@@ -431,6 +431,16 @@ def test_what_the_system_refuses_is_one_line(error: Exception, said: str, monkey
     monkeypatch.setattr(features, "cache_entries", fail)
     done = attire("cache")
     assert (done.status, done.error) == (1, said)
+
+
+def test_a_full_disk_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError(28, "No space left on device", "a")
+
+    monkeypatch.setattr(features, "cache_entries", fail)
+    done = attire("cache")
+    assert done.status == 1
+    assert re.fullmatch(r"a: No space left on device; make room: \d[\d.]* \w+ are free there", done.error)
 
 
 def test_a_fault_of_the_program_itself_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
