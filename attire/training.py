@@ -439,6 +439,7 @@ def restore(
     wanted = {f"classifier.{name}": value for name, value in classifier.state_dict().items()}
     if average is not None:
         wanted |= {f"average.{name}": value for name, value in average.state_dict().items()}
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         kind, _, rest = name.partition(".")
@@ -448,7 +449,7 @@ def restore(
             )
         if kind == "adam":
             index, _, moment = rest.partition(".")
-            moments.setdefault(int(index), {})[moment] = value
+            moments.setdefault(int(index), {})[moment] = laid_out(value, parameters[int(index)])
     if missing := sorted(set(wanted) - set(tensors)):
         raise AttireError(path, f"{missing[0]} is missing", do="resume with the run's own recipe")
     for kind, module in (("classifier.", classifier), ("average.", average)):
@@ -459,6 +460,11 @@ def restore(
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"])
+
+
+def laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+    """A moment with its channels where the parameter has them: fused Adam goes through both as they lie in memory."""
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
 
 
 def write_history(path: Path, history: list[Epoch]) -> None:
