@@ -266,7 +266,8 @@ class Loop:
                 told += self.judge_error(fault, first, before, contents(root))
             follow = self.scenario.again or self.scenario.command
             second = attire(root, follow(root), setting=self.scenario.setting) if first.status else first
-            if second.status:
+            there = "it exists already" in second.err  # an export is finished with its rename, and is not overwritten
+            if second.status and not there:
                 told.append(f"run again it ends with {second.status}: {second.err[-300:]}")
             else:
                 told += differences(self.wanted, contents(root))
