@@ -127,21 +127,22 @@ def matrix_trials(sides: tuple[int, ...], device: torch.device) -> Iterator[Tria
                 continue
             a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
             yield name, "GFLOP/s", f"torch.mm, {n:,} square", product(torch.mm, n, a, b, out=torch.empty_like(a))
-            if device.type == "cpu":
-                try:
-                    work = product(onednn_linear(a, b), n)
-                    work()
-                except (RuntimeError, AttributeError, NotImplementedError):
-                    continue  # a build without oneDNN
+            if device.type == "cpu" and (work := usable(onednn_linear, a, b)):
                 yield name, "GFLOP/s", f"oneDNN's linear layer, {n:,} square", work
         x, y = (torch.randint(-128, 128, (n, n), dtype=torch.int8, device=device) for _ in range(2))
         for how, kernel in (("torch._int_mm", plain_int8), ("oneDNN's linear layer", onednn_int8)):
-            try:
-                work = product(kernel(x, y), n)
-                work()
-            except (RuntimeError, AttributeError, NotImplementedError):
-                continue  # this build or device has no such kernel
-            yield "int8", "GFLOP/s", f"{how}, {n:,} square", work
+            if work := usable(kernel, x, y):
+                yield "int8", "GFLOP/s", f"{how}, {n:,} square", work
+
+
+def usable(kernel: Callable[[Tensor, Tensor], Callable[[], Tensor]], x: Tensor, y: Tensor) -> Work | None:
+    """The product of x and y by this kernel, once tried; None where this build or device has no such kernel."""
+    try:
+        work = product(kernel(x, y), len(x))
+        work()
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return None
+    return work
 
 
 def product(multiply: Callable[..., Tensor], n: int, *given: Tensor, **more: Tensor) -> Work:

@@ -36,7 +36,7 @@ class Recipe:
     flips: bool = True  # also cache mirrored pictures and train on either, drawn anew each epoch
     shifts: int = 0  # also cache this many shifted pictures of each, 1 or 2 of 28 px
     # So many views of a picture are averaged for an answer: plain, mirrored, then shifted. Two: 0.2 to 0.4 points on
-    # validation rows in each of five trials (docs/log.md), for twice the time of a prediction.
+    # validation rows in each of six trials (docs/log.md), for twice the time of a prediction.
     test_views: int = 2
     standardise: bool = True  # scale each feature to mean 0, deviation 1 (of the training rows)
     train_blocks: int = 0  # VGG16 blocks above the boundary that are trained on from ImageNet

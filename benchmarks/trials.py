@@ -17,10 +17,9 @@ from pathlib import Path
 
 import measuring
 
-from attire import devices, files, recipes, training
+from attire import devices, features, files, recipes, training
 from attire.intervals import wilson
 from attire.recipes import Recipe
-from attire.sources import CachedSource
 from attire.stages import DataChoice, Stage
 from attire.watching import Silent
 
@@ -52,7 +51,7 @@ def trial(recipe: Recipe, rows: int | None) -> None:
     labels, told = stage.splits.data.labels[stage.val], []
     shown = [("one view", [0])]
     for count in sorted({recipe.test_views, 2 if recipe.flips else 1} - {1}):
-        names = replace(stage.architecture, test_views=count).views
+        names = features.answer_views(count)
         if set(names) <= set(source.names):
             shown.append((f"{count} views", [source.names.index(name) for name in names]))
     for what, views in shown:
@@ -60,12 +59,6 @@ def trial(recipe: Recipe, rows: int | None) -> None:
         right = int((logits.argmax(1) == labels).sum())
         told.append(f"{what} {100 * right / len(labels):.2f} % ({wilson(right, len(labels)).span()})")
     print(f"  {', '.join(told)}; {took:.0f} s, {cpu:.0f} s of processor time", flush=True)
-    release(source)
-
-
-def release(source: CachedSource) -> None:
-    for view in source.views:
-        view.release()
 
 
 def main() -> None:

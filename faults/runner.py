@@ -208,7 +208,7 @@ def copied(source: Path, at: Path) -> Iterator[Path]:
 
 
 def contents(root: Path) -> dict[str, str]:
-    """Digest of every file below `root` by its name; of a process's own number only that it is gone."""
+    """Digest of every file below `root` by its name; what is only linked to is not looked at."""
     from attire.files import sha256_file
 
     found = {}

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from runner import Scenario, attire
 
 from attire import cli, devices, export, features, fetch, files, runs, stages, training  # imported before any fork
@@ -31,8 +30,9 @@ def official(root: Path) -> Path:
     cache.mkdir()
     (cache / "data").symlink_to(data.parent)
     (cache / "weights").symlink_to(weights.parent)
-    here = f"{devices.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    files.write_json(cache / "convolutions.json", {here: {"direct": 1.0, "winograd": 2.0, "bf16": 2.0}})
+    path = cache / "convolutions.json"
+    _, here = devices.read_measurements(path)
+    files.write_json(path, {here: {"direct": 1.0, "winograd": 2.0, "bf16": 2.0}})
     return cache
 
 
