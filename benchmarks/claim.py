@@ -63,8 +63,8 @@ class Bench:
     """The official data with the recipe's cached features; validation rows are cut off as in every run."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
         self.stage = Stage(recipe, DataChoice(), devices.choose_device("cpu"), Silent())
+        self.recipe = replace(recipe, precision=self.stage.train_precision)
         devices.keep_freed_memory()
         trained, tested = self.stage.cached()
         assert isinstance(trained, CachedSource)
@@ -203,11 +203,12 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", help="seed-N, split-N, leak-N, break, wrong, noise")
     parser.add_argument("--recipe", default="fast")
     parser.add_argument("--epochs", type=int, help="fewer than the recipe's")
+    parser.add_argument("--backend", default="torch", help="of the frozen trunk: that whose features are cached")
     parser.add_argument("--run", type=Path, action="append", default=[], help="for wrong: a run's folder")
     parser.add_argument("--audit", type=Path, help="for noise: the folder that `attire audit` wrote")
     given = parser.parse_args()
     recipe = named(given.recipe)
-    recipe = replace(recipe, epochs=given.epochs or recipe.epochs)
+    recipe = replace(recipe, epochs=given.epochs or recipe.epochs, backend=given.backend)
     bench: Bench | None = None
     for part in given.parts:
         kind, _, number = part.partition("-")
@@ -217,7 +218,11 @@ def main() -> None:
         bench, began = bench or Bench(recipe), time.perf_counter()
         known = {"seed": epochs, "split": split, "leak": leak}
         found = stray_break(bench) if kind == "break" else known[kind](bench, int(number))
-        told = {"epochs_trained": recipe.epochs, "seconds": round(time.perf_counter() - began, 1)}
+        told = {
+            "epochs_trained": recipe.epochs,
+            "backend": recipe.backend,
+            "seconds": round(time.perf_counter() - began, 1),
+        }
         about = {"command": measuring.command(), "environment": measuring.environment(), **told}
         keep(given.recipe, part, {**found, **about})
 

@@ -24,6 +24,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 CLAIMED, PERMITTED = 0.98, 200  # of 10,000
 BATCHES = (32, 256)  # of the classic protocol, and of recipe `fast`
 PARTS = ("seed-0", "seed-1", "seed-2", "split-42", "split-43", "leak-10", "leak-1000", "break", "wrong", "noise")
+ELSEWHERE = ("wrong", "noise")  # told once, whatever the recipe
 SHOWN = 60  # images on the sheet
 Found = Mapping[str, Any]
 
@@ -101,29 +102,38 @@ def moves(found: Found) -> Iterator[str]:
     yield f"| one-vs-rest mean accuracy | {rest:.2f} % | {rest - base:+.2f} |"
 
 
-def mistakes(found: Found) -> dict[str, dict[int, int]]:
+def recipes(results: Found) -> dict[str, Found]:
+    """Each recipe's parts, that of the claim first."""
+    return dict(sorted(results["recipes"].items(), key=lambda item: item[0] != "classic"))
+
+
+def mistakes(results: Found) -> dict[str, dict[int, int]]:
     """Test row to answer, for each classifier whose mistakes are known."""
-    known = {f"seed {name.partition('-')[2]} of this page": value["wrong"] for name, value in parts(found, "seed")}
-    known |= {f"a run of {name}": rows for name, rows in found.get("wrong", {}).items()}
+    known: dict[str, Found] = {}
+    for recipe, found in recipes(results).items():
+        own = {
+            f"`{recipe}`, seed {name.partition('-')[2]} of this page": x["wrong"] for name, x in parts(found, "seed")
+        }
+        known |= {f"a run of {name}": rows for name, rows in found.get("wrong", {}).items()}
     return {name: {int(row): answer for row, answer in rows.items()} for name, rows in known.items()}
 
 
-def always_wrong(found: Found) -> list[int]:
-    return sorted(set.intersection(*(set(rows) for rows in mistakes(found).values())))
+def always_wrong(results: Found) -> list[int]:
+    return sorted(set.intersection(*(set(rows) for rows in mistakes(results).values())))
 
 
-def left(found: Found, always: Sequence[int]) -> Iterator[str]:
+def left(results: Found, always: Sequence[int]) -> Iterator[str]:
     """What is left of the mistakes, and what the labels allow: paragraphs."""
-    own = mistakes(found)
+    own = mistakes(results)
     counts = ", ".join(f"{len(rows):,} ({name})" for name, rows in own.items())
     once = set.union(*(set(rows) for rows in own.values()))
     yield (
         f"Of the 10,000 images {len(own)} classifiers get wrong: {counts}. **{len(always):,} images are wrong in all of"
-        f" them**, {len(once):,} in at least one. They share a trunk and a recipe, so that they err alike;"
-        " classifiers of"
-        " other kinds would leave fewer. 98 % permits 200 mistakes."
+        f" them**, {len(once):,} in at least one. They share a trunk, so that they err alike; classifiers of other"
+        " kinds would leave fewer. 98 % permits 200 mistakes."
     )
-    if noise := found.get("noise"):
+    noise = next((found["noise"] for found in results["recipes"].values() if "noise" in found), None)
+    if noise:
         suspects = set(noise["suspects"])
         ceiling = 100 * (1 - len(suspects) / noise["n"])
         yield (
@@ -138,35 +148,51 @@ def left(found: Found, always: Sequence[int]) -> Iterator[str]:
         )
 
 
+def about(recipe: str, found: Found) -> str:
+    """`Recipe ..., 10 epochs, on ...`: how the figures of one recipe came about."""
+    first = parts(found, "seed")[0][1]
+    machine, trained, full = first["environment"], first["epochs_trained"], named(recipe).epochs
+    shorter = "" if full == trained else f" instead of the recipe's {full}"
+    trunk = f", trunk by {first['backend']}" if first.get("backend", "torch") != "torch" else ""
+    torch = f"{machine['cores']} cores, torch {machine['torch']}"
+    return f"Recipe `{recipe}`, {trained} epochs{shorter}, cached features{trunk}: {machine['processor']}, {torch}."
+
+
 def text(results: Found) -> str:
-    """The document, of the first recipe in the file."""
-    recipe, found = next(iter(results["recipes"].items()))
+    every = recipes(results)
+    always = always_wrong(results)
+    (recipe, found), *_ = every.items()
     (name, first), *_ = parts(found, "seed")
-    about, always, seed = first["environment"], always_wrong(found), name.partition("-")[2]
-    machine = f"{about['processor']}, {about['cores']} cores, torch {about['torch']}, other work beside"
-    full, errors = named(recipe).epochs, len(first["wrong"])
-    shorter = "" if full == first["epochs_trained"] else f" instead of the recipe's {full}"
+    seed, errors = name.partition("-")[2], len(first["wrong"])
+    tables, moved = [], []
+    for each, own in every.items():
+        (number, line), *_ = parts(own, "seed")
+        tables += [f"### `{each}`, seed {number.partition('-')[2]}", "\n".join(epoch_table(line))]
+        moved += [
+            f"### `{each}`",
+            "\n".join(["| what | reads | moves it by (points) |", "|---|---:|---|", *moves(own)]),
+        ]
     blocks = [
         "# 98 %, taken apart",
-        f"Recipe `{recipe}`, {first['epochs_trained']} epochs{shorter}; cached features; {machine}. Made by"
-        " `benchmarks/claim.py` and `benchmarks/claim_page.py`; all figures, with the command of each, are in"
-        " [claim.json](claim.json). The test set is the subject here and chooses nothing.",
+        " ".join(about(each, own) for each, own in every.items())
+        + " Other work beside; made by `benchmarks/claim.py` and `benchmarks/claim_page.py`; all figures, with the"
+        " command of each, are in [claim.json](claim.json). The test set is the subject here and chooses nothing.",
         "## Epoch by epoch",
-        f'Seed {seed}, accuracy in %. One-vs-rest is the mean accuracy of the ten questions "this class or not": each'
-        " mistake counts twice in ten, and 90 % reads 98 %.",
-        "\n".join(epoch_table(first)),
-        "![Accuracy by epoch against the claim](pictures/claim.png)",
+        'Accuracy in %. One-vs-rest is the mean accuracy of the ten questions "this class or not": each mistake counts'
+        " twice in ten, and 90 % reads 98 %.",
+        *tables,
+        f"![Accuracy of {recipe} by epoch against the claim](pictures/claim.png)",
         "## What moves the figure",
-        "\n".join(["| what | reads | moves it by (points) |", "|---|---:|---|", *moves(found)]),
+        *moved,
         "Intervals: Wilson 95 %. One fit each. Differences are within the same classifier, that of the leaks against"
         " the test images that were not leaked. Between two sets of images such a difference has a standard error of"
         " about 0.3 points. The first data release had ten test images among the training images.",
         "## What is left",
-        *left(found, always),
+        *left(results, always),
         "![Test images that all of them get wrong: label, then answer](pictures/claim-wrong.png)",
-        f"The first {min(SHOWN, len(always))} of them: what the label says, then what seed {seed} answers.",
+        f"The first {min(SHOWN, len(always))} of them: what the label says, then what seed {seed} of `{recipe}` says.",
         "## What 98 % would take",
-        f"{errors - PERMITTED:,} of the {errors:,} mistakes of one such classifier would have to go. The best"
+        f"{errors - PERMITTED:,} of the {errors:,} mistakes of that classifier would have to go. The best"
         " repeated public"
         " result on this test set is 96.41 % +- 0.01 (Shake-Shake with cutout and SAM, Foret et al. 2021), a network"
         " trained whole on these images; nothing published supports 98 %.",
@@ -179,11 +205,11 @@ def text(results: Found) -> str:
 def missing(results: Found) -> Iterator[str]:
     if "classic" not in results["recipes"]:
         yield "- `classic` itself (`python benchmarks/claim.py --recipe classic ...`), where its features are cached."
-    found = next(iter(results["recipes"].values()))
-    absent = [part for part in PARTS if part not in found]
-    if absent:
-        yield f"- Not run yet: {', '.join(f'`{part}`' for part in absent)} of `benchmarks/claim.py`."
-    yield "- More than one fit for each line of the table."
+    for recipe, found in recipes(results).items():
+        absent = [part for part in PARTS if part not in found and part not in ELSEWHERE]
+        if absent:
+            yield f"- Of `{recipe}`: {', '.join(f'`{part}`' for part in absent)} of `benchmarks/claim.py`."
+    yield "- More than one fit for most lines of the tables."
     yield "- Classifiers of other kinds, for the images that all of them get wrong."
     yield "- How many suspect labels are wrong: somebody would have to look."
 
@@ -229,9 +255,9 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=DOCS, help="the folder that holds claim.json")
     docs = parser.parse_args().docs
     results, data = files.read_json(docs / "claim.json"), load_dataset(part="test")
-    found = next(iter(results["recipes"].values()))
+    found = next(iter(recipes(results).values()))
     first = parts(found, "seed")[0][1]
-    always = always_wrong(found)[:SHOWN]
+    always = always_wrong(results)[:SHOWN]
     answers = {int(row): answer for row, answer in first["wrong"].items()}
     files.write_bytes(docs / "pictures" / "claim.png", figures.png(picture(first)))
     files.write_bytes(docs / "pictures" / "claim-wrong.png", figures.png(sheet(always, answers, data)))

@@ -71,20 +71,23 @@ def classic_rows(race: Race) -> tuple[Any, Any, NDArray[np.int64]] | None:
     from attire.weights import read_weights, tensor_digest
 
     digest = tensor_digest(read_weights(fetch.vgg16_weights()))
-    spec = FeatureSpec(CLASSIC.freeze_to, CLASSIC.image_size, CLASSIC.pool, digest, "fp32")
+    exact = FeatureSpec(CLASSIC.freeze_to, CLASSIC.image_size, CLASSIC.pool, digest, "fp32")
+    specs = exact, replace(exact, precision="int8", backend="openvino-int8"), replace(exact, precision="bf16")
+    found = []
     if race.quick:
-        found = [made_up(race.scratch / str(i), len(part), spec) for i, part in enumerate((race.train, race.test))]
-    else:
-        found = []
-        for part in (race.train, race.test):
-            folder = race.classic_cache / "features" / spec.key(part.image_digest)
-            if (folder / "MANIFEST.json").exists() and not features.verified_shards(folder, len(part), spec):
-                continue
-            if (folder / "MANIFEST.json").exists():
+        found = [made_up(race.scratch / str(i), len(part), exact) for i, part in enumerate((race.train, race.test))]
+    for spec in () if found else specs:
+        folders = [race.classic_cache / "features" / spec.key(part.image_digest) for part in (race.train, race.test)]
+        if all((folder / "MANIFEST.json").exists() for folder in folders):
+            for folder, part in zip(folders, (race.train, race.test), strict=True):
+                if len(features.verified_shards(folder, len(part), spec)) < -(-len(part) // spec.shard_rows):
+                    raise SystemExit(f"error: {folder}: a shard is damaged")
                 found.append(Features(folder, len(part), spec.width, spec.shard_rows))
-    if len(found) < 2:
-        text = "no cached features of `classic`; make them with: attire train --recipe classic --precision fp32 --data "
-        tell("note", text=f"{text}fashion-mnist_train.csv, then attire evaluate of that bundle")
+            tell("note", text=f"features of `classic` by {spec.backend} in {spec.precision}")
+            break
+    if not found:
+        text = "no cached features of `classic`; make them with: attire train --recipe classic --data "
+        tell("note", text=f"{text}fashion-mnist_train.csv, then attire evaluate of that bundle, --backend as there")
         return None
     rest, _ = split_indices(race.train.labels, 0.2, CLASSIC.split_seed, CLASSIC.stratify)
     return found[0], found[1], rest

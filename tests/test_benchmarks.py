@@ -152,7 +152,7 @@ def test_a_lucky_first_batch_is_counted_among_all_of_its_size(claim_page: Any) -
 
 
 def test_what_all_get_wrong_and_what_labels_allow_stand_in_the_document(claim_page: Any) -> None:
-    assert claim_page.always_wrong(CLAIM) == [2]
+    assert claim_page.always_wrong({"recipes": {"fast": CLAIM}}) == [2]
     text = claim_page.text({"recipes": {"fast": CLAIM}})
     told = " ".join(text.split())
     assert "**1 images are wrong in all of them**, 6 in at least one" in told
@@ -162,6 +162,17 @@ def test_what_all_get_wrong_and_what_labels_allow_stand_in_the_document(claim_pa
     assert "3 epochs instead of the recipe's 15" in told
     assert "`classic` itself" in told
     assert max(len(line) for line in text.splitlines() if line[:1] not in "|-") <= 120
+
+
+def test_the_recipe_of_the_claim_stands_first_and_mistakes_are_shared_over_recipes(claim_page: Any) -> None:
+    classic = {"seed-0": {**seed([2, 3, 7], 920, 930), "backend": "openvino-int8"}}
+    results = {"recipes": {"fast": CLAIM, "classic": classic}}
+    text = " ".join(claim_page.text(results).split())
+    assert text.index("### `classic`, seed 0") < text.index("### `fast`, seed 0")
+    assert "Recipe `classic`, 2 epochs instead of the recipe's 10, cached features, trunk by openvino-int8" in text
+    assert "4 classifiers get wrong: 3 (`classic`, seed 0 of this page)" in text
+    assert "**1 images are wrong in all of them**, 7 in at least one" in text
+    assert "- Of `classic`: `seed-1`" in text
 
 
 def test_rows_of_a_leaky_set_come_from_both_sources_in_their_order(
