@@ -111,9 +111,8 @@ def mistakes(results: Found) -> dict[str, dict[int, int]]:
     """Test row to answer, for each classifier whose mistakes are known."""
     known: dict[str, Found] = {}
     for recipe, found in recipes(results).items():
-        own = {
-            f"`{recipe}`, seed {name.partition('-')[2]} of this page": x["wrong"] for name, x in parts(found, "seed")
-        }
+        for name, value in parts(found, "seed"):
+            known[f"`{recipe}`, seed {name.partition('-')[2]} of this page"] = value["wrong"]
         known |= {f"a run of {name}": rows for name, rows in found.get("wrong", {}).items()}
     return {name: {int(row): answer for row, answer in rows.items()} for name, rows in known.items()}
 
