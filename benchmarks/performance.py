@@ -144,7 +144,9 @@ def about(result: Mapping[str, Any]) -> str:
     return f"{command}{machine}, {env['threads']} threads, load {env['load']:.1f} at the end."
 
 
-def race_part(lines: Lines, picture: str, stages: Mapping[str, Any] | None) -> Iterator[str]:
+def race_part(
+    lines: Lines, picture: str, stages: Mapping[str, Any] | None, whole: Mapping[str, Any] | None = None
+) -> Iterator[str]:
     found = list(curves(lines))
     yield "## Seconds to an accuracy\n"
     if not found:
@@ -172,6 +174,7 @@ def race_part(lines: Lines, picture: str, stages: Mapping[str, Any] | None) -> I
         yield from (f"| {x['what']} | {told(x['rate'])} | {told(x['ratio'])} |" for x in rates)
         yield ""
         yield from classic_part(lines, rates, stages)
+        yield from whole_part(rates, whole)
     missing = [NAMES[name] for name in NAMES if name not in {curve.name for curve in found}]
     if missing:
         yield f"Not measured: {', '.join(missing)}.\n"
@@ -209,6 +212,27 @@ def classic_part(lines: Lines, rates: list[dict[str, Any]], stages: Mapping[str,
             whole = images / epochs / x["rate"]["median"] + trained
             parts = f"{duration(whole - trained)} and {duration(trained)} for the classifier ({how})"
             yield f"- {x['what']}: {duration(whole)}, {parts}: {script / whole:.1f} times as fast."
+    yield ""
+
+
+def whole_part(rates: list[dict[str, Any]], result: Mapping[str, Any] | None) -> Iterator[str]:
+    """Recipe `classic` run to its end; the plain script's day is its training images over its rate."""
+    if result is None:
+        return
+    plain = next(x["rate"] for x in rates if x["what"] == RATES["plain-script"])
+    yield "Run to its end, nothing cached before (`attire train --recipe classic`, `python benchmarks/classic.py`):\n"
+    for run in result["runs"]:
+        spent, rows, accuracy = run["seconds"], run["rows"], run["accuracy"]
+        images = run["epochs"] * rows["train"]
+        ratio = [images / plain[key] / spent["total"] for key in ("median", "high", "low")]
+        held = 100 * accuracy["value"], 100 * accuracy["low"], 100 * accuracy["high"]
+        yield (
+            f"- {run['backend']}: {duration(spent['total'])}, of them {duration(spent['extract'])} for the features of "
+            f"{rows['train'] + rows['val'] + rows['test']:,} images and {duration(spent['fit'])} for {run['epochs']} "
+            f"epochs; {held[0]:.2f} % ({held[1]:.1f}-{held[2]:.1f}) of {accuracy['n']:,} held-out images. The plain "
+            f"script's epochs alone, at its measured rate: {duration(images / plain['median'])}, "
+            f"**{ratio[0]:.1f} times as long** ({ratio[1]:.1f}-{ratio[2]:.1f})."
+        )
     yield ""
 
 
@@ -254,7 +278,7 @@ def main() -> None:
     lines = read_lines(given.results / "peers")
     results = [
         files.read_json(path) if path.exists() else None
-        for path in (given.results / name for name in ("stages.json", "growth.json"))
+        for path in (given.results / name for name in ("stages.json", "growth.json", "classic.json"))
     ]
     picture = given.out.parent / "pictures" / "performance.png"
     found = list(curves(lines))
@@ -263,7 +287,7 @@ def main() -> None:
     text = [
         "# Performance\n",
         "Made by `make bench-all` (`benchmarks/performance.py` from the files in `benchmarks/results`); not edited.\n",
-        *race_part(lines, "pictures/performance.png", results[0]),
+        *race_part(lines, "pictures/performance.png", results[0], results[2]),
         *stages_part(results[0]),
         *growth_part(results[1]),
     ]

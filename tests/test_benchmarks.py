@@ -53,6 +53,14 @@ LINES: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
+WHOLE = {
+    "backend": "openvino-int8",
+    "rows": {"train": 480, "val": 0, "test": 120},
+    "epochs": 2,
+    "seconds": {"extract": 30.0, "fit": 15.0, "total": 50.0},
+    "accuracy": {"value": 0.93, "low": 0.9, "high": 0.95, "n": 120},
+}
+
 
 def test_flop_of_vgg16_are_those_of_its_thirteen_convolutions(measuring: Any) -> None:
     assert measuring.flop_per_image("block5", 224) == pytest.approx(30.69e9, rel=1e-3)
@@ -90,8 +98,11 @@ def test_the_document_marks_what_is_extrapolated_and_names_what_is_missing(
     for name, lines in LINES.items():
         (tmp_path / "peers" / f"{name}.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     monkeypatch.setattr(sys, "argv", ["x", "--results", str(tmp_path), "--out", str(tmp_path / "performance.md")])
+    (tmp_path / "classic.json").write_text(json.dumps({"runs": [WHOLE]}))
     performance.main()
     text = (tmp_path / "performance.md").read_text()
+    assert "- openvino-int8: 50 s, of them 30 s for the features of 600 images and 15 s for 2 epochs; 93.00 %" in text
+    assert "The plain script's epochs alone, at its measured rate: 4.0 min, **4.8 times as long** (4.8-4.8)." in text
     assert "| Attire, `fast` | 20 s | 20 s | 20 s | 20 s | 20 s | 94.50 %" in text
     assert "| plain script, 224 px | *~ 2.0 min* | *~ 4.0 min* | - |" in text
     assert (
