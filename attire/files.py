@@ -63,21 +63,18 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     sweep(path.parent)
     try:
         handle, part = temporary(path)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            part.chmod(0o666 & ~umask())
+            part.replace(path)
+            sync_dir(path.parent)
+        finally:
+            part.unlink(missing_ok=True)  # before a full disk is told with what is free without it
     except OSError as error:
         raise cannot("write", path, error) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.chmod(0o666 & ~umask())
-        part.replace(path)
-        sync_dir(path.parent)
-    except OSError as error:
-        part.unlink(missing_ok=True)  # first, so that a full disk is told with what is free without it
-        raise cannot("write", path, error) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def temporary(path: Path) -> tuple[int, Path]:

@@ -211,6 +211,7 @@ def carry_out(
     """The stages, in order. Each leaves on disk what the next start of the same run will not do again."""
     began = time.perf_counter()
     stage = Stage(recipe, source, devices.choose_device(device), watcher)
+    stage.check(folder)
     devices.keep_freed_memory()  # from here on: what reading a CSV took goes back to the system
     if (folder / "data.json").exists():
         stage.taught = files.read_json(folder / "data.json").get("teacher")
