@@ -14,7 +14,7 @@ help:
 	@echo "make dist    source distribution and wheel: dist/"
 	@echo "make bench-all  docs/performance.md measured anew, on a quiet machine: two hours; BUNDLE=runs/1/model"
 	@echo "make release-model  attire/shipped made again: trained, proved in 16 bits; RECIPE=fast"
-	@echo "make faults  every input/output call of every command killed and failed in turn; FAULTS=train for one of them"
+	@echo "make faults  every input/output call of every command killed and failed in turn, hours, goes on where it stopped; FAULTS=train for one"
 	@echo "make cover   all tests with the share of lines they run"
 
 train: $(READY)
@@ -31,7 +31,7 @@ cover: $(READY)
 	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 faults: $(READY)
-	@$(BIN)/python faults/runner.py $(FAULTS) $(ARGS)
+	@$(BIN)/python faults/runner.py --journal faults.jsonl $(FAULTS) $(ARGS)
 
 docs: $(READY)
 	@$(BIN)/python -m mkdocs build --quiet --strict
