@@ -765,6 +765,10 @@ def compare(compared: tuple[Path, ...], out: Path | None, as_json: bool) -> None
     from attire.report import comparison_table
     from attire.terminal import print_result
 
+    if out and out.suffix == ".json":
+        raise UsageError(
+            "--out", f"names the page, found {out.name!r}", do="end it in .html; the same in JSON lies beside it"
+        )
     found = paired(compared)
     page = out or compared[0].parent / f"compare-{'-'.join(path.name for path in compared)}.html"
     write_comparison(found, page)

@@ -168,7 +168,7 @@ def tree(folder: Path) -> list[Path]:
     [
         ("file", "file: expected a folder, found a file; give --out another name"),
         ("full", "full: the folder is not empty; give --out another name"),
-        ("file/below", "file/below: cannot make the folder (Not a directory)"),
+        ("file/below", "file: cannot write into it (Not a directory)"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "evaluate"])
