@@ -3,8 +3,8 @@
     python faults/together.py                  each of the three once, as tests/test_together.py does
     python faults/together.py --times 20       figures for docs/reliability.md
 
-cache     eight `attire train` on one cache that holds nothing, not even weights: how many of them extracted, and whether
-          their bundles are equal
+cache     eight `attire train` on one cache that holds nothing, not even weights: how many extracted, and whether all
+          bundles are equal
 takeover  a process holds the lock of a cache entry and is killed while another waits: seconds until that one computes
 refusal   `attire train` into a folder that another one trains into: seconds until it is refused, imports done before
 """
