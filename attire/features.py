@@ -4,6 +4,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -327,11 +328,13 @@ def cache_entries() -> list[CacheEntry]:
     entries = []
     for folder in sorted(path for path in cache_folder().glob("*") if path.is_dir()):
         size = sum(path.stat().st_size for path in folder.iterdir())
-        try:
+        entry = CacheEntry(folder.name, size, 0, False, {})
+        with suppress(AttireError, KeyError, TypeError, ValueError):  # of a damaged manifest no more is told
             manifest = files.read_json(folder / "MANIFEST.json")
-        except AttireError:
-            manifest = {}
-        entries.append(CacheEntry(folder.name, size, int(manifest.get("rows", 0)), bool(manifest), manifest))
+            told = replace(entry, rows=manifest["rows"], finished=True, made_by=manifest)
+            told.describe()
+            entry = told
+        entries.append(entry)
     return entries
 
 
