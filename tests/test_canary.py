@@ -140,6 +140,9 @@ CASES = {
     "measurements": ("cache", "train --data small.csv", into("convolutions.json")),
 }  # fmt: skip
 
+# What a run can do without, or makes again.
+HARMLESS = ("checkpoints, sealed", "teacher's answers, sealed", "measurements")
+
 
 @pytest.fixture
 def workplace(
@@ -175,8 +178,7 @@ def test_a_pickle_in_place_of_a_file_never_runs(name: str, workplace: Path, tmp_
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             put(workplace / place, form(canary))
-            done = attire(*command.split(), *more)
-        with Path("/tmp/said.txt").open("a") as f: f.write(f"{name} {form.__name__} {done.status} {done.err.strip()[-150:]}\n")
+            assert attire(*command.split(), *more).status == (0 if name in HARMLESS else 1), form.__name__
         assert not canary.exists(), form.__name__
 
 
