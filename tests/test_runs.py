@@ -19,7 +19,7 @@ from attire import features, load, recipes, runs
 from attire.data import FASHION_CLASSES, load_dataset, write_csv
 from attire.errors import AttireError, Stopped
 from attire.results import load_result
-from attire.training import read_checkpoint
+from attire.training import STOPS, read_checkpoint
 
 TINY = replace(recipes.FAST, epochs=2, batch_size=32, hidden=(16,), flips=False)
 
@@ -238,7 +238,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", STOPS)
 def test_a_signal_ends_training_with_a_checkpoint_and_the_line_that_goes_on(
     finished: tuple[Path, Done], weights: Path, number: int, here: Path
 ) -> None:
