@@ -83,9 +83,10 @@ def fit(
     """Train `classifier` on the rows `train` of `source`, measuring it on the rows `val` after each epoch.
 
     Continues from the newest sound checkpoint in `folder`, bit for bit as if it had not been stopped (same machine,
-    same thread count). Ctrl-C, SIGTERM and SIGHUP end it with a checkpoint and `Stopped`. Only the classifier's parameters
-    are given to Adam; `labels` is (N,) over all rows of the source. soft: what a teacher answers, (V, N, K), see
-    `teacher.targets`; validation stays by the labels alone. precision: `auto` is fp32 here, who calls has measured.
+    same thread count). Ctrl-C, SIGTERM and SIGHUP end it with a checkpoint and `Stopped`. Only the classifier's
+    parameters are given to Adam; `labels` is (N,) over all rows of the source. soft: what a teacher answers,
+    (V, N, K), see `teacher.targets`; validation stays by the labels alone. precision: `auto` is fp32 here, who calls
+    has measured.
     """
     optimiser, average = make_optimiser(classifier, recipe), make_average(classifier, recipe)
     state = resume(classifier, optimiser, folder, average)
