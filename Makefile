@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test check docs dist cover faults release-model bench-all clean help
+.PHONY: train test check docs dist cover faults lock audit release-model bench-all clean help
 
 help:
 	@echo "make train   data, weights, features, a trained classifier and its report"
@@ -14,7 +14,9 @@ help:
 	@echo "make dist    source distribution and wheel: dist/"
 	@echo "make bench-all  docs/performance.md measured anew, on a quiet machine: two hours; BUNDLE=runs/1/model"
 	@echo "make release-model  attire/shipped made again: trained, proved in 16 bits; RECIPE=fast"
-	@echo "make faults  every input/output call of every command killed and failed in turn; FAULTS=train for one of them"
+	@echo "make faults  every input/output call of every command killed and failed in turn, hours, goes on where it stopped; FAULTS=train for one"
+	@echo "make lock    locked.txt anew: constraints.txt with the digest of every file that the index serves"
+	@echo "make audit   known vulnerabilities of what locked.txt names; needs a service that knows them"
 	@echo "make cover   all tests with the share of lines they run"
 
 train: $(READY)
@@ -31,7 +33,16 @@ cover: $(READY)
 	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 faults: $(READY)
-	@$(BIN)/python faults/runner.py $(FAULTS) $(ARGS)
+	@$(BIN)/python faults/runner.py --journal faults.jsonl $(FAULTS) $(ARGS)
+
+lock: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/uv pip compile --quiet pyproject.toml --extra dev -c constraints.txt --generate-hashes --universal \
+		--python-version 3.11.5 --no-annotate --custom-compile-command 'make lock' --upgrade -o locked.txt
+
+audit: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	@$(BIN)/python -m pip_audit --strict --disable-pip --require-hashes -r locked.txt
 
 docs: $(READY)
 	@$(BIN)/python -m mkdocs build --quiet --strict

@@ -140,6 +140,22 @@ device_option = click.option(
 )
 
 
+def limit_memory(context: click.Context, option: click.Parameter, value: str | None) -> None:
+    """Until the command ends."""
+    from attire import memory
+
+    context.with_resource(memory.limited(value))
+
+
+memory_option = click.option(
+    "--memory-limit",
+    metavar="SIZE",
+    expose_value=False,
+    callback=limit_memory,
+    help="Plan to hold at most this, such as 2GB: smaller batches, features from the disk.  [default: none]",
+)
+
+
 @cli.command()
 @source_options
 @json_option
@@ -196,6 +212,7 @@ def share_or_count(text: str) -> float | int:
 @click.option("--log", type=click.Choice(["tensorboard"]), help="Also write the curves for TensorBoard (an extra).")
 @click.option("--claim", type=float, default=None, help="Accuracy in % to check.  [default: 98]")
 @source_options
+@memory_option
 @json_option
 @recipe_options
 def train(
@@ -350,6 +367,7 @@ def next_steps(folder: Path) -> str:
 @click.option("--views", type=int, help="Views averaged, each a forward pass.  [default: the bundle's own number]")
 @click.option("--out", type=PATH, help="Write report, tables and pictures into this new folder.")
 @device_option
+@memory_option
 @json_option
 def evaluate(
     bundle: Path,
@@ -405,6 +423,7 @@ def passes(config: Any) -> str:
 @click.option("--views", type=int, help="Views averaged by each member.  [default: its own number]")
 @click.option("--out", type=PATH, help="Write report, tables and ensemble.json into this folder.")
 @device_option
+@memory_option
 @json_option
 def ensemble(
     models: tuple[Path, ...], data: str | None, classes: str | None, out: Path | None, as_json: bool, **options: Any
@@ -696,6 +715,7 @@ def report(run: Path, as_json: bool) -> None:
 @click.option("--val", type=click.IntRange(1), default=3000, show_default=True, help="Training images that score.")
 @click.option("--out", type=PATH, default="sweep", show_default=True, help="Goes on there.")
 @device_option
+@memory_option
 @json_option
 def sweep(sizes: str, boundaries: str, backgrounds: str, classes: str | None, as_json: bool, **options: Any) -> None:
     """Try every freeze boundary, picture size and pooling on a subset, and propose a recipe.
@@ -745,6 +765,10 @@ def compare(compared: tuple[Path, ...], out: Path | None, as_json: bool) -> None
     from attire.report import comparison_table
     from attire.terminal import print_result
 
+    if out and out.suffix == ".json":
+        raise UsageError(
+            "--out", f"names the page, found {out.name!r}", do="end it in .html; the same in JSON lies beside it"
+        )
     found = paired(compared)
     page = out or compared[0].parent / f"compare-{'-'.join(path.name for path in compared)}.html"
     write_comparison(found, page)
@@ -764,6 +788,7 @@ def compare(compared: tuple[Path, ...], out: Path | None, as_json: bool) -> None
 @click.option("--run", type=PATH, help="Take this run's accuracy apart; tested on the same set.")
 @click.option("--out", type=PATH, default="audit", show_default=True, help="A new folder.")
 @device_option
+@memory_option
 @json_option
 def audit(
     data: str | None,

@@ -142,6 +142,7 @@ def export(
         raise UsageError("--out", f"expected a name that ends in {SUFFIXES[kind]}, found {path.name!r}")
     if path.exists():
         raise AttireError(path, "it exists already", do="give --out another name, or remove it first")
+    files.check_writable(path.parent)
     watcher, classifier = watcher or Silent(), load_bundle(bundle, "cpu")
     data = data or load_dataset(part="test").subset(range(LEAST))
     if data.classes != classifier.classes:

@@ -4,6 +4,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attire import files, vgg
+from attire import files, memory, vgg
 from attire.blocks import feature_shape
 from attire.errors import AttireError, AttireWarning
 
 SHARD_BYTES = 16 * 2**20  # a stopped extraction redoes at most one shard: 2,048 rows of 4,096 features
 BATCH_PIXELS = 1_700_000  # pictures a forward pass: 1,660 of 32 px, 415 of 64, 33 of 224
+PIXEL_BYTES = 800  # that a pass holds for each of them: 617 measured, block3 at 16 px in fp32 (docs/performance.md)
 RESIDENT_BYTES = 64 * 2**20  # mapped pages kept resident while rows are gathered at random
 VIEWS = ("plain", "flip", "negative")  # as it is, mirrored, black on white
 SHIFTS = ((0, -2), (0, 2), (-2, 0), (2, 0), (-1, -1), (1, 1), (-1, 1), (1, -1))  # (down, right), of 28 px
@@ -197,7 +199,8 @@ def commit_shard(out: NDArray[np.float16], folder: Path, index: int) -> dict[str
 
 
 def batch_rows(image_size: int) -> int:
-    return max(1, BATCH_PIXELS // image_size**2)
+    pixels = min(BATCH_PIXELS, memory.for_batches() // PIXEL_BYTES)
+    return max(1, pixels // image_size**2)
 
 
 def compute(images: NDArray[np.uint8], spec: FeatureSpec, trunk: Trunk) -> NDArray[np.float16]:
@@ -325,11 +328,13 @@ def cache_entries() -> list[CacheEntry]:
     entries = []
     for folder in sorted(path for path in cache_folder().glob("*") if path.is_dir()):
         size = sum(path.stat().st_size for path in folder.iterdir())
-        try:
+        entry = CacheEntry(folder.name, size, 0, False, {})
+        with suppress(AttireError, KeyError, TypeError, ValueError):  # of a damaged manifest no more is told
             manifest = files.read_json(folder / "MANIFEST.json")
-        except AttireError:
-            manifest = {}
-        entries.append(CacheEntry(folder.name, size, int(manifest.get("rows", 0)), bool(manifest), manifest))
+            told = replace(entry, rows=manifest["rows"], finished=True, made_by=manifest)
+            told.describe()
+            entry = told
+        entries.append(entry)
     return entries
 
 

@@ -63,21 +63,18 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     sweep(path.parent)
     try:
         handle, part = temporary(path)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            part.chmod(0o666 & ~umask())
+            part.replace(path)
+            sync_dir(path.parent)
+        finally:
+            part.unlink(missing_ok=True)  # before a full disk is told with what is free without it
     except OSError as error:
         raise cannot("write", path, error) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.chmod(0o666 & ~umask())
-        part.replace(path)
-        sync_dir(path.parent)
-    except OSError as error:
-        part.unlink(missing_ok=True)  # first, so that a full disk is told with what is free without it
-        raise cannot("write", path, error) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def temporary(path: Path) -> tuple[int, Path]:
@@ -228,10 +225,26 @@ def room_left(path: Path, error: OSError) -> str:
     return f"make room: {human_size(free_bytes(path.parent))} are free there"
 
 
+def nearest(folder: Path) -> Path:
+    """The folder, or the lowest one above it that is there already."""
+    return next((place for place in (folder, *folder.parents) if place.exists()), Path("/"))
+
+
 def free_bytes(folder: Path) -> int:
     """What may still be written in the file system of a folder, which need not be there yet."""
-    there = next((place for place in (folder, *folder.absolute().parents) if place.exists()), Path("/"))
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(nearest(folder)).free
+
+
+def check_writable(folder: Path) -> None:
+    """Raise AttireError, before long work is begun, where nothing can be written into a folder, which need not be
+    there yet. It is tried: rights alone do not tell."""
+    there = nearest(folder)
+    try:
+        handle, part = temporary(there / "tried")
+        os.close(handle)
+        part.unlink()
+    except OSError as error:
+        raise cannot("write into it", there, error) from error
 
 
 def check_room(folder: Path, needed: int, what: str, do: str = "make room") -> None:

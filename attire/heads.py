@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from attire import vgg
-from attire.blocks import BLOCKS, feature_shape
+from attire.blocks import BLOCKS, above, feature_shape
 from attire.recipes import Recipe
 
 
@@ -183,3 +183,30 @@ def last_hidden(head: nn.Module) -> nn.Sequential:
     layers = list(head.children())
     last = [] if isinstance(layers[-1], nn.Linear) else [last_hidden(layers[-1])]
     return nn.Sequential(*layers[:-1], *last)
+
+
+def outline(recipe: Recipe, classes: int) -> nn.Sequential:
+    """What a recipe trains, from features (n, D) to logits, without memory for its weights: to be counted."""
+    end = above(recipe.freeze_to, recipe.train_blocks)
+    with torch.device("meta"):
+        blocks = [vgg.layer(index) for index in range(BLOCKS[recipe.freeze_to], BLOCKS[end])]
+        pool = nn.AdaptiveAvgPool2d(recipe.pool) if recipe.pool and recipe.train_blocks else nn.Identity()
+        shape = feature_shape(end, recipe.image_size, recipe.pool)
+        head = build(shape, recipe.conv, recipe.hidden, classes, recipe.dropout)
+        return nn.Sequential(nn.Unflatten(1, recipe.map_shape), *blocks, pool, nn.Flatten(), head)
+
+
+def weight_count(recipe: Recipe, classes: int) -> int:
+    return sum(parameter.numel() for parameter in outline(recipe, classes).parameters())
+
+
+def training_bytes(recipe: Recipe, classes: int) -> int:
+    """About what training holds: weights, gradients, two moments, an average if any; and for a batch what each layer
+    hands on, with its gradient."""
+    whole, values = outline(recipe, classes), list[int]()
+    for layer in whole.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(lambda layer, given, found: values.append(found.numel()))
+    whole(torch.empty(recipe.batch_size, math.prod(recipe.map_shape), device="meta"))
+    copies = 5 if recipe.ema else 4
+    return 4 * (copies * weight_count(recipe, classes) + 2 * sum(values))

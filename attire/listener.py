@@ -94,6 +94,9 @@ class Protocol(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
+        if self.cycle is not None and not self.cycle.response_complete:  # the app was about to answer this very request
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
 
     def on_response_complete(self) -> None:

@@ -41,6 +41,7 @@ def release(run: Path, out: Path, watcher: Watcher | None = None, data: ImageDat
     every probability within 0.01; on the first 2,000 the graph must answer as the bundle. Raises AttireError, and
     leaves `out` as it was, where that fails or the files exceed 16 MB.
     """
+    files.check_writable(out.parent)
     watcher, data = watcher or Silent(), data or load_dataset(part="test")
     result, whole = load_result(run), load_bundle(run, "cpu")
     result = replace(result, command=without_folders(result.command))

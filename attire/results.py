@@ -16,10 +16,12 @@ from PIL import UnidentifiedImageError
 from attire import figures
 from attire.errors import AttireError
 from attire.evaluation import Claim, Evaluation, check_claim
-from attire.files import cannot, read_json, write_bytes, write_json, write_text
+from attire.files import cannot, read_json, sha256_file, write_bytes, write_json, write_text
 
 HISTORY = ("epoch", "train_loss", "val_loss", "val_accuracy", "seconds")
 SETS = ("test", "train", "val")
+DIGESTS = "evaluation/digests.json"  # written last: SHA-256 of every file of a finished run that a report is made from
+TOLD = ("config.json", "environment.json", "data.json", "history.csv")  # those of them outside of evaluation/
 SHOWN = 24  # images in each gallery: three lines on a desktop screen, eight on a telephone
 
 
@@ -112,12 +114,42 @@ def choose_galleries(found: Predictions) -> dict[str, list[int]]:
 
 
 def save_result(run_dir: Path, result: RunResult) -> None:
-    """Every file that `load_result` reads."""
+    """Every file that `load_result` reads, and last their digests."""
+    reopen(run_dir)
     write_json(run_dir / "config.json", dict(result.config))
     write_json(run_dir / "environment.json", dict(result.environment))
     write_json(run_dir / "data.json", dict(result.data))
     write_text(run_dir / "history.csv", table_text(HISTORY, [[row[key] for key in HISTORY] for row in result.history]))
     write_evaluation(run_dir / "evaluation", result)
+    write_digests(run_dir)
+
+
+def reopen(run_dir: Path) -> None:
+    """Files of a finished run are about to be written again: until all are, no digest speaks of them."""
+    (run_dir / DIGESTS).unlink(missing_ok=True)
+
+
+def write_digests(run_dir: Path) -> None:
+    names = [*TOLD, *(f"evaluation/{path.name}" for path in sorted((run_dir / "evaluation").glob("[!.]*")))]
+    found = {name: sha256_file(run_dir / name) for name in names if name != DIGESTS}
+    write_json(run_dir / DIGESTS, {"schema": 1, "sha256": found})
+
+
+def check_digests(run_dir: Path) -> None:
+    """Raise AttireError where a file is not what was written. A run that was finished before there were digests has
+    none, and passes."""
+    if not (run_dir / DIGESTS).exists():
+        return
+    with reading(run_dir / DIGESTS) as path:
+        stored = read_json(path)
+        if stored["schema"] != 1 or not set(TOLD) < set(stored["sha256"]):
+            raise ValueError("not the digests of a run")
+        expected = dict(stored["sha256"])
+    for name, digest in expected.items():
+        with reading(run_dir / name) as path:
+            if sha256_file(path) != digest:
+                do = "restore it, or measure the bundle again with: attire evaluate"
+                raise AttireError(path, f"damaged: its digest is not the one in {DIGESTS}", do=do)
 
 
 def write_evaluation(folder: Path, result: RunResult) -> None:
@@ -189,6 +221,7 @@ def shown_images(result: RunResult, rows: Sequence[int]) -> NDArray[np.uint8]:
 
 def load_result(run_dir: Path) -> RunResult:
     """A finished run from its folder alone. Raises AttireError where a file is missing or damaged."""
+    check_digests(run_dir)
     folder = run_dir / "evaluation"
     with reading(folder / "metrics.json") as path:
         stored = read_json(path)

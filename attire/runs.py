@@ -130,17 +130,19 @@ def new_folder(run_dir: str | Path | None) -> Iterator[Path]:
 
 def free_folder(run_dir: str | Path | None) -> Path:
     """A folder that may be written into, not made yet; the next of `runs/1`, `runs/2` ... for None."""
-    if run_dir is None:
-        taken = [int(path.name) for path in Path("runs").glob("*") if path.name.isdigit()]
-        return Path("runs") / str(max(taken, default=0) + 1)
-    folder = Path(run_dir)
+    taken = [int(path.name) for path in Path("runs").glob("*") if path.name.isdigit()]
+    folder = Path("runs") / str(max(taken, default=0) + 1) if run_dir is None else Path(run_dir)
     if folder.exists() and not folder.is_dir():
         raise AttireError(folder, "expected a folder, found a file", do="give --out another name")
     if folder.is_dir() and not all(map(is_leftover, folder.iterdir())):
+        if (folder / LOCK).exists():
+            with claim(folder):  # who is at work there comes before what lies there
+                pass
         do = "give --out another name"
         if any((folder / name).exists() for name in ("checkpoints", "series.json")):
             do += f", or go on with: attire train --resume {shlex.quote(str(folder))}"
         raise AttireError(folder, "the folder is not empty", do=do)
+    files.check_writable(folder)
     return folder
 
 
@@ -164,12 +166,7 @@ def claimed_folder(folder: Path) -> Iterator[None]:
     Ctrl-C becomes `Stopped`, and its subject this folder: of a series stopped in one of its runs, the series.
     """
     pid = folder / PID
-    with ExitStack() as held:
-        try:
-            held.enter_context(files.lock(folder / LOCK, wait=0.5))
-        except TimeoutError as error:
-            holder = pid.read_text().strip() if pid.exists() else "unknown"
-            raise AttireError(folder, f"another attire (process {holder}) is training into it") from error
+    with claim(folder):
         files.write_text(pid, f"{os.getpid()}\n")
         try:
             yield
@@ -179,6 +176,19 @@ def claimed_folder(folder: Path) -> Iterator[None]:
             raise Stopped(folder, "stopped, what was finished is kept") from None
         finally:
             pid.unlink(missing_ok=True)
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock. Raises AttireError that names the process which has it, half a second after being asked."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(files.lock(folder / LOCK, wait=0.5))
+        except TimeoutError as error:
+            pid = folder / PID
+            holder = pid.read_text().strip() if pid.exists() else "unknown"
+            raise AttireError(folder, f"another attire (process {holder}) is training into it") from error
+        yield
 
 
 @contextmanager
@@ -210,7 +220,9 @@ def carry_out(
 ) -> Run:
     """The stages, in order. Each leaves on disk what the next start of the same run will not do again."""
     began = time.perf_counter()
+    results.reopen(folder)
     stage = Stage(recipe, source, devices.choose_device(device), watcher)
+    stage.check(folder)
     devices.keep_freed_memory()  # from here on: what reading a CSV took goes back to the system
     if (folder / "data.json").exists():
         stage.taught = files.read_json(folder / "data.json").get("teacher")

@@ -132,6 +132,7 @@ def folds_in(
 ) -> Folds:
     began = time.perf_counter()
     stage = Stage(recipe, choice, devices.choose_device(device), watcher)
+    stage.check(folder, folds)
     devices.keep_freed_memory()
     source, data = stage.train_features(), stage.splits.data
     extracted = time.perf_counter() - began

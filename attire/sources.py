@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from attire.features import Features, seen
+from attire import memory
+from attire.features import RESIDENT_BYTES, Features, seen
 from attire.training import Rows, Views
 from attire.vgg import GarmentDataset, preprocess
 
@@ -17,6 +18,7 @@ IN_MEMORY = 1_200 * 2**20  # bytes of cached features that are read into memory 
 STREAMED = 4 * 2**30  # bytes; above it the system cannot be expected to keep the files in memory either
 STRETCH = 2**19  # bytes that lie together on the disk, so that it need not be searched for each row
 WINDOW = 128 * 2**20  # bytes of rows held and drawn from at a time, from 256 such places
+LEAST = WINDOW + RESIDENT_BYTES  # bytes held at least while rows are read from the disk
 SPREAD = 0.05  # of the mean deviation, added to each: features that hardly vary are not blown up
 
 
@@ -54,10 +56,11 @@ class CachedSource:
         self.standardise = Standardiser()
         self.views, self.names = list(views), tuple(names)
         self.rows = len(views[0])
-        small = sum(2 * len(view) * view.shape[1] for view in self.views) <= IN_MEMORY
-        self.table = whole(self.views) if small else None  # (views * N, D): view after view
         row = 2 * views[0].shape[1]
-        large = row * sum(len(view) for view in self.views) > STREAMED
+        size = row * sum(len(view) for view in self.views)
+        small = size <= min(IN_MEMORY, memory.for_rows())
+        self.table = whole(self.views) if small else None  # (views * N, D): view after view
+        large = size > STREAMED  # whatever the limit on memory: the order of an epoch is the recipe's
         # Rows that lie together, and rows of a window: what the order of an epoch keeps to, see `training.epoch_order`.
         self.stretch = (max(1, STRETCH // row), max(1, WINDOW // row)) if large else None
 

@@ -19,6 +19,7 @@ from attire import (
     fetch,
     files,
     heads,
+    memory,
     neighbours,
     reject,
     results,
@@ -38,7 +39,7 @@ from attire.recipes import Recipe
 from attire.reject import Rejecter
 from attire.report import write_report
 from attire.skew import Skew
-from attire.sources import CachedSource, OnTheFlySource, Standardiser, measure
+from attire.sources import LEAST, CachedSource, OnTheFlySource, Standardiser, measure
 from attire.watching import Watcher
 from attire.weights import read_weights, tensor_digest
 
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 SCORED_ROWS = 10_000  # of training, where blocks are trained: its interval is then 0.2 points at 99 %
 CALIBRATION_ROWS = 2048  # whose moments batch normalisation starts from
 BOUNDS = ("accuracy_low", "accuracy_high")
+BESIDE = 32 * 2**20  # bytes of a run besides checkpoints and weights: report, tables, neighbours
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,20 @@ class Stage:
         self.train_precision = devices.choose_train_precision(recipe.precision, device)
         self.digest = tensor_digest(read_weights(self.weights))
         self.spec = FeatureSpec(*widths, self.digest, precision, backend=backend)
+
+    def check(self, folder: Path, runs: int = 1) -> None:
+        """Raise AttireError, before long work, where the disk or the limit on memory leaves too little for `runs` runs
+        in this folder."""
+        recipe, classes = self.recipe, len(self.splits.data.classes)
+        weights = 4 * heads.weight_count(recipe, classes)
+        checkpoint = (4 if recipe.ema else 3) * weights
+        held = sum(path.stat().st_size for path in folder.rglob("*.ckpt"))
+        need = (runs * training.KEPT_CHECKPOINTS + 1) * checkpoint - held
+        need += weights + self.weights.stat().st_size + BESIDE
+        files.check_room(folder, need, "checkpoints and bundle", "make room, or give --out a folder on another disk")
+        one_picture = 2 * features.PIXEL_BYTES * recipe.image_size**2
+        need = max(LEAST + heads.training_bytes(recipe, classes), one_picture)
+        memory.reserve(need, f"recipe {recipe.name}")
 
     def describe_data(self) -> dict[str, Any]:
         rows = {"train": len(self.train), "val": len(self.val), "test": len(self.splits.test_rows)}

@@ -79,7 +79,10 @@ def kept(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
     """What `targets` wrote; None where there is nothing sound of this shape, and it is then computed again."""
     if not path.exists() or not files.is_sound(path):
         return None
-    found = np.lib.format.read_array(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    try:
+        found = np.lib.format.read_array(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    except ValueError:
+        return None
     return found if found.shape == shape and found.dtype == np.float32 else None
 
 

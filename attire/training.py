@@ -27,6 +27,7 @@ from attire.errors import AttireError, AttireWarning, Stopped
 from attire.recipes import Recipe
 
 CHECKPOINT_SECONDS = 300.0  # inside a long epoch; every epoch ends with one anyway
+STOPS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 SCHEMA = 1
 KEPT_CHECKPOINTS = 2  # the newest, and the one to fall back on
 WARM_UP = 0.1  # share of the steps of a cosine schedule that rise to the full learning rate
@@ -82,9 +83,10 @@ def fit(
     """Train `classifier` on the rows `train` of `source`, measuring it on the rows `val` after each epoch.
 
     Continues from the newest sound checkpoint in `folder`, bit for bit as if it had not been stopped (same machine,
-    same thread count). Ctrl-C and SIGTERM end it with a checkpoint and `Stopped`. Only the classifier's parameters
-    are given to Adam; `labels` is (N,) over all rows of the source. soft: what a teacher answers, (V, N, K), see
-    `teacher.targets`; validation stays by the labels alone. precision: `auto` is fp32 here, who calls has measured.
+    same thread count). Ctrl-C, SIGTERM and SIGHUP end it with a checkpoint and `Stopped`. Only the classifier's
+    parameters are given to Adam; `labels` is (N,) over all rows of the source. soft: what a teacher answers,
+    (V, N, K), see `teacher.targets`; validation stays by the labels alone. precision: `auto` is fp32 here, who calls
+    has measured.
     """
     optimiser, average = make_optimiser(classifier, recipe), make_average(classifier, recipe)
     state = resume(classifier, optimiser, folder, average)
@@ -339,13 +341,14 @@ def check_loss_fell(history: list[Epoch]) -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list that fills when Ctrl-C or SIGTERM comes, so that a step is never cut in two. Outside the main thread
-    signals cannot be caught, and it stays empty."""
+    """A list that fills when Ctrl-C, SIGTERM or the end of the terminal comes, so that a step is never cut in two; what
+    is ignored, as under nohup, stays so. Outside the main thread signals cannot be caught, and it stays empty."""
     asked: list[int] = []
     previous: dict[signal.Signals, Any] = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, lambda number, frame: asked.append(number))
+        for number in STOPS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, lambda number, frame: asked.append(number))
     except ValueError:  # not the main thread
         pass
     try:

@@ -2,8 +2,11 @@
 
     python faults/runner.py                         every call of every scenario: a process killed there, then errors
     python faults/runner.py train --every 7         one scenario, each seventh call
-    python faults/runner.py --only kill             killed only; or ENOSPC, EIO, EACCES, EMFILE
-    python faults/runner.py --random 100            killed at so many moments of the clock instead
+    python faults/runner.py --only kill             killed only; or ENOSPC, EIO, EACCES, EMFILE, random
+    python faults/runner.py --only random           killed at 100 moments of the clock; --random says how many
+    python faults/runner.py --journal faults.jsonl  each case is written down, and is not done again by the next start
+    python faults/runner.py --journal faults.jsonl --part 1/2     half of the cases; 2/2 beside it has the others
+    python faults/runner.py --journal faults.jsonl --table        what came of them so far
 
 A shim (shim.c, built with the system's C compiler, Linux only) is loaded under the process and counts each open for
 writing, write, fsync, rename, unlink and mkdir below the scenario's folder. Each scenario is a command of `attire`, run
@@ -12,6 +15,7 @@ bytes; then, for each call N:
 
 kill   the process gets SIGKILL before call N (a write is torn in half). The same command, run again, must succeed and
        leave the very files of an undisturbed run, byte for byte, and not one more; at most one shard is computed twice.
+random the process gets SIGKILL at a moment of the clock; what must be true is the same.
 errno  call N fails (ENOSPC: it and all that follow). The command must end with status 1 and one line, no traceback, and
        leave no temporary file; what was finished before is intact; run again, it must succeed as above.
 
@@ -33,30 +37,39 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from journal import ERRORS, Case, Journal
+
 HERE = Path(__file__).parent
-ERRORS = ("ENOSPC", "EIO", "EACCES", "EMFILE")
 KILL = -1
 PATIENCE = 120.0  # seconds for one command
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at which call: kill, or an error. ENOSPC lasts, as a full disk does; the others come once."""
+    """What happens at which call: kill, or an error. ENOSPC lasts, as a full disk does; the others come once.
+
+    A random one is a kill at a moment, a share of the time that the command takes, and its call is only a number.
+    """
 
     name: str
     call: int
+    moment: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.name} at call {self.call}"
+        return f"kill at {self.moment:.3f} of the time" if self.name == "random" else f"{self.name} at call {self.call}"
+
+    @property
+    def kills(self) -> bool:
+        return self.name in ("kill", "random")
 
     @property
     def action(self) -> int:
-        return KILL if self.name == "kill" else int(getattr(errno, self.name))
+        return KILL if self.kills else int(getattr(errno, self.name))
 
     @property
     def last(self) -> int:
@@ -90,15 +103,6 @@ class Scenario:
     prepare: Callable[[Path], None]
     again: Callable[[Path], list[str]] | None = None
     setting: Callable[[], None] = lambda: None
-
-
-@dataclass
-class Tally:
-    """What came of the cases."""
-
-    passed: Counter[str] = field(default_factory=Counter)
-    failures: list[str] = field(default_factory=list)
-    redone: int = 0  # shards computed twice, at most in one case
 
 
 def build_shim(folder: Path) -> Path:
@@ -148,12 +152,13 @@ def attire(
         process = os.fork()
         if not process:
             child(root, arguments, fault, names, setting, reads)
-        status = wait(process, PATIENCE if after is None else after)
+        status = wait(process, PATIENCE, 124) if after is None else wait(process, after, 137)
         out, err, calls = (path.read_text(errors="replace") if path.exists() else "" for path in names)
     return Outcome(status, out, err, tuple(calls.splitlines()))
 
 
-def wait(process: int, seconds: float) -> int:
+def wait(process: int, seconds: float, late: int) -> int:
+    """Its status; `late` where it had to be killed after so many seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(process, os.WNOHANG)
@@ -162,7 +167,7 @@ def wait(process: int, seconds: float) -> int:
         time.sleep(0.002)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    return 137
+    return late
 
 
 def child(
@@ -236,31 +241,44 @@ class Loop:
         self.scenario, self.start, self.at = scenario, folder / "start", folder / "here"
         self.start.mkdir(parents=True)
         scenario.prepare(self.start)
-        self.tally = Tally()
-        first = self.undisturbed()
-        self.wanted, self.calls, self.shards = first
-        if told := differences(self.wanted, self.undisturbed()[0]):
+        self.wanted, first, _ = self.undisturbed()
+        self.calls, self.shards = first.calls, shards(first)
+        again, _, self.seconds = self.undisturbed()
+        if told := differences(self.wanted, again):
             raise SystemExit(f"error: {scenario.name}: two undisturbed runs differ: {'; '.join(told[:5])}")
 
-    def undisturbed(self) -> tuple[dict[str, str], tuple[str, ...], int]:
+    def undisturbed(self, reads: bool = False) -> tuple[dict[str, str], Outcome, float]:
+        """What the command leaves, what it said, and how many seconds it took. reads: opens for reading count too."""
         with copied(self.start, self.at) as root:
-            done = attire(root, self.scenario.command(root), setting=self.scenario.setting)
+            began = time.monotonic()
+            done = attire(root, self.scenario.command(root), setting=self.scenario.setting, reads=reads)
             if done.status:
                 raise SystemExit(f"error: {self.scenario.name}: undisturbed it ends with {done.status}: {done.err}")
-            return contents(root), done.calls, shards(done)
+            took = time.monotonic() - began
+            return contents(root), done, took
 
-    def count(self, reads: bool) -> int:
-        if not reads:
-            return len(self.calls)
-        with copied(self.start, self.at) as root:
-            return len(attire(root, self.scenario.command(root), setting=self.scenario.setting, reads=True).calls)
+    def faults(self, names: Sequence[str], every: int, chance: int, seed: int) -> Iterator[Fault]:
+        """Every case: calls first, then moments."""
+        for name in names:
+            if name != "random":
+                reads = Fault(name, 0).reads
+                total = len(self.undisturbed(reads=True)[1].calls if reads else self.calls)
+                yield from (Fault(name, call) for call in range(1 + seed % every, total + 1, every))
+        draw = random.Random(seed)
+        for number in range(1, 1 + chance if "random" in names else 1):
+            yield Fault("random", number, draw.random())
 
-    def case(self, fault: Fault | None, after: float | None = None) -> None:
+    def case(self, fault: Fault) -> Case:
         told: list[str] = []
+        began = time.monotonic()
         with copied(self.start, self.at) as root:
             before = contents(root)
-            first = attire(root, self.scenario.command(root), fault, self.scenario.setting, after=after)
-            if fault is None or fault.name == "kill":
+            command, setting = self.scenario.command(root), self.scenario.setting
+            if fault.name == "random":
+                first = attire(root, command, setting=setting, after=fault.moment * self.seconds)
+            else:
+                first = attire(root, command, fault, setting)
+            if fault.kills:
                 told += [] if first.status in (137, 0) else [f"ended with {first.status}: {first.err[-300:]}"]
             else:
                 told += self.judge_error(fault, first, before, contents(root))
@@ -272,15 +290,11 @@ class Loop:
             else:
                 told += differences(self.wanted, contents(root))
             redone = shards(first) + shards(second) - self.shards if first.status else 0
-            self.tally.redone = max(self.tally.redone, redone)
             told += [f"{redone} shards were computed twice"] if redone > 1 else []
-        name = fault.name if fault else "random kill"
-        if told:
-            where = self.calls[fault.call - 1] if fault and fault.call <= len(self.calls) and not fault.reads else ""
-            self.tally.failures.append(f"{self.scenario.name}: {fault or name} {where}: {'; '.join(told[:4])}")
-            print(f"  FAILED  {self.tally.failures[-1]}", flush=True)
-        else:
-            self.tally.passed[name] += 1
+        if told and fault.name in (*ERRORS, "kill") and not fault.reads and fault.call <= len(self.calls):
+            told.insert(0, self.calls[fault.call - 1])
+        said = "; ".join(told[:4])
+        return Case(self.scenario.name, fault.name, fault.call, said, redone, round(time.monotonic() - began, 2))
 
     def judge_error(self, fault: Fault, done: Outcome, before: dict[str, str], now: dict[str, str]) -> list[str]:
         """Status 1 and one line; or 0, where the call could be done without; nothing temporary, nothing old lost."""
@@ -299,26 +313,28 @@ class Loop:
         return told + [f"{name} was lost" for name in before if name not in now or before[name] != now[name]]
 
 
-def run(loop: Loop, names: list[str], every: int, chance: int, seed: int) -> None:
-    began = time.monotonic()
+def run(loop: Loop, faults: Sequence[Fault], journal: Journal) -> None:
+    """The cases that the journal does not have yet."""
+    began, name = time.monotonic(), loop.scenario.name
     kinds = Counter(line.split(" ")[1] for line in loop.calls)
     told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    print(f"{loop.scenario.name}: {len(loop.calls)} calls ({told}), {loop.shards} shards", flush=True)
-    if chance:
-        draw = random.Random(seed)
-        with copied(loop.start, loop.at) as root:
-            start = time.monotonic()
-            attire(root, loop.scenario.command(root), setting=loop.scenario.setting)
-            length = time.monotonic() - start
-        for _ in range(chance):
-            loop.case(None, after=draw.uniform(0, length))
-    for name in () if chance else names:
-        total = loop.count(Fault(name, 0).reads)
-        for call in range(1 + (seed % every), total + 1, every):
-            loop.case(Fault(name, call))
-    passed = ", ".join(f"{count} {name}" for name, count in loop.tally.passed.items())
-    bad, spent = len(loop.tally.failures), time.monotonic() - began
-    print(f"  passed: {passed or 'none'}; failed: {bad}; shards redone: {loop.tally.redone}; {spent:.0f} s", flush=True)
+    left = [fault for fault in faults if (name, fault.name, fault.call) not in journal.cases]
+    print(f"{name}: {len(loop.calls)} calls ({told}), {loop.shards} shards; {len(left)} cases to do", flush=True)
+    for number, fault in enumerate(left, 1):
+        case = loop.case(fault)
+        journal.add(case)
+        if case.failed:
+            print(f"  FAILED  {name}: {fault}: {case.failed}", flush=True)
+        if number % 50 == 0:
+            spent = (time.monotonic() - began) / 60
+            print(f"  {number} of {len(left)}, {spent:.0f} of {spent * len(left) / number:.0f} min", flush=True)
+
+
+def part_of(text: str) -> tuple[int, int]:
+    number, count = map(int, text.split("/"))
+    if not 1 <= number <= count:
+        raise ValueError
+    return number, count
 
 
 def main() -> None:
@@ -326,22 +342,31 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="*", help=", ".join(SCENARIOS))
-    parser.add_argument("--only", help="kill or errors, with commas between them")
+    parser.add_argument("--only", help="kill, random or errors, with commas between them")
     parser.add_argument("--every", type=int, default=1, help="only each so many-th call")
-    parser.add_argument("--random", type=int, default=0, metavar="N", help="N kills at random moments instead")
+    parser.add_argument("--random", type=int, default=100, metavar="N", help="kills at random moments")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--part", type=part_of, default=(1, 1), metavar="I/N", help="each N-th case, from the I-th on")
+    parser.add_argument("--journal", type=Path, help="a line for each case; those that are there are not done again")
+    parser.add_argument("--table", action="store_true", help="only say what is in the journal")
     parser.add_argument("--out", type=Path, help="a JSON file of what came of it")
     given = parser.parse_args()
-    names = given.only.split(",") if given.only else ["kill", *ERRORS]
-    found = {}
-    for name in given.scenarios or SCENARIOS:
+    journal = Journal(given.journal)
+    if given.table:
+        print(journal.table())
+        return
+    names = given.only.split(",") if given.only else ["kill", *ERRORS, "random"]
+    if unknown := set(names) - {"kill", *ERRORS, "random"}:
+        parser.error(f"--only: unknown {sorted(unknown)[0]}")
+    chosen, calls, (first, count) = given.scenarios or list(SCENARIOS), {}, given.part
+    for name in chosen:
         with tempfile.TemporaryDirectory(prefix="attire-faults-") as folder:
             loop = Loop(SCENARIOS[name], Path(folder).resolve())
-            run(loop, names, given.every, given.random, given.seed)
-        passed, failures = dict(loop.tally.passed), loop.tally.failures
-        found[name] = {
-            "calls": len(loop.calls), "passed": passed, "failures": failures, "redone": loop.tally.redone
-        }  # fmt: skip
+            calls[name] = len(loop.calls)
+            faults = list(loop.faults(names, given.every, given.random, given.seed))
+            run(loop, faults[first - 1 :: count], journal)
+    print(f"\n{journal.table()}")
+    found = {name: {"calls": calls[name], **journal.summary(name)} for name in chosen}
     if given.out:
         given.out.write_text(json.dumps(found, indent=2) + "\n")
     raise SystemExit(any(entry["failures"] for entry in found.values()))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from attire import devices, fetch
 from attire.data import FASHION_CLASSES, ImageDataset, write_csv
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from command import Done
 
     from attire.classifier import Classifier
+
+slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("few", derandomize=True, max_examples=60, deadline=None, suppress_health_check=slow)
+settings.register_profile("long", max_examples=3000, deadline=None, suppress_health_check=slow, print_blob=True)
+settings.load_profile("few")
 
 
 @pytest.fixture(scope="session")

@@ -581,6 +581,8 @@ def test_a_file_where_a_folder_of_output_belongs(small_csv: Path, synthetic: Ima
 def test_a_folder_where_a_page_belongs(finished: tuple[Path, Done]) -> None:
     said = "error: full: cannot write (Is a directory)\n"
     assert refused("compare", finished[0], finished[0], "--out", "full") == said
+    said = "error: --out: names the page, found 'x.json'; end it in .html; the same in JSON lies beside it\n"
+    assert refused("compare", finished[0], finished[0], "--out", "x.json", status=2) == said
 
 
 @pytest.fixture
@@ -604,7 +606,12 @@ def guarded(call: Callable[..., Any], folder: Path) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("train --data {csv} --out locked/new", "locked/new: cannot make the folder"),
+        ("train --data {csv} --out locked/new", "locked: cannot write into it"),
+        ("evaluate m --data {csv} --out locked/new", "locked: cannot write into it"),
+        ("ensemble m m --data {csv} --out locked", "locked: cannot write into it"),
+        ("audit {csv} --out locked/new", "locked: cannot write into it"),
+        ("export m --out locked/m.onnx", "locked: cannot write into it"),
+        ("release {run} --out locked/new", "locked: cannot write into it"),
         ("explain --model m --out locked a.png", "locked/a-explained.png: cannot write"),
         ("export-csv locked/new", "locked/new: cannot make the folder"),
         ("sweep --data {csv} --rows 20 --val 10 --out locked/new", "locked/new: cannot make the folder"),

@@ -11,7 +11,7 @@ from attire.compare import compare, disagreements, write_comparison
 from attire.data import ImageDataset, write_csv
 from attire.errors import AttireError
 from attire.evaluation import evaluate
-from attire.results import RunResult, predictions, save_result
+from attire.results import RunResult, predictions, save_result, write_digests
 
 
 def finished(data: ImageDataset, right: Any, folder: Path, csv: Path | None = None, **changes: Any) -> RunResult:
@@ -82,6 +82,7 @@ def test_one_run_alone_is_refused(synthetic: ImageDataset, tmp_path: Path) -> No
 def test_a_run_that_does_not_say_its_test_set_is_refused(synthetic: ImageDataset, tmp_path: Path) -> None:
     finished(synthetic, range(40), tmp_path / "a")
     (tmp_path / "a" / "data.json").write_text("{}")
+    write_digests(tmp_path / "a")
     with pytest.raises(AttireError, match="does not say which test set it was"):
         compare([tmp_path / "a", tmp_path / "a"])
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -115,3 +116,23 @@ def test_the_notice_names_what_is_passed_on() -> None:
 def test_the_changelog_begins_with_what_is_not_released() -> None:
     heads = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert heads[0] == "Unreleased"
+
+
+def pinned(name: str) -> dict[str, str]:
+    """Versions by normalised name, of lines such as `torch==2.14.1 ; sys_platform == 'linux' \\`."""
+    found = re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", (ROOT / name).read_text(), re.M)
+    return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in found}
+
+
+def test_the_lock_names_the_tested_versions_and_a_digest_for_each() -> None:
+    locked, tested = pinned("locked.txt"), pinned("constraints.txt")
+    assert {name: locked[name] for name in tested if name in locked} == {
+        name: version for name, version in tested.items() if name in locked
+    }
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    wanted = {re.split(r"[<>=\[]", one)[0] for one in project["dependencies"] + project["optional-dependencies"]["dev"]}
+    assert {name for name in wanted if name != "attire"} <= set(locked)
+    entries = re.split(r"^(?=[A-Za-z0-9])", (ROOT / "locked.txt").read_text(), flags=re.M)[1:]
+    assert len(entries) == len(locked)
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", entry) for entry in entries)

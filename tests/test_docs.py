@@ -220,7 +220,7 @@ def snippets() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "code"), snippets(), ids=[f"{page}-{i}" for i, (page, _) in enumerate(snippets())])
 def test_python_in_the_documents_runs(page: str, code: str, sandbox: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All of it, on small data; `images`, which the reader has, is given."""
-    exec(compile(code, page, "exec"), {"images": blocks_and_noise(5).images})
+    exec(compile(code, page, "exec"), {"images": blocks_and_noise(5).images})  # noqa: S102  (our own pages)
 
 
 # Help.

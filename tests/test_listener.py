@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -22,6 +22,7 @@ from attire.errors import AttireError
 ROOT = Path(__file__).parent.parent
 BODY = picture(5)
 LENGTH = f"Content-Length: {len(BODY)}"
+CHUNKED = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +59,94 @@ def problems(answer: bytes) -> list[str]:
         ([b"GET / HTTP/2.0\r\nHost: localhost\r\n\r\n"], 400),
         ([b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"], 400),
         ([b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n"], 400),
+        ([b"GET /healthz\r\n\r\n"], 400),
+        ([b"GET  /healthz  HTTP/1.1\r\nHost: localhost\r\n\r\n"], 400),
+        ([b"GET\t/healthz\tHTTP/1.1\r\nHost: localhost\r\n\r\n"], 400),
+        ([head(headers=["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"]), CHUNKED], 501),
+        ([head(headers=["Transfer-Encoding: chunked, identity"]), CHUNKED], 501),
+        ([head(headers=["Transfer-Encoding: \x0bchunked"]), CHUNKED], 400),
+        ([head(headers=["Transfer-Encoding:\r\n chunked", LENGTH]), BODY], 400),
+        ([head(headers=["X: a\rTransfer-Encoding: chunked", LENGTH]), BODY], 400),
+        ([head(headers=[": a", LENGTH]), BODY], 400),
+        ([head(headers=["X\0: a", LENGTH]), BODY], 400),
+        ([head(headers=["Content-Length: 1_0"]), BODY], 400),
+        ([head(headers=["Content-Length: ７"]), BODY], 400),
+        ([head(headers=["Content-Length: " + "9" * 30]), BODY], 400),
+        ([head(headers=[f"Content-Length : {len(BODY)}"]), BODY], 400),
+        ([head(headers=["Transfer-Encoding: chunked"]), b"0x5\r\nabcde\r\n0\r\n\r\n"], 400),
+        ([head(headers=["Transfer-Encoding: chunked"]), b"+5\r\nabcde\r\n0\r\n\r\n"], 400),
+        ([head(headers=["Transfer-Encoding: chunked"]), b"5\nabcde\n0\n\n"], 400),
+        ([head(headers=["Transfer-Encoding: chunked"]), b"5\r\nabcdeXX0\r\n\r\n"], 400),
     ],
 )
-def test_what_is_no_sound_http_ends_the_connection(live: Live, parts: list[bytes], status: int) -> None:
+def test_what_is_no_sound_http_ends_the_connection(
+    live: Live, parts: list[bytes], status: int, caplog: pytest.LogCaptureFixture
+) -> None:
     second = head("GET", "/healthz")  # would be answered if the first request had another end than the server saw
     answer = live.raw(b"".join(parts) + second)
     assert statuses(answer) == [status]
     assert b"content-type: application/problem+json" in answer
     assert problems(answer)[0] in ("http", "framing")
+    assert not caplog.records  # nobody can fill a log with what is no HTTP
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        (["Transfer-Encoding:\tchunked"], b""),
+        (["transfer-ENCODING: ChunKed"], b""),
+        ([f"Content-Length: 000{len(BODY)}"], BODY),
+        ([LENGTH, LENGTH], BODY),
+        ([LENGTH, "X: a", "\tTransfer-Encoding: chunked"], BODY),  # an old form of a long header: part of X
+        ([LENGTH, "Upgrade: h2c", "HTTP2-Settings: AAMAAABk"], BODY),
+    ],
+)
+def test_odd_but_sound_framing_has_the_end_that_it_says(live: Live, headers: list[str], body: bytes) -> None:
+    answer = live.raw(head(headers=headers, close=False) + (body or CHUNKED) + head("GET", "/nothing"))
+    assert statuses(answer) == [200, 404]
+
+
+def test_what_follows_the_last_chunk_changes_nothing(live: Live) -> None:
+    trailer = CHUNKED.removesuffix(b"\r\n") + b"Content-Length: 5\r\nHost: evil\r\nAuthorization: x\r\n\r\n"
+    sent = head(headers=["Transfer-Encoding: chunked"], close=False) + trailer + head("GET", "/nothing")
+    assert statuses(live.raw(sent)) == [200, 404]
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "status"),
+    [
+        ("http://evil.example/healthz", "localhost", 404),  # a proxy's form: we are none, and nothing lies there
+        ("http://localhost/healthz", "evil.example", 421),
+        ("evil.example:443", "localhost", 404),
+        ("//evil.example/healthz", "localhost", 404),
+        ("/healthz#x", "localhost", 404),
+        ("/healthz", "localhost:99999999", 400),
+        ("/healthz", "localhost\tevil.example", 400),
+        ("/healthz", "user@localhost", 400),
+        ("/healthz", "localhost#@evil.example", 400),
+        ("/healthz", "xn--localhost-", 421),
+        ("/healthz", "0x7f000001", 421),
+        ("/healthz", "127.1", 421),
+        ("/healthz", "localhost.", 421),
+    ],
+)
+def test_who_is_meant_is_what_the_host_header_says_and_nothing_else(
+    live: Live, target: str, host: str, status: int
+) -> None:
+    answer = live.raw(f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+    assert statuses(answer) == [status]
+
+
+def test_whoever_sends_slowly_keeps_nobody_waiting(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hundred heads that never end; a request beside them is answered, and they are sent away."""
+    monkeypatch.setattr(listener, "HEAD_SECONDS", 1.0)
+    with ExitStack() as held:
+        slow = [held.enter_context(live.connect(b"GET / HTTP/1.1\r\nX: ")) for _ in range(200)]
+        assert statuses(live.raw(head(headers=[LENGTH]) + BODY)) == [200]
+        for connection in slow:
+            with suppress(ConnectionError):  # one that was closed already
+                connection.sendall(b"a")
+        assert {tuple(statuses(received(connection))) for connection in slow} <= {(408,), ()}
 
 
 def test_pipelined_requests_are_answered_in_order(live: Live) -> None:

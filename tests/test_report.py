@@ -18,7 +18,7 @@ from attire.card import model_card, write_model_card
 from attire.errors import AttireError
 from attire.evaluation import evaluate, softmax
 from attire.report import duration, flat, page, terminal_summary, times, write_report
-from attire.results import RunResult, choose_galleries, load_result, predictions, save_result
+from attire.results import RunResult, choose_galleries, load_result, predictions, save_result, write_digests
 
 CLASSES = ("T-shirt/top", "Coat", "Bag, large")
 NASTY = ("<script>alert(1)</script>", "[red]$x$[/red]", 'a|b"\x1b[31m')
@@ -266,6 +266,7 @@ def test_wrong_images_are_refused() -> None:
 def test_a_damaged_run_is_refused_by_file(tmp_path: Path, name: str, text: str, message: str) -> None:
     save_result(tmp_path, made())
     (tmp_path / name).write_text(text)
+    write_digests(tmp_path)  # written so, not damaged
     with pytest.raises(AttireError, match=re.escape(message)):
         load_result(tmp_path)
 

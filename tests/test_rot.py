@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command import attire
 
-from attire import features, files, training, vgg
+from attire import features, files, results, training, vgg
 from attire.classifier import Classifier, load_bundle
 from attire.data import ImageDataset
 from attire.errors import AttireError
@@ -84,6 +85,45 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
     training.save_checkpoint(head, training.make_optimiser(head, FAST), training.State(epoch=1), tmp_path)
     (path,) = training.checkpoints(tmp_path)
     refused(path, lambda: training.read_checkpoint(path))
+
+
+REPORTED = [*results.TOLD, *(f"evaluation/{name}" for name in ("metrics.json", "predictions.csv", "gallery.png"))]
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_no_report_is_made_of_damaged_figures(name: str, finished: tuple[Path, object], tmp_path: Path) -> None:
+    run = shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("model", "checkpoints"))
+    refused(run / name, lambda: results.load_result(run))
+
+
+def test_damaged_digests_of_a_report_are_noticed_or_say_the_same(finished: tuple[Path, object], tmp_path: Path) -> None:
+    run = shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("model", "checkpoints"))
+    path = run / results.DIGESTS
+    whole, told = path.read_bytes(), files.read_json(path)
+    for what, data in damages(whole):
+        path.write_bytes(data)
+        try:
+            results.load_result(run)
+        except AttireError:
+            continue
+        assert json.loads(data) == told, what
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_commands_refuse_damaged_figures_in_one_line(
+    command: str, finished: tuple[Path, object], tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    path = run / "evaluation" / "predictions.csv"
+    path.write_bytes(path.read_bytes().replace(b"0.9", b"0.8", 1))
+    done = attire(command, run, *([finished[0]] if command == "compare" else []))
+    assert (done.status, done.error.startswith(f"{path}: damaged: its digest is not the one in ")) == (1, True)
+
+
+def test_a_run_from_before_there_were_digests_is_read(finished: tuple[Path, object], tmp_path: Path) -> None:
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    (run / results.DIGESTS).unlink()
+    assert results.load_result(run).test == results.load_result(finished[0]).test
 
 
 class Counting:

@@ -19,7 +19,7 @@ from attire import features, load, recipes, runs
 from attire.data import FASHION_CLASSES, load_dataset, write_csv
 from attire.errors import AttireError, Stopped
 from attire.results import load_result
-from attire.training import read_checkpoint
+from attire.training import STOPS, read_checkpoint
 
 TINY = replace(recipes.FAST, epochs=2, batch_size=32, hidden=(16,), flips=False)
 
@@ -168,7 +168,7 @@ def tree(folder: Path) -> list[Path]:
     [
         ("file", "file: expected a folder, found a file; give --out another name"),
         ("full", "full: the folder is not empty; give --out another name"),
-        ("file/below", "file/below: cannot make the folder (Not a directory)"),
+        ("file/below", "file: cannot write into it (Not a directory)"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "evaluate"])
@@ -238,7 +238,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", STOPS)
 def test_a_signal_ends_training_with_a_checkpoint_and_the_line_that_goes_on(
     finished: tuple[Path, Done], weights: Path, number: int, here: Path
 ) -> None:

@@ -1,9 +1,11 @@
 import base64
+import gzip
 import io
 import json
 import struct
 import threading
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -206,6 +208,31 @@ def bomb(width: int, height: int) -> bytes:
     )
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def stuffed(kind: bytes, before: bytes, size: int) -> bytes:
+    """A sound picture with a chunk of metadata that expands to so many bytes."""
+    data, stuff = picture(1), zlib.compress(b"\0" * size)
+    return data[:33] + chunk(kind, before + stuff) + data[33:]
+
+
+@pytest.mark.parametrize(("kind", "before"), [(b"zTXt", b"a\0\0"), (b"iCCP", b"a\0\0"), (b"iTXt", b"a\0\1\0\0\0")])
+@pytest.mark.parametrize("count", [1, 8])
+def test_metadata_that_expands_fills_no_memory(live: Live, kind: bytes, before: bytes, count: int) -> None:
+    """80 MB behind 80 kB, in one piece or in eight: refused, or passed over."""
+    data = stuffed(kind, before, 80_000_000 // count)
+    end = data.index(b"IDAT") - 4
+    data = data[:33] + count * data[33:end] + data[end:]
+    tracemalloc.start()
+    try:
+        assert live.post(data).status_code in (200, 422)
+        assert tracemalloc.get_traced_memory()[1] < 40_000_000
+    finally:
+        tracemalloc.stop()
+
+
 def animated() -> bytes:
     out = io.BytesIO()
     frames = [Image.new("RGB", (28, 28), colour) for colour in ("red", "blue")]
@@ -223,6 +250,7 @@ def flipped() -> bytes:
     "data",
     [
         b"hello",
+        gzip.compress(picture()),
         b"<html></html>",
         b"%PDF-1.7",
         b"<svg xmlns='http://www.w3.org/2000/svg'/>",

@@ -222,6 +222,18 @@ def test_ctrl_c_is_handed_back_when_training_ends(tmp_path: Path) -> None:
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    """As under nohup, where the end of the terminal is no reason to stop."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with training.stop_requests():
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGINT) is not before
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_an_epoch_holds_each_row_once_in_an_order_of_its_own() -> None:
     first, mirrored = training.epoch_order(TRAIN, RECIPE, 0)
     assert sorted(first) == TRAIN.tolist()
