@@ -639,27 +639,30 @@ def export_csv(folder: Path, data_from: Path | None, weights_from: Path | None, 
 @click.option("--clear", is_flag=True, help="Delete all of them.")
 @json_option
 def cache(keys: tuple[str, ...], clear: bool, as_json: bool) -> None:
-    """List the cached features with their size and what made them, and the copies of CSV files; or delete them.
+    """List the cached features with their size and what made them, copies of tables and of objects; or delete them.
 
     \b
     attire cache
     attire cache --delete 3f2a     the entry whose key begins so
     """
-    from attire import copies, features
+    from attire import copies, features, objects
     from attire.files import human_size
 
-    freed = copies.delete_copies() if clear else 0
+    freed = copies.delete_copies() + objects.delete_copies() if clear else 0
     if clear:
         keys = tuple(entry.key for entry in features.cache_entries())
     freed += sum(features.delete_entry(key) for key in keys)
-    entries, tables = features.cache_entries(), dict(copies.copies())
+    entries, tables, fetched = features.cache_entries(), dict(copies.copies()), list(objects.copies())
     if as_json:
-        click.echo(json.dumps({"freed": freed, "entries": [entry.to_json() for entry in entries], "tables": tables}))
+        told = {"freed": freed, "entries": [entry.to_json() for entry in entries], "tables": tables}
+        click.echo(json.dumps({**told, "objects": {url: size for _, url, size in fetched}}))
         return
     if keys or clear:
         click.echo(f"freed {human_size(freed)}")
     for key, size in tables.items():
-        click.echo(f"{key[:12]}  {human_size(size):>9}  a CSV file, parsed")
+        click.echo(f"{key[:12]}  {human_size(size):>9}  a CSV file or Parquet files, parsed")
+    for key, url, size in fetched:
+        click.echo(f"{key[:12]}  {human_size(size):>9}  a copy of {one_line(url)}")
     for entry in entries:
         click.echo(f"{entry.key[:12]}  {human_size(entry.size):>9}  {entry.describe()}")
     click.echo(f"{len(entries)} entries, {human_size(sum(e.size for e in entries))} in {features.cache_folder()}")
