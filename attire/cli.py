@@ -446,10 +446,17 @@ def ensemble(
 )
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="How many classes to show.")
 @click.option("--show", type=PATH, metavar="FOLDER", help="What the model saw, as PNG.")
+@click.option("--out", type=NAME, metavar="PATH", help="Of Parquet: the answers, a Parquet file or a folder of parts.")
 @device_option
 @click.option("--json", "as_json", is_flag=True, help="The same as --format jsonl: an object a line.")
 def predict(
-    arguments: tuple[str, ...], model: Path | None, form: str | None, as_json: bool, device: str, **options: Any
+    arguments: tuple[str, ...],
+    model: Path | None,
+    form: str | None,
+    as_json: bool,
+    device: str,
+    out: str | None,
+    **options: Any,
 ) -> None:
     """Name the garment in pictures: files, folders, patterns, rows of CSV files, or - for standard input.
 
@@ -457,6 +464,7 @@ def predict(
     attire predict shoe.jpg
     attire predict photos/ 'more/*.png' --format csv > answers.csv
     attire predict --model runs/1/model --json fashion-mnist_test.csv
+    attire predict mine.parquet --out answers.parquet      millions of rows, resumable; URLs such as s3:// too
 
     Needs no training and no network: a trained model is part of Attire. What looks unlike the training images is "none
     of the ten"; so are about 5 % of garments. A bad file is one line on stderr; the others are answered, and the exit
@@ -468,13 +476,42 @@ def predict(
     if as_json and form not in (None, "jsonl"):
         raise UsageError("--json", f"given together with --format {form}", do="give one of them")
     path, asked = answers.split_model(arguments, model)
+    if out is not None and (form or options["show"] or len(asked) != 1):
+        what = "neither --format nor --show goes with it" if len(asked) == 1 else f"{len(asked)} inputs, expected one"
+        raise UsageError("--out", what)
     opened = answers.open_model(path, device)
     if answers.lacks_verdict(opened):
         from attire.classifier import CANNOT_REJECT, TRAIN_AGAIN
 
         click.echo(f"warning: {one_line(str(path))}: {CANNOT_REJECT}; {TRAIN_AGAIN}", err=True)
-    if answers.tell(asked, opened, form="jsonl" if as_json else form or "table", **options):
+    if out is not None:
+        failed = predict_parquet(asked[0], out, opened, path, options["top"], as_json)
+    else:
+        failed = answers.tell(asked, opened, form="jsonl" if as_json else form or "table", **options)
+    if failed:
         click.get_current_context().exit(1)
+
+
+def predict_parquet(where: str, out: str, model: Any, path: Path | None, top: int, as_json: bool) -> int:
+    """Parquet to Parquet; how many rows have no answer."""
+    from attire import bulk
+    from attire.terminal import Terminal
+
+    watch = Terminal(as_json)
+    try:
+        done = bulk.predict(
+            where,
+            out,
+            model,
+            bulk.model_digest(path),
+            top=top,
+            progress=lambda rows, total: watch.advance("Pictures", rows, total),
+            complain=lambda line: click.echo(f"error: {line}", err=True),
+        )
+    finally:
+        watch.close()
+    click.echo(json.dumps(done.to_json()) if as_json else f"{done}")
+    return done.errors
 
 
 @cli.command()

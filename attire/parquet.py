@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pyarrow import parquet as pq
 
@@ -25,7 +26,9 @@ from attire.tables import Table, joined
 SUFFIX = ".parquet"
 IMAGE, LABEL = "image", "label"
 SIDE = 28
-ROWS = 512  # of a batch: of photographs of 100 kB some 50 MB
+ROWS = 512  # of a batch at most
+BATCH_BYTES = 32 * 2**20  # of a batch, about: photographs of 5 MB come six at a time
+READ = 4 * 2**20  # bytes a read: neither a row group in memory, nor a request to a store for every page
 THREADS = min(8, os.cpu_count() or 1)  # decode pictures, which Pillow does beside the interpreter
 VERSION = 1  # of what is kept of a file
 
@@ -44,7 +47,7 @@ class Source:
         """The pyarrow.parquet.ParquetFile; raises AttireError where it is none, or has no pictures."""
         opened = self.place.open()
         try:
-            file = pq.ParquetFile(opened, page_checksum_verification=True)
+            file = pq.ParquetFile(opened, buffer_size=READ, page_checksum_verification=True)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise AttireError(self, "not a Parquet file, or cut off", do="get the file again") from error
         kind = file.schema_arrow.field(IMAGE).type if IMAGE in file.schema_arrow.names else None
@@ -56,6 +59,12 @@ class Source:
         return file
 
     @property
+    def version(self) -> str:
+        """Changes when the file does: its size and the time of its last change."""
+        info = self.place.info()
+        return f"{info.size} {info.mtime_ns}"
+
+    @property
     def rows(self) -> int:
         return int(self.file.metadata.num_rows)
 
@@ -63,11 +72,13 @@ class Source:
     def schema(self) -> Any:
         return self.file.schema_arrow
 
-    def batches(self, columns: Sequence[str] | None = None, first: int = 0, size: int = ROWS) -> Iterator[Any]:
-        """Record batches of at most `size` rows, from row `first` on; row groups before that are not read."""
+    def batches(self, columns: Sequence[str] | None = None, first: int = 0) -> Iterator[Any]:
+        """Record batches from row `first` on, small enough for memory; row groups before that are not read."""
         start = 0
         for group in range(self.file.metadata.num_row_groups):
-            end = start + self.file.metadata.row_group(group).num_rows
+            about = self.file.metadata.row_group(group)
+            end = start + about.num_rows
+            size = max(1, min(ROWS, BATCH_BYTES * about.num_rows // max(1, about.total_byte_size)))
             if end > first:
                 with damage(self, f"rows {start + 1:,} to {end:,}"):
                     for batch in self.file.iter_batches(size, row_groups=[group], columns=columns):
@@ -126,8 +137,7 @@ def is_parquet(where: str | Path) -> bool:
 def image_bytes(batch: Any) -> list[bytes | None]:
     """The column of pictures of a record batch."""
     column = batch.column(batch.schema.get_field_index(IMAGE))
-    if pa.types.is_struct(column.type):
-        return [None if value is None else value["bytes"] for value in column.to_pylist()]
+    column = pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
     found: list[bytes | None] = column.to_pylist()
     return found
 

@@ -52,9 +52,13 @@ class Place:
 
     def size(self, name: str) -> int | None:
         """None where there is no such file."""
-        with faults(self.name(name)):
-            info = self.filesystem.get_file_info(self._at(name))
+        info = self.info(name)
         return int(info.size) if info.is_file else None
+
+    def info(self, name: str = "") -> Any:
+        """The pyarrow.fs.FileInfo: kind, size, time of the last change."""
+        with faults(self.name(name)):
+            return self.filesystem.get_file_info(self._at(name))
 
     def open(self, name: str = "") -> Any:
         """A pyarrow.NativeFile that can seek; each read of an object is a request for that range."""
