@@ -464,7 +464,7 @@ def predict(
     attire predict shoe.jpg
     attire predict photos/ 'more/*.png' --format csv > answers.csv
     attire predict --model runs/1/model --json fashion-mnist_test.csv
-    attire predict mine.parquet --out answers.parquet      millions of rows, resumable; URLs such as s3:// too
+    attire predict mine.parquet --out answers.parquet      resumable; s3:// and such too
 
     Needs no training and no network: a trained model is part of Attire. What looks unlike the training images is "none
     of the ten"; so are about 5 % of garments. A bad file is one line on stderr; the others are answered, and the exit

@@ -17,6 +17,7 @@ from attire.errors import AttireError, AttireWarning, UsageError, one_line
 from attire.files import canonical_json
 from attire.formats import is_folder
 from attire.idx import read_idx
+from attire.storage import is_url
 from attire.tables import read_frame
 
 __all__ = [
@@ -226,7 +227,7 @@ def find_readers(data: str | Path | None) -> dict[str, Reader]:
         return {part: partial(read_idx_folder, folder, part, source=OFFICIAL) for part in ("train", "test")}
     path = objects.local(data)
     readers = path_readers(path)
-    if objects.is_url(data):
+    if is_url(data):
         return {part: partial(named, reader, path, str(data)) for part, reader in readers.items()}
     return readers
 

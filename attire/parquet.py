@@ -212,10 +212,10 @@ class Coding:
         if len(kinds) > 1:
             raise AttireError(parts[-1], "labels of another type than in the files before it")
         self.text = kinds == {True}
+        self.names: tuple[str, ...] | None = classes
         if self.text:
             self.names = classes or tuple(sorted({name for part in parts for name in label_names(part)}))
             return
-        self.names = classes
         for part in parts:
             told = told_names(part)
             self.names = self.names or told

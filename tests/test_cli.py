@@ -373,6 +373,7 @@ def test_cache_lists_and_deletes(bundle: Path, small_csv: Path, cache: Path, mon
         "freed": entry["bytes"],
         "entries": [],
         "tables": {},
+        "objects": {},
     }
     attire("evaluate", bundle, "--data", small_csv)
     monkeypatch.setattr(copies, "LEAST", 0)

@@ -118,8 +118,8 @@ def test_a_folder_s_parts_are_read_in_order_and_training_apart_from_test(
 def test_files_that_number_their_classes_differently_are_put_right(synthetic: ImageDataset, tmp_path: Path) -> None:
     """The same names in another order: by number alone every label would be wrong, and nobody would see it."""
     dataset(tmp_path / "train.parquet", synthetic)
-    turned = {"names": FASHION_CLASSES[::-1], "labels": [9 - label for label in synthetic.labels.tolist()]}
-    write_parquet(tmp_path / "test.parquet", pngs(synthetic), **turned)
+    turned = [9 - label for label in synthetic.labels.tolist()]
+    write_parquet(tmp_path / "test.parquet", pngs(synthetic), turned, names=FASHION_CLASSES[::-1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AttireWarning)  # that they are the same images
         found = load_splits(tmp_path)
@@ -145,7 +145,7 @@ SOUND = png(np.arange(784, dtype=np.uint8).reshape(28, 28))
     ],
 )
 def test_a_bad_row_is_named(image: bytes | None, label: int | None, line: str, tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "a.parquet", [SOUND] * 20 + [image], [0, 1] * 10 + [label])  # type: ignore[list-item]
+    path = write_parquet(tmp_path / "a.parquet", [SOUND] * 20 + [image], [0, 1] * 10 + [label])
     with pytest.raises(AttireError) as caught:
         load_dataset(path)
     assert str(caught.value).startswith(f"{path}: {line}")

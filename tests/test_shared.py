@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_features import SPEC, CountingTrunk, rows_of, run, small_shards  # noqa: F401  (a fixture)
+from torch import Tensor
 
 from attire import features, files, shared
 from attire.data import ImageDataset
@@ -123,8 +124,8 @@ def test_two_machines_that_made_it_differently_do_not_mix(entry: Place, syntheti
 
 
 class Doubled(CountingTrunk):
-    def __call__(self, x: "object") -> "object":  # type: ignore[override]
-        return 2 * super().__call__(x)  # type: ignore[arg-type]
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
 
 
 def test_without_the_store_work_goes_on(synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
