@@ -113,12 +113,12 @@ def shown(value: Any) -> str:
 def data_options(command: Command) -> Command:
     for option in (
         click.option("--classes", help="Class names in the order of their labels, separated by commas."),
-        click.option("--test", type=NAME, metavar="FILE", help="This file or folder is the test set."),
+        click.option("--test", type=NAME, metavar="FILE", help="This file, folder or URL is the test set."),
         click.option(
             "--data",
             type=NAME,
             metavar="PATH",
-            help="CSV, IDX file or folder, folder of class folders; default: the official set.",
+            help="CSV, IDX or Parquet file, folder of these or of class folders, or a URL; default: the official set.",
         ),
     ):
         command = option(command)
@@ -901,6 +901,36 @@ def bench_models(
         return
     print_result(bench_table(found))
     click.echo(f"\nPicture         {picture}")
+
+
+@cli.command()
+@click.option("--images", required=True, metavar="N", help="How many: 1e8, 100M.")
+@click.option("--devices", default="8xcpu2", show_default=True, metavar="NxKIND", help="How many of what: 64xh100.")
+@click.option("--recipe", "name", default="fast", show_default=True, help="fast or classic.")
+@click.option("--input", "kind", default="png", show_default=True, help="rows (784 bytes), png (28x28) or photo.")
+@click.option("--precision", default="bf16", show_default=True, help="Of extraction: fp32, bf16 or int8.")
+@click.option("--batch-size", type=click.IntRange(1), help="Rows a step over all devices.  [default: the recipe's]")
+@click.option("--price", type=float, help="Dollars an hour for one device.  [default: the kind's]")
+@click.option("--store", type=float, default=100.0, show_default=True, help="GB/s that the store serves in all.")
+@click.option("--mtbf", type=float, default=50_000.0, show_default=True, help="Hours a device runs between failures.")
+@json_option
+def plan(images: str, devices: str, name: str, kind: str, as_json: bool, store: float, **options: Any) -> None:
+    """Hours, dollars and what breaks first, for more images and devices than we have: a model, not a measurement.
+
+    \b
+    attire plan --images 1e8 --devices 64xcpu2
+    attire plan --images 1e10 --devices 64xh100 --input photo --price 2.5
+
+    cpu2 and cpu2-old are measured; c7i.8xlarge, l4, a100 and h100 are assumed from published peaks and prices, and
+    the table says so. How good the model is where it can be checked: docs/scale.md.
+    """
+    from attire import plan as planning
+    from attire.recipes import named
+
+    count, device = planning.parse_devices(devices)
+    rows = planning.parse_images(images)
+    made = planning.make(planning.Asked(rows, count, device, named(name), kind, store=store * 1e9, **options))
+    click.echo(json.dumps(made.to_json()) if as_json else planning.text(made))
 
 
 @cli.command()

@@ -166,7 +166,8 @@ Reader = Callable[[Sequence[str] | None], ImageDataset]
 def load_dataset(
     data: str | Path | None = None, *, part: Part = "train", classes: Sequence[str] | None = None
 ) -> ImageDataset:
-    """Every image of a CSV file, an IDX file (its partner beside it) or a folder; None is the official data.
+    """Every image of a CSV file, an IDX file (its partner beside it), Parquet files or a folder; None is the official
+    data. A URL stands for the copy of what it names, see `objects.local`.
 
     Where the source has a training and a test part, the one that `part` names; otherwise all of it.
     Raises AttireError for whatever cannot be read in full.

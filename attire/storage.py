@@ -85,6 +85,7 @@ class Place:
             except BaseException:
                 with suppress(OSError):
                     stream.close()  # which pyarrow would do anyway: what was cut off becomes an object
+                with suppress(OSError):
                     self.filesystem.delete_file(at)
                 raise
             stream.close()
@@ -136,13 +137,22 @@ def place(where: str | Path) -> Place:
     bucket = path_in.partition("/")[0]
     if not bucket:
         raise UsageError(text, "names no bucket", do=f"expected {scheme}://bucket/key")
-    with faults(text):
+    with faults(text), built(text):
         if scheme == "gs":
             anonymous, path_in = path_in.startswith("anonymous@"), path_in.removeprefix("anonymous@")
             system = fs.GcsFileSystem(anonymous=anonymous, retry_time_limit=timedelta(seconds=PATIENCE))
         else:
             system = s3(bucket) if scheme == "s3" else azure(text)
     return Place(text.rstrip("/"), system, path_in)
+
+
+@contextmanager
+def built(url: str) -> Iterator[None]:
+    """Not every build of pyarrow knows every store."""
+    try:
+        yield
+    except ImportError as error:
+        raise AttireError(url, "this pyarrow was built without that store", do="install another build of it") from error
 
 
 def s3(bucket: str) -> Any:
@@ -153,7 +163,8 @@ def s3(bucket: str) -> Any:
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if not region:
         region = "us-east-1" if endpoint else fs.resolve_s3_region(bucket)
-    return fs.S3FileSystem(region=region, endpoint_override=endpoint)
+    # Delayed: what is small is sent in one request, where opening, a part and closing were three.
+    return fs.S3FileSystem(region=region, endpoint_override=endpoint, allow_delayed_open=True)
 
 
 def azure(url: str) -> Any:
@@ -162,8 +173,9 @@ def azure(url: str) -> Any:
     account = os.environ.get("AZURE_STORAGE_ACCOUNT")
     if not account:
         raise UsageError(url, "whose account is not known", do="set AZURE_STORAGE_ACCOUNT")
-    key, token = os.environ.get("AZURE_STORAGE_KEY"), os.environ.get("AZURE_STORAGE_SAS_TOKEN")
-    return fs.AzureFileSystem(account_name=account, account_key=key, sas_token=None if key else token)
+    names = {"account_key": "AZURE_STORAGE_KEY", "sas_token": "AZURE_STORAGE_SAS_TOKEN"}
+    given = {name: os.environ[variable] for name, variable in names.items() if os.environ.get(variable)}
+    return fs.AzureFileSystem(account_name=account, **given)
 
 
 @contextmanager
