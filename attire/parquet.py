@@ -220,10 +220,11 @@ class Coding:
             told = told_names(part)
             self.names = self.names or told
             if told and self.names and told != self.names:
-                if sorted(told) != sorted(self.names):
+                own, known = [plain(name) for name in told], [plain(name) for name in self.names]
+                if sorted(own) != sorted(known) or len(set(own)) < len(own):
                     what = f"its classes are {', '.join(told)}"[:120]
                     raise AttireError(part, what, f"expected {', '.join(self.names)}"[:120])
-                self.order[str(part)] = [self.names.index(name) for name in told]
+                self.order[str(part)] = [known.index(name) for name in own]
 
     def codes(self, part: Source, batch: Any, row: int) -> NDArray[np.int64]:
         """(n,) int64 of a batch whose first row is `row`."""
@@ -248,6 +249,11 @@ class Coding:
                 what = f"label is {one_line(name)[:60]!r}, none of the {len(places)} classes"
                 raise AttireError(part, what, f"row {row + i:,}")
         return np.array([places[name] for name in found], np.int64)
+
+
+def plain(name: str) -> str:
+    """Letters and digits alone: Hugging Face's Fashion-MNIST calls "T-shirt/top" "T - shirt / top"."""
+    return "".join(c for c in name.casefold() if c.isalnum())
 
 
 def is_text(part: Source) -> bool:

@@ -1,6 +1,10 @@
 """Copies of objects: made once, found again, verified, renewed, gone on with; and data sets that URLs name."""
 
+import functools
 import json
+import os
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +164,32 @@ def test_a_file_over_http_is_copied_and_renewed(web: Mirror) -> None:
     assert [path for path, _ in web.requests] == ["/d/mine.csv"]  # HEAD it does not know
     with pytest.raises(StoreError, match="HTTP 404"):
         local(f"{web.url}none.csv")
+
+
+def test_a_newer_file_over_http_is_fetched_again(tmp_path: Path) -> None:
+    """By what the server says to HEAD: here its size and date."""
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    (tmp_path / "a.csv").write_bytes(b"one")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}/a.csv"
+            assert local(url).read_bytes() == b"one"
+            (tmp_path / "a.csv").write_bytes(b"two")
+            os.utime(tmp_path / "a.csv", (1, 1))
+            assert local(url).read_bytes() == b"two"
+            with pytest.raises(AttireError, match="HTTP 404: no such file"):
+                local(f"{url}x")
+        finally:
+            server.shutdown()
+            thread.join()
+    with pytest.warns(AttireWarning, match="cannot be reached .*the copy that was made before is used"):
+        assert local(url).read_bytes() == b"two"
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None: ...
 
 
 # Data sets.

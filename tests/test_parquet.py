@@ -124,6 +124,10 @@ def test_files_that_number_their_classes_differently_are_put_right(synthetic: Im
         warnings.simplefilter("ignore", AttireWarning)  # that they are the same images
         found = load_splits(tmp_path)
     assert np.array_equal(found.test.labels, synthetic.labels)
+    spaced = ["T - shirt / top", *FASHION_CLASSES[1:]]
+    path = write_parquet(tmp_path / "hub.parquet", pngs(synthetic), synthetic.labels.tolist(), names=spaced)
+    assert load_dataset(path, classes=FASHION_CLASSES).classes == FASHION_CLASSES
+    path.unlink()
     write_parquet(tmp_path / "test.parquet", pngs(synthetic), synthetic.labels.tolist(), names=list("abcdefghij"))
     with pytest.raises(AttireError, match=r"test\.parquet: its classes are a, b, .*\(expected T-shirt/top, "):
         load_splits(tmp_path)
