@@ -101,7 +101,7 @@ class Input:
 
 
 # Rates: benchmarks/results/decoding.json, one core of cpu2.
-INPUTS = {"rows": Input(ROW_BYTES, 0), "png": Input(507, 5700), "photo": Input(100e3, 11)}
+INPUTS = {"rows": Input(ROW_BYTES, 0), "png": Input(507, 4800), "photo": Input(100e3, 13)}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python benchmarks/bulk_memory.py [--rows 20000 100000]
 
 Official test images as PNG in Parquet, answered by a model that does nothing: decoding, reading and writing remain.
-Each run is a process of its own. Prints one line for each number of rows: peak of resident memory, processor time a row.
+Each run is a process of its own. Prints a line for each number of rows: peak of resident memory, processor time a row.
 """
 
 import argparse
