@@ -113,12 +113,12 @@ def shown(value: Any) -> str:
 def data_options(command: Command) -> Command:
     for option in (
         click.option("--classes", help="Class names in the order of their labels, separated by commas."),
-        click.option("--test", type=NAME, metavar="FILE", help="This file or folder is the test set."),
+        click.option("--test", type=NAME, metavar="FILE", help="This file, folder or URL is the test set."),
         click.option(
             "--data",
             type=NAME,
             metavar="PATH",
-            help="CSV, IDX file or folder, folder of class folders; default: the official set.",
+            help="CSV, IDX or Parquet file, folder of these or of class folders, or a URL; default: the official set.",
         ),
     ):
         command = option(command)
@@ -465,10 +465,17 @@ def ensemble(
 )
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="How many classes to show.")
 @click.option("--show", type=PATH, metavar="FOLDER", help="What the model saw, as PNG.")
+@click.option("--out", type=NAME, metavar="PATH", help="Of Parquet: the answers, a Parquet file or a folder of parts.")
 @device_option
 @click.option("--json", "as_json", is_flag=True, help="The same as --format jsonl: an object a line.")
 def predict(
-    arguments: tuple[str, ...], model: Path | None, form: str | None, as_json: bool, device: str, **options: Any
+    arguments: tuple[str, ...],
+    model: Path | None,
+    form: str | None,
+    as_json: bool,
+    device: str,
+    out: str | None,
+    **options: Any,
 ) -> None:
     """Name the garment in pictures: files, folders, patterns, rows of CSV files, or - for standard input.
 
@@ -476,6 +483,7 @@ def predict(
     attire predict shoe.jpg
     attire predict photos/ 'more/*.png' --format csv > answers.csv
     attire predict --model runs/1/model --json fashion-mnist_test.csv
+    attire predict mine.parquet --out answers.parquet      resumable; s3:// and such too
 
     Needs no training and no network: a trained model is part of Attire. What looks unlike the training images is "none
     of the ten"; so are about 5 % of garments. A bad file is one line on stderr; the others are answered, and the exit
@@ -487,13 +495,42 @@ def predict(
     if as_json and form not in (None, "jsonl"):
         raise UsageError("--json", f"given together with --format {form}", do="give one of them")
     path, asked = answers.split_model(arguments, model)
+    if out is not None and (form or options["show"] or len(asked) != 1):
+        what = "neither --format nor --show goes with it" if len(asked) == 1 else f"{len(asked)} inputs, expected one"
+        raise UsageError("--out", what)
     opened = answers.open_model(path, device)
     if answers.lacks_verdict(opened):
         from attire.classifier import CANNOT_REJECT, TRAIN_AGAIN
 
         click.echo(f"warning: {one_line(str(path))}: {CANNOT_REJECT}; {TRAIN_AGAIN}", err=True)
-    if answers.tell(asked, opened, form="jsonl" if as_json else form or "table", **options):
+    if out is not None:
+        failed = predict_parquet(asked[0], out, opened, path, options["top"], as_json)
+    else:
+        failed = answers.tell(asked, opened, form="jsonl" if as_json else form or "table", **options)
+    if failed:
         click.get_current_context().exit(1)
+
+
+def predict_parquet(where: str, out: str, model: Any, path: Path | None, top: int, as_json: bool) -> int:
+    """Parquet to Parquet; how many rows have no answer."""
+    from attire import bulk
+    from attire.terminal import Terminal
+
+    watch = Terminal(as_json)
+    try:
+        done = bulk.predict(
+            where,
+            out,
+            model,
+            bulk.model_digest(path),
+            top=top,
+            progress=lambda rows, total: watch.advance("Pictures", rows, total),
+            complain=lambda line: click.echo(f"error: {line}", err=True),
+        )
+    finally:
+        watch.close()
+    click.echo(json.dumps(done.to_json()) if as_json else f"{done}")
+    return done.errors
 
 
 @cli.command()
@@ -658,27 +695,30 @@ def export_csv(folder: Path, data_from: Path | None, weights_from: Path | None, 
 @click.option("--clear", is_flag=True, help="Delete all of them.")
 @json_option
 def cache(keys: tuple[str, ...], clear: bool, as_json: bool) -> None:
-    """List the cached features with their size and what made them, and the copies of CSV files; or delete them.
+    """List the cached features with their size and what made them, copies of tables and of objects; or delete them.
 
     \b
     attire cache
     attire cache --delete 3f2a     the entry whose key begins so
     """
-    from attire import copies, features
+    from attire import copies, features, objects
     from attire.files import human_size
 
-    freed = copies.delete_copies() if clear else 0
+    freed = copies.delete_copies() + objects.delete_copies() if clear else 0
     if clear:
         keys = tuple(entry.key for entry in features.cache_entries())
     freed += sum(features.delete_entry(key) for key in keys)
-    entries, tables = features.cache_entries(), dict(copies.copies())
+    entries, tables, fetched = features.cache_entries(), dict(copies.copies()), list(objects.copies())
     if as_json:
-        click.echo(json.dumps({"freed": freed, "entries": [entry.to_json() for entry in entries], "tables": tables}))
+        told = {"freed": freed, "entries": [entry.to_json() for entry in entries], "tables": tables}
+        click.echo(json.dumps({**told, "objects": {url: size for _, url, size in fetched}}))
         return
     if keys or clear:
         click.echo(f"freed {human_size(freed)}")
     for key, size in tables.items():
-        click.echo(f"{key[:12]}  {human_size(size):>9}  a CSV file, parsed")
+        click.echo(f"{key[:12]}  {human_size(size):>9}  a CSV file or Parquet files, parsed")
+    for key, url, size in fetched:
+        click.echo(f"{key[:12]}  {human_size(size):>9}  a copy of {one_line(url)}")
     for entry in entries:
         click.echo(f"{entry.key[:12]}  {human_size(entry.size):>9}  {entry.describe()}")
     click.echo(f"{len(entries)} entries, {human_size(sum(e.size for e in entries))} in {features.cache_folder()}")
@@ -886,6 +926,36 @@ def bench_models(
         return
     print_result(bench_table(found))
     click.echo(f"\nPicture         {picture}")
+
+
+@cli.command()
+@click.option("--images", required=True, metavar="N", help="How many: 1e8, 100M.")
+@click.option("--devices", default="8xcpu2", show_default=True, metavar="NxKIND", help="How many of what: 64xh100.")
+@click.option("--recipe", "name", default="fast", show_default=True, help="fast or classic.")
+@click.option("--input", "kind", default="png", show_default=True, help="rows (784 bytes), png (28x28) or photo.")
+@click.option("--precision", default="bf16", show_default=True, help="Of extraction: fp32, bf16 or int8.")
+@click.option("--batch-size", type=click.IntRange(1), help="Rows a step over all devices.  [default: the recipe's]")
+@click.option("--price", type=float, help="Dollars an hour for one device.  [default: the kind's]")
+@click.option("--store", type=float, default=100.0, show_default=True, help="GB/s that the store serves in all.")
+@click.option("--mtbf", type=float, default=50_000.0, show_default=True, help="Hours a device runs between failures.")
+@json_option
+def plan(images: str, devices: str, name: str, kind: str, as_json: bool, store: float, **options: Any) -> None:
+    """Hours, dollars and what breaks first, for more images and devices than we have: a model, not a measurement.
+
+    \b
+    attire plan --images 1e8 --devices 64xcpu2
+    attire plan --images 1e10 --devices 64xh100 --input photo --price 2.5
+
+    cpu2 and cpu2-old are measured; c7i.8xlarge, l4, a100 and h100 are assumed from published peaks and prices, and
+    the table says so. How good the model is where it can be checked: docs/scale.md.
+    """
+    from attire import plan as planning
+    from attire.recipes import named
+
+    count, device = planning.parse_devices(devices)
+    rows = planning.parse_images(images)
+    made = planning.make(planning.Asked(rows, count, device, named(name), kind, store=store * 1e9, **options))
+    click.echo(json.dumps(made.to_json()) if as_json else planning.text(made))
 
 
 @cli.command()

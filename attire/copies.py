@@ -3,7 +3,7 @@
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -36,7 +36,7 @@ def read_table(path: str | Path, class_count: int = 10, labelled: bool = True) -
             return joined(read_parts(path, file, class_count, labelled))
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(0)
-        table = stored(digest)
+        table = stored(copy_path(digest), "a CSV file")
         if table is None or (labelled and table.labels is None):  # that is for the parser to refuse
             table = kept(path, file, class_count, labelled)
     if table.labels is not None and not in_range(table.labels, class_count):
@@ -60,17 +60,16 @@ def copy_path(digest: str) -> Path:
     return folder() / (files.sha256(canonical_json({"csv": digest, "version": VERSION}))[:32] + SUFFIX)
 
 
-def stored(digest: str) -> Table | None:
+def stored(path: Path, what: str) -> Table | None:
     """The copy, when there is a sound one."""
     try:
-        path = copy_path(digest)
         if not path.exists():
             return None
         if files.is_sound(path):
             return mapped(path)
     except (OSError, AttireError):
         return None  # a cache that cannot be read is as good as none
-    line = f"{path}: the copy of a CSV file is damaged and made again"
+    line = f"{path}: the copy of {what} is damaged and made again"
     warnings.warn(line, AttireWarning, stacklevel=4)
     return None
 
@@ -82,16 +81,8 @@ def kept(path: Path, file: IO[bytes], class_count: int, labelled: bool) -> Table
     """
     found = hashlib.sha256()
     try:
-        part = folder() / f"{os.getpid()}-{id(file)}.new"
-        with files.sealed(part) as out:
-            labels, rows = [], 0
-            for table in read_parts(path, file, class_count, labelled, found.update):
-                out.write(np.ascontiguousarray(table.pixels).data)
-                labels += [table.labels.astype("<i8")] if table.labels is not None else []
-                rows += len(table)
-            out.write(b"".join(array.tobytes() for array in labels))
-            out.write(np.array([rows, bool(labels)], "<i8").tobytes())
-        return mapped(part.replace(copy_path(found.hexdigest())))
+        parts = read_parts(path, file, class_count, labelled, found.update)
+        return written(parts, lambda: copy_path(found.hexdigest()))
     except (AttireError, OSError) as error:
         if isinstance(error, AttireError) and error.subject == str(path):
             raise
@@ -99,6 +90,20 @@ def kept(path: Path, file: IO[bytes], class_count: int, labelled: bool) -> Table
         warnings.warn(line, AttireWarning, stacklevel=3)
     file.seek(0)
     return joined(read_parts(path, file, class_count, labelled))
+
+
+def written(parts: Iterator[Table], place: Callable[[], Path]) -> Table:
+    """Write a copy of these rows; its place is asked for once they have all come."""
+    new = folder() / f"{os.getpid()}-{id(parts)}.new"
+    with files.sealed(new) as out:
+        labels, rows = [], 0
+        for table in parts:
+            out.write(np.ascontiguousarray(table.pixels).data)
+            labels += [table.labels.astype("<i8")] if table.labels is not None else []
+            rows += len(table)
+        out.write(b"".join(array.tobytes() for array in labels))
+        out.write(np.array([rows, bool(labels)], "<i8").tobytes())
+    return mapped(new.replace(place()))
 
 
 def mapped(path: Path) -> Table:

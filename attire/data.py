@@ -11,12 +11,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from attire import files, idx, photos, pictures, tables
+from attire import files, idx, objects, parquet, photos, pictures, tables
 from attire.copies import read_table
 from attire.errors import AttireError, AttireWarning, UsageError, one_line
 from attire.files import canonical_json
 from attire.formats import is_folder
 from attire.idx import read_idx
+from attire.storage import is_url
 from attire.tables import read_frame
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "read_idx_folder",
     "read_idx_pair",
     "read_image_folder",
+    "read_parquet",
     "split_indices",
     "write_csv",
 ]
@@ -164,7 +166,8 @@ Reader = Callable[[Sequence[str] | None], ImageDataset]
 def load_dataset(
     data: str | Path | None = None, *, part: Part = "train", classes: Sequence[str] | None = None
 ) -> ImageDataset:
-    """Every image of a CSV file, an IDX file (its partner beside it) or a folder; None is the official data.
+    """Every image of a CSV file, an IDX file (its partner beside it), Parquet files or a folder; None is the official
+    data. A URL stands for the copy of what it names, see `objects.local`.
 
     Where the source has a training and a test part, the one that `part` names; otherwise all of it.
     Raises AttireError for whatever cannot be read in full.
@@ -223,16 +226,37 @@ def find_readers(data: str | Path | None) -> dict[str, Reader]:
 
         folder = official_data()
         return {part: partial(read_idx_folder, folder, part, source=OFFICIAL) for part in ("train", "test")}
-    path = Path(data)
+    path = objects.local(data)
+    readers = path_readers(path)
+    if is_url(data):
+        return {part: partial(named, reader, path, str(data)) for part, reader in readers.items()}
+    return readers
+
+
+def path_readers(path: Path) -> dict[str, Reader]:
     if is_folder(path):
         return folder_readers(path)
+    if parquet.is_parquet(path):
+        return {"all": partial(read_parquet, parquet.paths(path))}
     if pair := idx.partner(path):
         return {"all": partial(read_idx_pair, *pair)}
     return {"all": partial(read_csv, path)}
 
 
+def named(reader: Reader, copy: Path, url: str, classes: Sequence[str] | None) -> ImageDataset:
+    """What a reader makes of the copy of a URL; errors name the URL, not the copy."""
+    try:
+        return reader(classes)
+    except AttireError as error:
+        if not error.subject.startswith(str(copy)) or isinstance(error, UsageError):
+            raise
+        subject = url.rstrip("/") + error.subject.removeprefix(str(copy))
+        raise AttireError(subject, error.what, error.where, error.do) from error
+
+
 def folder_readers(folder: Path) -> dict[str, Reader]:
-    """For IDX files, for `*train.csv` and `*test.csv` (as on Kaggle), for train/ and test/, or for class folders."""
+    """For IDX files, for `*train.csv` and `*test.csv` (as on Kaggle), for Parquet files, those of `train*` and `test*`
+    apart (as on Hugging Face), for train/ and test/, or for class folders."""
     parts = [part for part in ("train", "test") if idx.find_pair(folder, part)]
     if parts:
         return {part: partial(read_idx_folder, folder, part) for part in parts}
@@ -244,6 +268,14 @@ def folder_readers(folder: Path) -> dict[str, Reader]:
             what = f"{len(csvs)} CSV file{'s' if len(csvs) > 1 else ''} in it, expected ...train.csv and ...test.csv"
             raise AttireError(folder, what, do="give one file's own path instead")
         return {part: partial(read_csv, paths[0]) for part, paths in named.items()}
+    if parquets := [entry for entry in entries if parquet.is_parquet(entry) and entry.is_file()]:
+        both = {part: [path for path in parquets if path.name.startswith(part)] for part in ("train", "test")}
+        if not all(both.values()):
+            return {"all": partial(read_parquet, parquets)}
+        if len(both["train"]) + len(both["test"]) < len(parquets):
+            other = next(path for path in parquets if path not in both["train"] + both["test"])
+            raise AttireError(other, "a third part beside train and test", do="give one part's pattern instead")
+        return {part: partial(read_parquet, found) for part, found in both.items()}
     names = {entry.name for entry in entries if entry.is_dir()}
     if {"train", "test"} <= names and not all(entry.is_file() for entry in pictures.visible(folder / "train")):
         if extra := sorted(names - {"train", "test"}):
@@ -291,6 +323,14 @@ def read_image_folder(folder: str | Path, classes: Sequence[str] | None = None) 
     names = None if classes is None else check_classes(classes)
     found = pictures.read_folder(folder, names, lambda path: photos.prepare(path).image)
     return ImageDataset(*found, Path(folder).name)
+
+
+def read_parquet(paths: str | Path | Sequence[Path], classes: Sequence[str] | None = None) -> ImageDataset:
+    """Pictures as bytes in a column `image`, labels in `label`; see `parquet.read_table`."""
+    found = [Path(paths)] if isinstance(paths, str | Path) else list(paths)
+    table, names = parquet.read_table(found, None if classes is None else check_classes(classes))
+    assert table.labels is not None  # as they are read for this alone
+    return ImageDataset(table.pixels.reshape(-1, 28, 28), table.labels, check_classes(names), found[0].name)
 
 
 def check_classes(classes: Sequence[str] | None) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attire import files, memory, vgg
+from attire import files, memory, shared, vgg
 from attire.blocks import feature_shape
 from attire.errors import AttireError, AttireWarning
 
@@ -125,12 +125,14 @@ def extract(
 
     images: (N, 28, 28) uint8. Missing shards are computed, present ones verified; a damaged shard is set aside and
     made again with one warning. Two processes that want the same entry take turns; the trunk is loaded only when
-    something is missing.
+    something is missing. An entry that another machine shares is pulled first, a new one is shared; see `shared`.
     """
     folder = cache_folder() / spec.key(images_digest)
     with files.lock(folder.with_suffix(".lock")):
-        ledger = verified_shards(folder, len(images), spec)
         starts = range(0, len(images), spec.shard_rows)
+        shards = [(shard_path(folder, i), min(spec.shard_rows, len(images) - start)) for i, start in enumerate(starts)]
+        shared.pull(folder, made_by(images_digest, spec, len(images)), shards, progress)
+        ledger = verified_shards(folder, len(images), spec)
         missing = [i for i in range(len(starts)) if i not in ledger]
         report = progress or (lambda done, total: None)
         if missing:
@@ -142,6 +144,7 @@ def extract(
             write_manifest(folder, images_digest, spec, ledger)
         for line in folder.glob("shard-*.json"):  # the manifest holds what the shards' own ledger lines did
             line.unlink()
+        shared.push(folder)
     report(len(images), len(images))
     return Features(folder, len(images), spec.width, spec.shard_rows)
 
@@ -295,10 +298,13 @@ def ledger_line(folder: Path, index: int) -> dict[str, Any] | None:
 def write_manifest(folder: Path, images_digest: str, spec: FeatureSpec, ledger: dict[int, dict[str, Any]]) -> None:
     """Written last."""
     lines = [ledger[i] for i in sorted(ledger)]
-    rows = sum(line["rows"] for line in lines)
-    made_by = {"images": images_digest, "rows": rows, "width": spec.width, **asdict(spec)}
-    manifest = {"schema": 1, **made_by, "shards": lines}
-    files.write_json(folder / "MANIFEST.json", manifest)
+    made = made_by(images_digest, spec, sum(line["rows"] for line in lines))
+    files.write_json(folder / "MANIFEST.json", {"schema": 1, **made, "shards": lines})
+
+
+def made_by(images_digest: str, spec: FeatureSpec, rows: int) -> dict[str, Any]:
+    """What a manifest says of its entry."""
+    return {"images": images_digest, "rows": rows, "width": spec.width, **asdict(spec)}
 
 
 @dataclass(frozen=True)

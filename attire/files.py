@@ -7,6 +7,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+reading_umask = threading.Lock()
 PART = ".attire."  # how the names of temporary files begin; they end in .part
 
 
@@ -68,8 +70,11 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            part.chmod(0o666 & ~umask())
-            part.replace(path)
+                part.chmod(0o666 & ~umask())
+                if fcntl:  # while it is locked: between its closing and its renaming another writer would sweep it
+                    part.replace(path)
+            if not fcntl:
+                part.replace(path)
             sync_dir(path.parent)
         finally:
             part.unlink(missing_ok=True)  # before a full disk is told with what is free without it
@@ -208,8 +213,10 @@ def sync_dir(path: Path) -> None:
 
 
 def umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
+    """It can only be read by setting it, which threads must not do at the same time."""
+    with reading_umask:
+        mask = os.umask(0o022)
+        os.umask(mask)
     return mask
 
 

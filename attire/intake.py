@@ -22,6 +22,7 @@ from attire.errors import AttireError
 from attire.formats import is_folder, is_text, name_format
 from attire.pictures import SHOULD, SUFFIXES
 from attire.prediction import read_picture
+from attire.storage import is_url
 
 STDIN = "-"
 THREADS = 2  # one reads a file while another decodes
@@ -46,6 +47,9 @@ def expand(arguments: Iterable[str], globs: bool = True) -> Iterator[str | Attir
         path = Path(argument)
         if argument == STDIN and globs:
             yield argument
+        elif is_url(argument):
+            do = "Parquet files may lie elsewhere, with --out; fetch others first"
+            yield AttireError(argument, "a URL, expected a file", do=do)
         elif is_folder(path):
             yield from below(path)
         elif globs and glob.has_magic(argument) and not os.path.lexists(path):
@@ -82,6 +86,8 @@ def read_ahead(found: Iterator[str | AttireError], classes: Sequence[str]) -> Re
                 waiting.append(partial(read_stdin, classes))
             elif source.lower().endswith(".csv"):
                 waiting.append(partial(read_rows, source, source, classes))  # when its turn comes: it may be large
+            elif source.lower().endswith(".parquet"):
+                waiting.append(partial(read_parquet, source))
             else:
                 waiting.append(pool.submit(read_file, source))
             if len(waiting) >= AHEAD:
@@ -117,6 +123,22 @@ def read_rows(path: str, name: str, classes: Sequence[str]) -> Iterator[Asked | 
         yield error if name == path else renamed(error)
         return
     yield from (Asked(f"{name}:{line}", image) for line, image in enumerate(images, 2))  # after the header
+
+
+def read_parquet(path: str) -> Iterator[Asked | AttireError]:
+    """Each row of a Parquet file, called by its number in the file; a bad one is an error in its place."""
+    from attire import parquet
+
+    try:
+        (source,) = parquet.sources(path)
+        cells = (data for batch in source.batches([parquet.IMAGE]) for data in parquet.image_bytes(batch))
+        for row, data in enumerate(cells, 1):
+            try:
+                yield Asked(f"{path}:{row}", parquet.prepared(data, source, row), data)
+            except AttireError as error:
+                yield error
+    except AttireError as error:
+        yield error
 
 
 def read_stdin(classes: Sequence[str]) -> Iterator[Asked | AttireError]:

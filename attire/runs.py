@@ -60,9 +60,11 @@ def train(
 ) -> Run:
     """Train a classifier and evaluate it once on the test set.
 
-    data: None for the official set, else a CSV, an IDX file or a folder; run_dir: a new or empty folder, `runs/1`,
-    `runs/2` ... when left out; log: "tensorboard" also writes the curves into `<run_dir>/tensorboard` (an extra);
-    teacher: runs or bundles whose averaged answers are learnt from besides the labels (distillation).
+    data: None for the official set, else a CSV, IDX or Parquet file, a folder or a URL of these; run_dir: a new or
+    empty folder, `runs/1`, `runs/2` ... when left out; log: "tensorboard" also writes the curves into
+    `<run_dir>/tensorboard` (an extra); teacher: runs or bundles whose averaged answers are learnt from besides the
+    labels (distillation).
+
     Raises AttireError for bad data, Stopped when it was interrupted: then
     `resume(run_dir)` goes on exactly where it stood.
     """

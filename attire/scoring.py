@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attire import devices, ensemble, features, results
+from attire import devices, ensemble, features, objects, results
 from attire.classifier import load_bundle
 from attire.compare import Pair, paired
 from attire.data import ImageDataset, Part, load_dataset
@@ -42,6 +42,7 @@ def evaluate_bundle(
     if backend not in BACKENDS:
         raise UsageError("--backend", f"expected torch, openvino or openvino-int8, found {backend!r}")
     model = load_export(bundle) if format_of(Path(bundle)) else load_bundle(bundle, device)
+    objects.bring(data, progress=watcher.advance)
     asked = Asked(data, part, classes, device, views)
     labelled = asked.load(model.classes)
     if isinstance(model, Exported):
@@ -151,6 +152,7 @@ def evaluate_ensemble(
     """
     began, names, found = time.perf_counter(), views_of(views), ensemble.open_ensemble(what, device)
     asked = Asked(data, part, classes, device, views)
+    objects.bring(data, progress=(watcher or Silent()).advance)
     labelled, members, parts = asked.load(found.classes), [], []
     for folder, member in zip(found.bundles, found.members, strict=True):
         own, start = names or member.architecture.views, time.perf_counter()

@@ -21,6 +21,7 @@ from attire import (
     heads,
     memory,
     neighbours,
+    objects,
     reject,
     results,
     skew,
@@ -104,6 +105,7 @@ class Stage:
     def __init__(self, recipe: Recipe, source: DataChoice, device: torch.device, watcher: Watcher) -> None:
         self.recipe, self.device, self.watcher = recipe, device, watcher
         self.taught: dict[str, Any] | None = None  # the teacher of the run, for data.json
+        objects.bring(source.data, source.test, progress=watcher.advance)
         self.splits = source.load(recipe)
         watcher.note("Data", describe_data(self.splits))
         self.train, self.val = validation_rows(self.splits.data, self.splits.train_rows, recipe)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attire import devices, features, fetch, figures, files, results, vgg
+from attire import devices, features, fetch, figures, files, objects, results, vgg
 from attire.blocks import BLOCKS, CHANNELS, feature_shape, map_side
 from attire.data import ImageDataset, load_splits, split_indices
 from attire.errors import AttireError, UsageError
@@ -165,6 +165,7 @@ def sweep(
     """
     check(sizes, boundaries, backgrounds)
     watcher, where = watcher or Silent(), devices.choose_device(device)
+    objects.bring(data, progress=watcher.advance)
     data_set, fit = draw(load_splits(data, classes=classes, seed=FAST.split_seed).train, rows, val)
     folder = files.make_dir(Path(out))
     with claimed_folder(folder):

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from attire import fetch, files
-from attire.blocks import BLOCKS
-from attire.weights import SHAPES
+from attire.plan import flop_per_image as flop_per_image
 
 ROUNDS = 5
 RESULTS = Path(__file__).parent / "results"
@@ -63,16 +62,6 @@ def forget_peak() -> int:
 
 def peak_memory() -> int:
     return memory_line("VmHWM")
-
-
-def flop_per_image(freeze_to: str, size: int) -> float:
-    """Of the convolutions up to the boundary, each multiplication and each addition as one; as done directly."""
-    total = 0.0
-    for index in range(BLOCKS[freeze_to]):
-        if shape := SHAPES.get(f"features.{index}.weight"):
-            block = next(i for i, end in enumerate(BLOCKS.values()) if index < end)
-            total += 2 * 9 * shape[0] * shape[1] * (size >> block) ** 2
-    return total
 
 
 @contextmanager

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import stores
 from hypothesis import HealthCheck, settings
 
-from attire import devices, fetch
+from attire import devices, fetch, files, shared
 from attire.data import FASHION_CLASSES, ImageDataset, write_csv
 from attire.files import cache_dir
 from attire.recipes import Recipe
@@ -47,7 +48,28 @@ def cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
             (folder / part).symlink_to(cache_dir() / part)
         shutil.copy(convolutions, folder)
     monkeypatch.setenv("ATTIRE_CACHE", str(folder))
+    monkeypatch.delenv(shared.VARIABLE, raising=False)
+    monkeypatch.setattr(shared, "failed", set())
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    with stores.serve() as url:
+        yield url
+
+
+@pytest.fixture
+def bucket(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty bucket of a real S3 server, and what makes everybody find it: `s3://<name>`."""
+    from pyarrow import fs
+
+    known = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
+    for name, value in {**known, "AWS_ENDPOINT_URL": s3_server, "AWS_EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{files.sha256(str(tmp_path).encode())[:16]}"
+    fs.S3FileSystem(endpoint_override=s3_server, allow_bucket_creation=True).create_dir(name)
+    return f"s3://{name}"
 
 
 @pytest.fixture(scope="session")

@@ -373,11 +373,12 @@ def test_cache_lists_and_deletes(bundle: Path, small_csv: Path, cache: Path, mon
         "freed": entry["bytes"],
         "entries": [],
         "tables": {},
+        "objects": {},
     }
     attire("evaluate", bundle, "--data", small_csv)
     monkeypatch.setattr(copies, "LEAST", 0)
     data.read_csv(small_csv)
-    assert re.search(r"^\w{12} +47\.6 kB  a CSV file, parsed$", attire("cache").out, re.M)
+    assert re.search(r"^\w{12} +47\.6 kB  a CSV file or Parquet files, parsed$", attire("cache").out, re.M)
     assert re.match(r"freed \d+\.\d kB\n0 entries, 0 bytes in ", attire("cache", "--clear").out)
     assert not [path for name in ("features", "tables") for path in (cache / name).iterdir()]
 

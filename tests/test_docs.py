@@ -22,6 +22,7 @@ import pytest
 from command import Done, attire
 from conftest import blocks_and_noise
 from PIL import Image
+from stores import png, write_parquet
 
 from attire import cli, doctor, fetch, shell
 from attire.data import write_csv
@@ -42,6 +43,7 @@ PARSED_ONLY = {
     r"train --seeds 5": "five trainings; --seeds 2 is run",
     r"sweep": "many trials; tests/test_sweep.py",
     r"export ": "proved on 2,000 images; tests/test_export.py",
+    r".* '?(s3|gs|https)://": "a store; tests/test_objects.py and test_bulk.py",
 }
 
 
@@ -164,6 +166,7 @@ def prepared(finished: tuple[Path, Done], tmp_path_factory: pytest.TempPathFacto
         place.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rows.images[i // 3 * 10 + i % 3]).save(place)
     (folder / "more").mkdir()
+    write_parquet(folder / "mine.parquet", [png(image) for image in rows.images], rows.labels.tolist())
     garment = Image.fromarray(255 - rows.images[0]).resize((200, 200))
     for name in ("shoe.jpg", "shoe.png", "bag.png", "new.jpg", "a.png", "picture.png", "more/b.png"):
         garment.save(folder / name)

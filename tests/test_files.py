@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,13 @@ with atomic(Path(sys.argv[1])) as file:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
+def test_writers_in_one_folder_do_not_sweep_each_other(tmp_path: Path) -> None:
+    """Eight at a time: each new one removes what nobody holds, and must find nothing of the other seven."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: files.write_bytes(tmp_path / str(i), b"x" * 10_000), range(400)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(map(str, range(400)))
+
+
 def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_a_live_one_writes_is_not(tmp_path: Path) -> None:
     def writer(name: str) -> "subprocess.Popen[str]":
         command = [sys.executable, "-c", WRITER, str(tmp_path / name)]
