@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
-from attire import devices, files, recipes, results
+from attire import devices, features, files, recipes, results
 from attire import teacher as teaching
 from attire.classifier import Classifier, load_bundle
 from attire.errors import AttireError, Stopped, UsageError
@@ -42,6 +42,29 @@ class Run:
         return load_bundle(self.bundle)
 
 
+class Machines(Protocol):
+    """Machines that a run is carried out on; `cluster.Cluster` is the one kind there is."""
+
+    @property
+    def extract_shards(self) -> features.Maker:
+        """Makes missing shards."""
+
+    def fit(self, folder: Path, watcher: Watcher) -> None:
+        """Call `fit_part` with this run's folder in each of the processes that train it together."""
+
+
+class Stored(NamedTuple):
+    """What `config.json` of a run says."""
+
+    recipe: Recipe
+    source: DataChoice
+    device: str
+    cache: bool
+    claimed: float
+    log: str | None
+    teacher: Teacher | None
+
+
 def train(
     data: str | Path | None = None,
     recipe: str | Recipe = "fast",
@@ -57,12 +80,14 @@ def train(
     log: str | None = None,
     teacher: Sequence[str | Path] | Mapping[str, Any] | Teacher | None = None,
     watcher: Watcher | None = None,
+    cluster: Machines | None = None,
 ) -> Run:
     """Train a classifier and evaluate it once on the test set.
 
     data: None for the official set, else a CSV, an IDX file or a folder; run_dir: a new or empty folder, `runs/1`,
     `runs/2` ... when left out; log: "tensorboard" also writes the curves into `<run_dir>/tensorboard` (an extra);
-    teacher: runs or bundles whose averaged answers are learnt from besides the labels (distillation).
+    teacher: runs or bundles whose averaged answers are learnt from besides the labels (distillation);
+    cluster: machines that extract and train, see `cluster.connect`.
     Raises AttireError for bad data, Stopped when it was interrupted: then
     `resume(run_dir)` goes on exactly where it stood.
     """
@@ -85,25 +110,50 @@ def train(
     with new_folder(run_dir) as folder:
         files.write_json(folder / "config.json", config)
         with logging(log, folder, watcher or Silent()) as watching:
-            return carry_out(folder, chosen, source, device, cache, claimed, watching, taught)
+            return carry_out(folder, chosen, source, device, cache, claimed, watching, taught, cluster)
 
 
-def resume(run_dir: str | Path, watcher: Watcher | None = None) -> Run:
+def resume(run_dir: str | Path, watcher: Watcher | None = None, cluster: Machines | None = None) -> Run:
     """Go on with a run that was stopped, from its own `config.json` and newest checkpoint."""
     folder = Path(run_dir)
     if not (folder / "config.json").exists():
         raise AttireError(folder, "no run to resume: it holds no config.json", do="start one with: attire train")
+    known = read_config(folder)
+    told = (known.recipe, known.source, known.device, known.cache, known.claimed)
+    with claimed_folder(folder), logging(known.log, folder, watcher or Silent()) as watching:
+        return carry_out(folder, *told, watching, known.teacher, cluster)
+
+
+def read_config(folder: Path) -> Stored:
     config = files.read_json(folder / "config.json")
     try:
         recipe = recipes.from_json(config["recipe"], str(folder / "config.json"))
         values = dict(config["data"])
         source = DataChoice(**{**values, "classes": tuple(values["classes"]) if values["classes"] else None})
-        device, cache, claimed = config["device"], config["cache"], config["claimed"]
         taught = teaching.choose(config.get("teacher"))
+        told = (config["device"], config["cache"], config["claimed"], config.get("log"))
+        return Stored(recipe, source, *told, taught)
     except (KeyError, TypeError) as error:
         raise AttireError(folder / "config.json", "not the config of a run", str(error)[:80]) from error
-    with claimed_folder(folder), logging(config.get("log"), folder, watcher or Silent()) as watching:
-        return carry_out(folder, recipe, source, device, cache, claimed, watching, taught)
+
+
+def fit_part(folder: Path) -> None:
+    """Train the classifier of a run as one of the processes of torch's process group, from features in the cache.
+
+    The run's checkpoints are all that comes of it: `carry_out`, which waits, goes on from the last of them.
+    """
+    known = read_config(folder)
+    stage = Stage(known.recipe, known.source, devices.choose_device(known.device), Silent())
+    chosen = files.read_json(folder / "environment.json")  # by measurements that may come out otherwise here
+    stage.spec = replace(stage.spec, precision=chosen["precision"], backend=chosen["backend"])
+    stage.train_precision = chosen["train_precision"]
+    devices.keep_freed_memory()
+    source, soft = stage.cached()[0], None
+    if known.teacher:
+        stage.taught = files.read_json(folder / "data.json").get("teacher")
+        told = (stage.splits, stage.training_views(), known.recipe, folder, stage.watcher, stage.taught)
+        soft, _ = teaching.targets(known.teacher, *told)
+    stage.fit(source, folder, soft)
 
 
 @contextmanager
@@ -207,10 +257,11 @@ def carry_out(
     claimed: float,
     watcher: Watcher,
     teacher: Teacher | None = None,
+    cluster: Machines | None = None,
 ) -> Run:
     """The stages, in order. Each leaves on disk what the next start of the same run will not do again."""
     began = time.perf_counter()
-    stage = Stage(recipe, source, devices.choose_device(device), watcher)
+    stage = Stage(recipe, source, devices.choose_device(device), watcher, cluster.extract_shards if cluster else None)
     devices.keep_freed_memory()  # from here on: what reading a CSV took goes back to the system
     if (folder / "data.json").exists():
         stage.taught = files.read_json(folder / "data.json").get("teacher")
@@ -224,6 +275,8 @@ def carry_out(
         soft, stage.taught = teaching.targets(teacher, *told)
         files.write_json(folder / "data.json", stage.describe_data())
     extracted = time.perf_counter() - began
+    if cluster:
+        cluster.fit(folder, watcher)  # which leaves a checkpoint after the last epoch
     head, history = stage.fit(sources[0], folder, soft)
     found = stage.evaluate(head, sources)
     seconds = {"extract": extracted, "fit": sum(epoch.seconds for epoch in history)}
