@@ -195,21 +195,25 @@ class Cluster:
 
     # Training.
 
-    def fit(self, folder: Path, watcher: Watcher) -> None:
-        """Train the run in `folder` by `runs.fit_part` in each of the workers; its checkpoints are what remains."""
+    def resume(self, folder: Path, watcher: Watcher) -> None:
+        """Carry out the run in `folder` by `runs.resume` in each of the workers, which train it together."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+        from ray.train.torch import TorchConfig, TorchTrainer
 
-        place = folder.absolute()
-        gpu = self.gpus >= self.workers
-        nodes = [node["Resources"].get("CPU", 0) for node in self.ray.nodes() if node["Alive"]]
-        cores = max(1, int(max(nodes) // -(-self.workers // max(1, len(nodes)))))
-        with tempfile.TemporaryDirectory(prefix=".ray-", dir=place) as storage, following(place, watcher):
+        place, gpu = folder.absolute(), self.gpus >= self.workers
+        alive = [node["Resources"].get("CPU", 0) for node in self.ray.nodes() if node["Alive"]]
+        cores = max(1, int(max(alive) // -(-self.workers // len(alive))))  # those of a node, shared by its workers
+        with tempfile.TemporaryDirectory(prefix=".ray-", dir=place.parent) as storage, following(place, watcher):
             trainer = TorchTrainer(
                 train_part,
                 train_loop_config={"folder": str(place), "here": str(Path.cwd())},
-                scaling_config=ScalingConfig(num_workers=self.workers, use_gpu=gpu, resources_per_worker={"CPU": cores}),
-                run_config=RunConfig(name=APP, storage_path=storage, failure_config=FailureConfig(max_failures=RESTARTS)),
+                torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
+                scaling_config=ScalingConfig(
+                    num_workers=self.workers, use_gpu=gpu, resources_per_worker={"CPU": cores}
+                ),
+                run_config=RunConfig(
+                    name=APP, storage_path=storage, failure_config=FailureConfig(max_failures=RESTARTS)
+                ),
             )
             try:
                 trainer.fit()
@@ -383,7 +387,7 @@ def train_part(config: dict[str, str]) -> None:
     """In each worker of Ray Train, where torch's process group is set up."""
     os.chdir(config["here"])  # what a run's data is called may be relative to it
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the cores that Ray has reserved for it
-    runs.fit_part(Path(config["folder"]))
+    runs.resume(config["folder"])
 
 
 @contextmanager

@@ -49,8 +49,8 @@ class Machines(Protocol):
     def extract_shards(self) -> features.Maker:
         """Makes missing shards."""
 
-    def fit(self, folder: Path, watcher: Watcher) -> None:
-        """Call `fit_part` with this run's folder in each of the processes that train it together."""
+    def resume(self, folder: Path, watcher: Watcher) -> None:
+        """Call `resume` with this run's folder in each of the processes that train it together."""
 
 
 class Stored(NamedTuple):
@@ -109,8 +109,11 @@ def train(
     }
     with new_folder(run_dir) as folder:
         files.write_json(folder / "config.json", config)
-        with logging(log, folder, watcher or Silent()) as watching:
-            return carry_out(folder, chosen, source, device, cache, claimed, watching, taught, cluster)
+        with logging(None if cluster else log, folder, watcher or Silent()) as watching:
+            if not cluster:
+                return carry_out(folder, chosen, source, device, cache, claimed, watching, taught)
+            begin(folder, chosen, source, device, watching, cluster.extract_shards).extract_all()
+    return finished_on(cluster, folder, watcher or Silent())
 
 
 def resume(run_dir: str | Path, watcher: Watcher | None = None, cluster: Machines | None = None) -> Run:
@@ -119,9 +122,19 @@ def resume(run_dir: str | Path, watcher: Watcher | None = None, cluster: Machine
     if not (folder / "config.json").exists():
         raise AttireError(folder, "no run to resume: it holds no config.json", do="start one with: attire train")
     known = read_config(folder)
-    told = (known.recipe, known.source, known.device, known.cache, known.claimed)
-    with claimed_folder(folder), logging(known.log, folder, watcher or Silent()) as watching:
-        return carry_out(folder, *told, watching, known.teacher, cluster)
+    told = (known.recipe, known.source, known.device)
+    log = None if cluster else known.log
+    with claimed_folder(folder), logging(log, folder, watcher or Silent()) as watching:
+        if not cluster:
+            return carry_out(folder, *told, known.cache, known.claimed, watching, known.teacher)
+        begin(folder, *told, watching, cluster.extract_shards).extract_all()
+    return finished_on(cluster, folder, watcher or Silent())
+
+
+def finished_on(cluster: Machines, folder: Path, watcher: Watcher) -> Run:
+    """A run whose features are in the cache, carried out by processes that hold its folder themselves."""
+    cluster.resume(folder, watcher)
+    return Run(folder, results.load_result(folder))
 
 
 def read_config(folder: Path) -> Stored:
@@ -135,25 +148,6 @@ def read_config(folder: Path) -> Stored:
         return Stored(recipe, source, *told, taught)
     except (KeyError, TypeError) as error:
         raise AttireError(folder / "config.json", "not the config of a run", str(error)[:80]) from error
-
-
-def fit_part(folder: Path) -> None:
-    """Train the classifier of a run as one of the processes of torch's process group, from features in the cache.
-
-    The run's checkpoints are all that comes of it: `carry_out`, which waits, goes on from the last of them.
-    """
-    known = read_config(folder)
-    stage = Stage(known.recipe, known.source, devices.choose_device(known.device), Silent())
-    chosen = files.read_json(folder / "environment.json")  # by measurements that may come out otherwise here
-    stage.spec = replace(stage.spec, precision=chosen["precision"], backend=chosen["backend"])
-    stage.train_precision = chosen["train_precision"]
-    devices.keep_freed_memory()
-    source, soft = stage.cached()[0], None
-    if known.teacher:
-        stage.taught = files.read_json(folder / "data.json").get("teacher")
-        told = (stage.splits, stage.training_views(), known.recipe, folder, stage.watcher, stage.taught)
-        soft, _ = teaching.targets(known.teacher, *told)
-    stage.fit(source, folder, soft)
 
 
 @contextmanager
@@ -257,16 +251,10 @@ def carry_out(
     claimed: float,
     watcher: Watcher,
     teacher: Teacher | None = None,
-    cluster: Machines | None = None,
 ) -> Run:
     """The stages, in order. Each leaves on disk what the next start of the same run will not do again."""
     began = time.perf_counter()
-    stage = Stage(recipe, source, devices.choose_device(device), watcher, cluster.extract_shards if cluster else None)
-    devices.keep_freed_memory()  # from here on: what reading a CSV took goes back to the system
-    if (folder / "data.json").exists():
-        stage.taught = files.read_json(folder / "data.json").get("teacher")
-    files.write_json(folder / "data.json", stage.describe_data())
-    files.write_json(folder / "environment.json", stage.environment())
+    stage = begin(folder, recipe, source, device, watcher)
     sources = stage.cached() if cache else stage.on_the_fly()
     soft = None
     if teacher:
@@ -275,8 +263,6 @@ def carry_out(
         soft, stage.taught = teaching.targets(teacher, *told)
         files.write_json(folder / "data.json", stage.describe_data())
     extracted = time.perf_counter() - began
-    if cluster:
-        cluster.fit(folder, watcher)  # which leaves a checkpoint after the last epoch
     head, history = stage.fit(sources[0], folder, soft)
     found = stage.evaluate(head, sources)
     seconds = {"extract": extracted, "fit": sum(epoch.seconds for epoch in history)}
@@ -286,3 +272,23 @@ def carry_out(
     watcher.tested(result.test.accuracy, len(history))
     watcher.close()
     return Run(folder, result)
+
+
+def begin(
+    folder: Path,
+    recipe: Recipe,
+    source: DataChoice,
+    device: str,
+    watcher: Watcher,
+    make: features.Maker | None = None,
+) -> Stage:
+    """The stage of a run, and what it found written down. A run that goes on keeps what it began with."""
+    stage = Stage(recipe, source, devices.choose_device(device), watcher, make)
+    devices.keep_freed_memory()  # from here on: what reading a CSV took goes back to the system
+    if (folder / "data.json").exists():
+        stage.taught = files.read_json(folder / "data.json").get("teacher")
+    if (folder / "environment.json").exists():
+        stage.keep(files.read_json(folder / "environment.json"))
+    files.write_json(folder / "data.json", stage.describe_data())
+    files.write_json(folder / "environment.json", stage.environment())
+    return stage

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 SCORED_ROWS = 10_000  # of training, where blocks are trained: its interval is then 0.2 points at 99 %
 CALIBRATION_ROWS = 2048  # whose moments batch normalisation starts from
+CHOSEN = ("precision", "backend", "train_precision")  # of an environment, by measurement
 BOUNDS = ("accuracy_low", "accuracy_high")
 
 
@@ -133,6 +134,14 @@ class Stage:
     def environment(self) -> dict[str, Any]:
         told = {"precision": self.spec.precision, "backend": self.spec.backend}
         return {**devices.environment(self.device), **told, "train_precision": self.train_precision}
+
+    def keep(self, begun: dict[str, Any]) -> None:
+        """Precision and backend of the environment that a run began in, on the same kind of device: measured again, on
+        another machine or beside other work, they may come out otherwise."""
+        now = self.environment()
+        if begun.get("device") == now["device"] and all(isinstance(begun.get(name), str) for name in CHOSEN):
+            self.spec = replace(self.spec, precision=begun["precision"], backend=begun["backend"])
+            self.train_precision = begun["train_precision"]
 
     def model(self, classifier: nn.Sequential) -> "torchvision.models.VGG":
         return vgg.vgg16(self.weights, self.architecture.end, self.recipe.pool, classifier)
