@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -1073,11 +1074,14 @@ def serve_on(
         url = machines.serve(folder, device, host, port, replicas or machines.nodes, settings)
         ends = "stop with Ctrl-C" if machines.alone else f"stop with: attire serve --cluster {cluster} --replicas 0"
         click.echo(where_it_serves(url, model, as_json, ends))
-        if machines.alone:
-            try:
-                signal.sigwait({signal.SIGINT, signal.SIGTERM})
-            finally:
-                machines.stop_serving()
+        if not machines.alone:
+            return
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            raise Stopped("attire serve", "stopped; every accepted request was answered") from None
+        finally:
+            machines.stop_serving()
 
 
 def where_it_serves(url: str, model: str, as_json: bool, ends: str = "stop with Ctrl-C") -> str:

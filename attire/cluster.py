@@ -9,13 +9,12 @@ import os
 import platform
 import re
 import secrets
-import shutil
 import socket
 import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -61,27 +60,27 @@ def connect(address: str = "auto", workers: int = 0) -> Iterator["Cluster"]:
     AttireError where Ray is not installed or nothing answers at the address.
     """
     there = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
-    with environment(QUIET if there else {**PRIVATE, **QUIET, "RAY_AUTH_TOKEN": token_of_our_own()}):
+    private = {} if there else {**PRIVATE, "RAY_AUTH_TOKEN": token_of_our_own()}
+    with environment({**QUIET, **private}), ExitStack() as held:
         ray = import_ray()
-        started = Path(tempfile.mkdtemp(prefix="attire-ray-"))  # nobody else's: the sockets in it are Ray's doors
-        told = {"log_to_driver": False, "logging_level": "ERROR", "namespace": APP, "_temp_dir": None}
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": APP}
+        options["runtime_env"] = {"env_vars": {"ATTIRE_CACHE": str(files.cache_dir())}}
         if there:
             check_address(there)
         else:
-            told |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "_temp_dir": str(started / "r")}
-            told |= {"object_store_memory": int(min(STORE_BYTES, STORE_SHARE * (doctor.memory() or STORE_BYTES)))}
-        variables = {"env_vars": {"ATTIRE_CACHE": str(files.cache_dir())}}
+            # A folder of mode 0700: the sockets in it are Ray's doors, and it makes what is below open to everybody.
+            folder = Path(
+                held.enter_context(tempfile.TemporaryDirectory(prefix="attire-ray-", ignore_cleanup_errors=True))
+            )
+            options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "_temp_dir": str(folder / "r")}
+            options["object_store_memory"] = int(min(STORE_BYTES, STORE_SHARE * (doctor.memory() or STORE_BYTES)))
+        held.callback(ray.shutdown)
         try:
-            ray.init(there or "local", runtime_env=variables, **told)
+            ray.init(there or "local", **options)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            shutil.rmtree(started, ignore_errors=True)
             do = "where it wants a token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
             raise AttireError(there or "Ray", "cannot be used as a cluster", str(error).strip()[:120], do) from error
-        try:
-            yield Cluster(workers, alone=not there)
-        finally:
-            ray.shutdown()
-            shutil.rmtree(started, ignore_errors=True)
+        yield Cluster(workers, alone=not there)
 
 
 def import_ray() -> Any:
@@ -101,7 +100,8 @@ def environment(wanted: dict[str, str]) -> Iterator[None]:
         yield
     finally:
         for name in set(os.environ) - set(before):
-            del os.environ[name]
+            if name.startswith("RAY_"):
+                del os.environ[name]
 
 
 @cache
@@ -180,18 +180,22 @@ class Cluster:
             gpu = spec.backend == "torch-cuda"
             order = self.ray.put(make_order(next(iter(parts.values())), spec, load_trunk, folder, token))
             task, waiting, lines = self.remote(make_shard, gpu), dict[Any, int](), Ledger()
-            todo = iter(parts.items())
-            while True:
-                while len(waiting) < self.most_in_flight(gpu) and (following := next(todo, None)):
-                    waiting[task(order, following[1], following[0])] = following[0]
-                    files.release(following[1])
-                if not waiting:
-                    return lines
-                for ready in self.ray.wait(list(waiting))[0]:
-                    index = waiting.pop(ready)
-                    lines[index] = self.result(ready)
-                    done += lines[index]["rows"]
-                    report(done, total)
+            todo = list(reversed(parts))
+            try:
+                while todo or waiting:
+                    while todo and len(waiting) < self.most_in_flight(gpu):
+                        index = todo.pop()
+                        waiting[task(order, parts[index], index)] = index
+                        files.release(parts[index])
+                    for ready in self.ray.wait(list(waiting))[0]:
+                        index = waiting.pop(ready)
+                        lines[index] = self.result(ready)
+                        done += lines[index]["rows"]
+                        report(done, total)
+            finally:
+                for left in waiting:
+                    self.ray.cancel(left)
+        return lines
 
     # Training.
 

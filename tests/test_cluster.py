@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -345,3 +346,20 @@ def test_what_a_worker_refused_is_what_is_said(tmp_path: Path) -> None:
     told = str(clusters.refused(RuntimeError("first\nlast"), tmp_path))
     do = f"its checkpoints are kept; go on with: attire train --resume {tmp_path}"
     assert told == f"cluster: the training failed (last); {do}"
+
+
+def test_the_manifest_for_kubernetes_says_what_the_text_does() -> None:
+    yaml = pytest.importorskip("yaml")
+    page = Path(clusters.__file__).parents[1] / "docs" / "scaling.md"
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.M | re.S)
+    cluster, claim = yaml.safe_load_all(block)
+    assert (cluster["kind"], claim["kind"]) == ("RayCluster", "PersistentVolumeClaim")
+    assert cluster["spec"]["authOptions"] == {"mode": "token"}
+    pods = [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
+    for pod in (group["template"]["spec"] for group in pods):
+        (container,) = pod["containers"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        assert {one["name"]: one["value"] for one in container["env"]}["ATTIRE_CACHE"].startswith(
+            container["volumeMounts"][0]["mountPath"]
+        )
+        assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
