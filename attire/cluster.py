@@ -78,7 +78,7 @@ def connect(address: str = "auto", workers: int = 0) -> Iterator["Cluster"]:
         try:
             ray.init(there or "local", **options)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            do = "where it wants a token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+            do = "if it wants a token: RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token or RAY_AUTH_TOKEN_PATH"
             raise AttireError(there or "Ray", "cannot be used as a cluster", str(error).strip()[:120], do) from error
         yield Cluster(workers, alone=not there)
 
@@ -210,7 +210,7 @@ class Cluster:
         with tempfile.TemporaryDirectory(prefix=".ray-", dir=place.parent) as storage, following(place, watcher):
             trainer = TorchTrainer(
                 train_part,
-                train_loop_config={"folder": str(place), "here": str(Path.cwd())},
+                train_loop_config={"folder": str(place), "here": str(Path.cwd()), "cores": str(cores)},
                 torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
                 scaling_config=ScalingConfig(
                     num_workers=self.workers, use_gpu=gpu, resources_per_worker={"CPU": cores}
@@ -374,11 +374,17 @@ def open_trunk(order: Order) -> Trunk:
     known = replace(order.spec, view="plain")
     if known not in TRUNKS:
         check_version(order.version)
-        torch.set_num_threads(1)
+        set_threads(1)
         trunk = order.load_trunk()
         order.check_trunk(trunk)
         TRUNKS[known] = trunk
     return TRUNKS[known]
+
+
+def set_threads(count: int) -> None:
+    """Of torch, and of ONNX Runtime where it is opened after this."""
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    torch.set_num_threads(count)
 
 
 def check_version(version: str) -> None:
@@ -390,7 +396,7 @@ def check_version(version: str) -> None:
 def train_part(config: dict[str, str]) -> None:
     """In each worker of Ray Train, where torch's process group is set up."""
     os.chdir(config["here"])  # what a run's data is called may be relative to it
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the cores that Ray has reserved for it
+    set_threads(int(config["cores"]))
     runs.resume(config["folder"])
 
 
@@ -434,7 +440,7 @@ def refused(error: BaseException, folder: Path) -> AttireError:
 def opened_model(model: Path | None, device: str, digest: str) -> answers.Model:
     """Once a process. Raises AttireError where it is another model here than where it was asked for."""
     check_model(model, digest)
-    torch.set_num_threads(1)
+    set_threads(1)
     return answers.open_model(model, device)
 
 
@@ -462,7 +468,7 @@ class Replica:
 
     def __init__(self, bundle: Path, digest: str, device: str, settings: dict[str, Any]) -> None:
         check_model(bundle, digest)
-        torch.set_num_threads(settings["threads"] * settings["workers"])
+        set_threads(settings["threads"] * settings["workers"])
         predictor = answers.open_model(bundle, device)
         classifier = predictor if isinstance(predictor, Classifier) else load_bundle(bundle, device)
         self.app = create_app(classifier, predictor, **settings)
