@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import secrets
+import signal
 import socket
 import tempfile
 import threading
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from attire import __version__, answers, devices, doctor, features, files, results, runs, training
 from attire.bundles import ABOUT, find_bundle, is_bundle
 from attire.classifier import Classifier, load_bundle
-from attire.errors import AttireError, UsageError
+from attire.errors import AttireError, Stopped, UsageError
 from attire.features import FeatureSpec, Ledger, Progress, Trunk
 from attire.intake import Asked
 from attire.prediction import Prediction
@@ -219,10 +220,13 @@ class Cluster:
                     name=APP, storage_path=storage, failure_config=FailureConfig(max_failures=RESTARTS)
                 ),
             )
-            try:
-                trainer.fit()
-            except Exception as error:
-                raise refused(error, folder) from error
+            with interruptible():
+                try:
+                    trainer.fit()
+                except SystemExit:  # what Ray Train makes of Ctrl-C, once its workers have ended
+                    raise Stopped(folder, "stopped, its checkpoints are kept") from None
+                except Exception as error:
+                    raise refused(error, folder) from error
 
     # Answers.
 
@@ -287,8 +291,12 @@ class Cluster:
     def stop_serving(self) -> None:
         """What has been accepted is answered first."""
         from ray import serve
+        from ray.serve.exceptions import RayServeException
 
-        serve.delete(APP)
+        try:
+            serve.delete(APP)
+        except RayServeException as error:
+            raise AttireError("Ray Serve", "nothing is served on this cluster") from error
 
 
 # What runs in the workers' processes.
@@ -401,6 +409,17 @@ def train_part(config: dict[str, str]) -> None:
 
 
 @contextmanager
+def interruptible() -> Iterator[None]:
+    """Ray Train keeps Ctrl-C to itself from its first training on: not longer than this."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def following(folder: Path, watcher: Watcher) -> Iterator[None]:
     """Tells of the epochs that others add to the run's history."""
     path, over = folder / "history.csv", threading.Event()
@@ -428,7 +447,7 @@ def following(folder: Path, watcher: Watcher) -> Iterator[None]:
 def refused(error: BaseException, folder: Path) -> AttireError:
     """What Attire refused in a worker, else that the training failed too often."""
     for found in (*getattr(error, "worker_failures", {}).values(), error):
-        cause = getattr(found, "cause", None) or found
+        cause = getattr(found, "_base_exc", None) or getattr(found, "cause", None) or found
         if isinstance(cause, AttireError):
             return cause
     told = str(error).strip().splitlines() or [type(error).__name__]
