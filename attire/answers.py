@@ -27,6 +27,9 @@ NARROW = 72  # columns; below it a name and three classes do not fit in a line
 BATCH = 128  # images a forward pass: 256 was no faster, and the first of many answers comes sooner
 
 
+Answer = tuple[Asked, Prediction] | AttireError
+
+
 class Model(Protocol):
     """A Classifier or an exported file."""
 
@@ -73,24 +76,32 @@ def lacks_verdict(model: Model) -> bool:
 # Answers.
 
 
-def answer(
-    model: Model, asked: Iterable[Asked | AttireError]
-) -> Iterator[list[tuple[Asked, Prediction] | AttireError]]:
+def answer(model: Model, asked: Iterable[Asked | AttireError]) -> Iterator[list[Answer]]:
     """Batches of answers in the order of what is asked, errors in their places."""
+    for batch in batches(asked):
+        images = images_of(batch)
+        yield in_places(batch, model.predict(np.stack(images)) if images else [])
+
+
+def batches(asked: Iterable[Asked | AttireError]) -> Iterator[list[Asked | AttireError]]:
     batch: list[Asked | AttireError] = []
     for item in asked:
         batch.append(item)
         if len(batch) >= BATCH:
-            yield answered(model, batch)
+            yield batch
             batch = []
     if batch:
-        yield answered(model, batch)
+        yield batch
 
 
-def answered(model: Model, batch: list[Asked | AttireError]) -> list[tuple[Asked, Prediction] | AttireError]:
-    images = [item.image for item in batch if isinstance(item, Asked)]
-    found = iter(model.predict(np.stack(images)) if images else [])
-    return [item if isinstance(item, AttireError) else (item, next(found)) for item in batch]
+def images_of(batch: list[Asked | AttireError]) -> list[NDArray[np.uint8]]:
+    return [item.image for item in batch if isinstance(item, Asked)]
+
+
+def in_places(batch: list[Asked | AttireError], found: Iterable[Prediction]) -> list[Answer]:
+    """What was found for the images of a batch, each with what was asked, and the errors among them."""
+    following = iter(found)
+    return [item if isinstance(item, AttireError) else (item, next(following)) for item in batch]
 
 
 def table_line(name: str, found: Prediction, top: int) -> str:
@@ -144,8 +155,12 @@ def tell(
     top: int = 3,
     show: Path | None = None,
     out: IO[str] | None = None,
+    ask: Callable[[Iterable[Asked | AttireError]], Iterator[list[Answer]]] | None = None,
 ) -> int:
-    """Answer all that the arguments name: answers to `out`, one line for each bad file to stderr. Returns how many."""
+    """Answer all that the arguments name: answers to `out`, one line for each bad file to stderr. Returns how many.
+
+    ask: who is asked in place of the model in this process.
+    """
     out, top, began = out or sys.stdout, min(top, len(model.classes)), time.perf_counter()
     if form == "csv":
         print(csv_header(top), file=out)
@@ -153,7 +168,7 @@ def tell(
     line = narrow_lines if narrow else LINES[form]
     strips, done, failed = Strips(show), 0, 0
     with progress(arguments, out) as step, closing(read_ahead(expand(arguments), model.classes)) as asked:
-        for batch in answer(model, asked):
+        for batch in ask(asked) if ask else answer(model, asked):
             for item in batch:
                 if isinstance(item, AttireError):
                     print(f"error: {item}", file=sys.stderr)

@@ -7,9 +7,12 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
@@ -23,6 +26,8 @@ from attire.shell import among
 
 if TYPE_CHECKING:
     from attire.classifier import Classifier
+    from attire.cluster import Cluster
+    from attire.features import CacheEntry
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -65,6 +70,9 @@ FIELD_HELP = {
     "seed": "Of initialisation, order and dropout.",
     "split_seed": "Decides which rows are validation, and test when one file is split.",
 }
+
+# What `train` alone asks for, as if it had not been given.
+ONLY_TRAINED = {"test_size": None, "cache": None, "claim": None, "log": None, "teachers": ()}
 
 # What a shell offers for them; Recipe itself says what is allowed.
 FIELD_VALUES = {
@@ -156,6 +164,25 @@ memory_option = click.option(
 )
 
 
+cluster_option = click.option(
+    "--cluster",
+    metavar="ADDRESS",
+    help="On a Ray cluster (an extra): HOST:PORT; auto: RAY_ADDRESS's, else one of this machine alone.",
+)
+
+
+@contextmanager
+def cluster_at(address: str | None, workers: int = 0) -> Iterator["Cluster | None"]:
+    """The cluster of --cluster; None where it was not given: all is done in this process."""
+    if address is None:
+        yield None
+        return
+    from attire.cluster import connect  # an optional extra, imported only where it is used
+
+    with connect(address, workers) as found:
+        yield found
+
+
 @cli.command()
 @source_options
 @json_option
@@ -211,12 +238,23 @@ def share_or_count(text: str) -> float | int:
 )
 @click.option("--log", type=click.Choice(["tensorboard"]), help="Also write the curves for TensorBoard (an extra).")
 @click.option("--claim", type=float, default=None, help="Accuracy in % to check.  [default: 98]")
+@cluster_option
+@click.option(
+    "--cluster-workers", type=click.IntRange(1), help="Processes that train there.  [default: 1, or one a GPU]"
+)
 @source_options
 @memory_option
 @json_option
 @recipe_options
 def train(
-    recipe_name: str | None, config: Path | None, resumed: str | None, out: str | None, as_json: bool, **options: Any
+    recipe_name: str | None,
+    config: Path | None,
+    resumed: str | None,
+    out: str | None,
+    as_json: bool,
+    cluster: str | None,
+    cluster_workers: int | None,
+    **options: Any,
 ) -> None:
     """Train a classifier and measure it once on the test set.
 
@@ -230,23 +268,47 @@ def train(
 
     get_sources(options.pop("data_from"), options.pop("weights_from"))
     watch, seeds, folds = Terminal(as_json), options.pop("seeds"), options.pop("folds")
+    check_cluster(cluster, cluster_workers, seeds, folds, options["cache"], resumed)
     found: Any
     try:
         if resumed is not None:
             given = [name for name, value in options.items() if value not in (None, ()) and name != "device"]
             if given or recipe_name or config or out or seeds or folds:
                 raise UsageError("--resume", "goes on with the run's own settings", do="leave the other options out")
-            go_on = series.resume_series if series.is_series(resumed) else runs.resume
-            found = go_on(resumed, watch)
+            if series.is_series(resumed):
+                found = series.resume_series(resumed, watch)
+            else:
+                with cluster_at(cluster, cluster_workers or 0) as machines:
+                    found = runs.resume(resumed, watch, machines)
         else:
             arguments = {**train_arguments(recipe_name, config, options), "run_dir": out, "watcher": watch}
-            found = train_many(seeds, folds, arguments) if seeds or folds else runs.train(**arguments)
+            if seeds or folds:
+                found = train_many(seeds, folds, arguments)
+            else:
+                with cluster_at(cluster, cluster_workers or 0) as machines:
+                    found = runs.train(**arguments, cluster=machines)
     except Stopped as stop:
         again = f"go on with: attire train --resume {shlex.quote(stop.subject)}"
         raise Stopped(stop.subject, stop.what, do=again) from None
     finally:
         watch.close()
     show_trained(found, as_json)
+
+
+def check_cluster(
+    cluster: str | None, workers: int | None, seeds: int | None, folds: int | None, cache: bool | None, resumed: Any
+) -> None:
+    from attire.series import is_series
+
+    if workers and cluster is None:
+        raise UsageError("--cluster-workers", "given without --cluster")
+    if cluster is None:
+        return
+    if seeds or folds or (resumed and is_series(resumed)):
+        do = "extract there first: attire extract --cluster"
+        raise UsageError("--cluster", "trains one run at a time", do=do)
+    if cache is False:
+        raise UsageError("--cluster", "needs cached features", do="leave --no-cache out")
 
 
 def train_many(seeds: int | None, folds: int | None, arguments: dict[str, Any]) -> Any:
@@ -316,6 +378,60 @@ def train_arguments(name: str | None, config: Path | None, options: dict[str, An
         "log": options["log"] or stored.get("log"),
         "teacher": options["teachers"] or stored.get("teacher"),
     }
+
+
+@cli.command()
+@click.option(
+    "--recipe", "recipe_name", help=f"{' or '.join(RECIPES)}.  [default: fast]", shell_complete=among(*RECIPES)
+)
+@click.option("--config", type=PATH, help="A run's config.json: its recipe and data.")
+@data_options
+@device_option
+@cluster_option
+@source_options
+@json_option
+@recipe_options
+def extract(recipe_name: str | None, config: Path | None, cluster: str | None, as_json: bool, **options: Any) -> None:
+    """Put the features that a training will read into the cache, without training.
+
+    \b
+    attire extract                                        official data, recipe fast
+    attire extract --recipe classic --data train.csv --cluster 10.0.0.5:6379
+
+    Safe to stop: the same command goes on. What is made, on one machine or on many, is the same, byte for byte.
+    """
+    from attire import features
+    from attire.devices import choose_device
+    from attire.stages import DataChoice, Stage
+    from attire.terminal import Terminal
+
+    get_sources(options.pop("data_from"), options.pop("weights_from"))
+    told = train_arguments(recipe_name, config, {**ONLY_TRAINED, **options})
+    names = told["classes"] and tuple(told["classes"])
+    source, watch = DataChoice(told["data"], told["test"], told["test_size"], names), Terminal(as_json)
+    try:
+        with cluster_at(cluster) as machines:
+            make = machines.extract_shards if machines else None
+            made = Stage(told["recipe"], source, choose_device(told["device"]), watch, make).extract_all()
+    except KeyboardInterrupt:
+        raise Stopped("attire extract", "stopped, what was finished is kept", do="the same command goes on") from None
+    finally:
+        watch.close()
+    keys = {found.folder.name for found in made}
+    show_entries([entry for entry in features.cache_entries() if entry.key in keys], as_json)
+
+
+def show_entries(entries: "list[CacheEntry]", as_json: bool, **more: Any) -> None:
+    """The end of `attire extract` and of `attire cache`."""
+    from attire.features import cache_folder
+    from attire.files import human_size
+
+    if as_json:
+        click.echo(json.dumps({**more, "entries": [entry.to_json() for entry in entries]}))
+        return
+    for entry in entries:
+        click.echo(f"{entry.key[:12]}  {human_size(entry.size):>9}  {entry.describe()}")
+    click.echo(f"{len(entries)} entries, {human_size(sum(e.size for e in entries))} in {cache_folder()}")
 
 
 def numbers(flag: str, text: str) -> tuple[int, ...]:
@@ -467,6 +583,7 @@ def ensemble(
 @click.option("--show", type=PATH, metavar="FOLDER", help="What the model saw, as PNG.")
 @click.option("--out", type=NAME, metavar="PATH", help="Of Parquet: the answers, a Parquet file or a folder of parts.")
 @device_option
+@cluster_option
 @click.option("--json", "as_json", is_flag=True, help="The same as --format jsonl: an object a line.")
 def predict(
     arguments: tuple[str, ...],
@@ -475,6 +592,7 @@ def predict(
     as_json: bool,
     device: str,
     out: str | None,
+    cluster: str | None,
     **options: Any,
 ) -> None:
     """Name the garment in pictures: files, folders, patterns, rows of CSV files, or - for standard input.
@@ -504,9 +622,13 @@ def predict(
 
         click.echo(f"warning: {one_line(str(path))}: {CANNOT_REJECT}; {TRAIN_AGAIN}", err=True)
     if out is not None:
+        if cluster is not None:
+            raise UsageError("--cluster", "given together with --out", do="give one of them")
         failed = predict_parquet(asked[0], out, opened, path, options["top"], as_json)
     else:
-        failed = answers.tell(asked, opened, form="jsonl" if as_json else form or "table", **options)
+        with cluster_at(cluster) as machines:
+            ask = partial(machines.answer, path, device) if machines else None
+            failed = answers.tell(asked, opened, form="jsonl" if as_json else form or "table", ask=ask, **options)
     if failed:
         click.get_current_context().exit(1)
 
@@ -709,19 +831,15 @@ def cache(keys: tuple[str, ...], clear: bool, as_json: bool) -> None:
         keys = tuple(entry.key for entry in features.cache_entries())
     freed += sum(features.delete_entry(key) for key in keys)
     entries, tables, fetched = features.cache_entries(), dict(copies.copies()), list(objects.copies())
-    if as_json:
-        told = {"freed": freed, "entries": [entry.to_json() for entry in entries], "tables": tables}
-        click.echo(json.dumps({**told, "objects": {url: size for _, url, size in fetched}}))
-        return
-    if keys or clear:
-        click.echo(f"freed {human_size(freed)}")
-    for key, size in tables.items():
-        click.echo(f"{key[:12]}  {human_size(size):>9}  a CSV file or Parquet files, parsed")
-    for key, url, size in fetched:
-        click.echo(f"{key[:12]}  {human_size(size):>9}  a copy of {one_line(url)}")
-    for entry in entries:
-        click.echo(f"{entry.key[:12]}  {human_size(entry.size):>9}  {entry.describe()}")
-    click.echo(f"{len(entries)} entries, {human_size(sum(e.size for e in entries))} in {features.cache_folder()}")
+    if not as_json:
+        if keys or clear:
+            click.echo(f"freed {human_size(freed)}")
+        for key, size in tables.items():
+            click.echo(f"{key[:12]}  {human_size(size):>9}  a CSV file or Parquet files, parsed")
+        for key, url, size in fetched:
+            click.echo(f"{key[:12]}  {human_size(size):>9}  a copy of {one_line(url)}")
+    sizes = {url: size for _, url, size in fetched}
+    show_entries(entries, as_json, freed=freed, tables=tables, objects=sizes)
 
 
 @cli.command()
@@ -968,6 +1086,8 @@ def plan(images: str, devices: str, name: str, kind: str, as_json: bool, store: 
 @click.option("--workers", type=click.IntRange(0), default=0, help="Threads that run the model.  [default: 2 on a CPU]")
 @click.option("--threads", type=click.IntRange(0), default=0, help="PyTorch's in each.  [default: its share of cores]")
 @click.option("--access-log", is_flag=True, help="A JSON line on stderr for each request.")
+@cluster_option
+@click.option("--replicas", type=click.IntRange(0), help="Copies on the cluster; 0 ends them.  [default: one a node]")
 @click.option("--json", "as_json", is_flag=True, help="Say where it listens as one JSON object.")
 @device_option
 def serve(
@@ -976,12 +1096,11 @@ def serve(
     port: int,
     hosts: tuple[str, ...],
     token_file: Path | None,
-    max_queue: int,
-    workers: int,
-    threads: int,
-    access_log: bool,
+    cluster: str | None,
+    replicas: int | None,
     as_json: bool,
     device: str,
+    **limits: Any,
 ) -> None:
     """Answer over HTTP: a page for people, predictions for programs.
 
@@ -990,7 +1109,8 @@ def serve(
     attire serve runs/1/model
     curl --data-binary @shoe.png -H 'Content-Type: image/png' http://127.0.0.1:8000/predict
 
-    It listens on this machine alone unless --host says otherwise; then give it a token too.
+    It listens on this machine alone unless --host says otherwise; then give it a token too. On a cluster that stays, it
+    stays too: the same command with another bundle replaces the model while it answers, --replicas 0 ends it.
     """
     from attire import guards, listener
     from attire.answers import open_model
@@ -998,30 +1118,67 @@ def serve(
     from attire.classifier import Classifier, load_bundle
     from attire.server import create_app
 
-    token = read_token(token_file)
+    if replicas is not None and cluster is None:
+        raise UsageError("--replicas", "given without --cluster")
     folder = find_bundle(bundle)
+    settings = {
+        "hosts": (*guards.LOOPBACK, f"[{host}]" if ":" in host else host, *hosts),
+        "token": read_token(token_file),
+        "report": report_of(folder),
+        **limits,
+    }
+    if cluster is not None:
+        serve_on(cluster, folder, host, port, replicas, settings, device, as_json)
+        return
     with listener.bind(host, port) as found:
         predictor = open_model(folder, device)
         classifier = predictor if isinstance(predictor, Classifier) else load_bundle(folder, device)
-        app = create_app(
-            classifier,
-            predictor,
-            hosts=(*guards.LOOPBACK, f"[{host}]" if ":" in host else host, *hosts),
-            token=token,
-            report=report_of(folder),
-            max_queue=max_queue,
-            workers=workers,
-            threads=threads,
-            access_log=access_log,
-        )
-        url, model = listener.url_of(found), described(classifier, folder)
-        told = f"Attire {short_version()} on {url}   model {model}   stop with Ctrl-C"
-        if as_json:
-            told = json.dumps({"url": url, "model": model, "version": __version__})
+        app = create_app(classifier, predictor, **settings)
+        told = where_it_serves(listener.url_of(found), described(classifier, folder), as_json)
         leave = app.state.service.leave
         ended = listener.serve(app, found, leave, lambda: click.echo(told))
     if ended == signal.SIGINT:
         raise Stopped("attire serve", "stopped; every accepted request was answered")
+
+
+def serve_on(
+    cluster: str,
+    folder: Path,
+    host: str,
+    port: int,
+    replicas: int | None,
+    settings: dict[str, Any],
+    device: str,
+    as_json: bool,
+) -> None:
+    """`attire serve --cluster`: until Ctrl-C on a cluster of our own, else it stays there."""
+    from attire.classifier import load_bundle
+
+    if not port:
+        raise UsageError("--port", "0 cannot be shared by a cluster", do="give a port")
+    model = described(load_bundle(folder, "cpu"), folder)
+    with cluster_at(cluster) as machines:
+        assert machines
+        if replicas == 0:
+            machines.stop_serving()
+            return
+        url = machines.serve(folder, device, host, port, replicas or machines.nodes, settings)
+        ends = "stop with Ctrl-C" if machines.alone else f"stop with: attire serve --cluster {cluster} --replicas 0"
+        click.echo(where_it_serves(url, model, as_json, ends))
+        if not machines.alone:
+            return
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            raise Stopped("attire serve", "stopped; every accepted request was answered") from None
+        finally:
+            machines.stop_serving()
+
+
+def where_it_serves(url: str, model: str, as_json: bool, ends: str = "stop with Ctrl-C") -> str:
+    if as_json:
+        return json.dumps({"url": url, "model": model, "version": __version__})
+    return f"Attire {short_version()} on {url}   model {model}   {ends}"
 
 
 def read_token(path: Path | None) -> str | None:

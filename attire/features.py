@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ SHIFTS = ((0, -2), (0, 2), (-2, 0), (2, 0), (-1, -1), (1, 1), (-1, 1), (1, -1)) 
 
 Trunk = Callable[[Tensor], Tensor]  # (n, 3, S, S) normalised pictures to (n, D) float features
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
+Ledger = dict[int, dict[str, Any]]  # of a shard's number its line: rows, sha256
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,21 @@ class FeatureSpec:
 
     def key(self, images_digest: str) -> str:
         return files.sha256(files.canonical_json({"images": images_digest, **asdict(self)}))[:32]
+
+
+class Maker(Protocol):
+    """Makes the missing shards of an entry: `extract_shards` in this process, `cluster` in those of other machines."""
+
+    def __call__(
+        self,
+        parts: dict[int, NDArray[np.uint8]],
+        spec: FeatureSpec,
+        load_trunk: Callable[[], Trunk],
+        folder: Path,
+        total: int,
+        report: Progress,
+    ) -> Ledger:
+        """Each shard of `parts`, committed with its own ledger line; those lines."""
 
 
 class Features:
@@ -120,12 +136,14 @@ def extract(
     spec: FeatureSpec,
     load_trunk: Callable[[], Trunk],
     progress: Progress | None = None,
+    make: Maker | None = None,
 ) -> Features:
     """Features of all images, from the cache where it has them.
 
-    images: (N, 28, 28) uint8. Missing shards are computed, present ones verified; a damaged shard is set aside and
-    made again with one warning. Two processes that want the same entry take turns; the trunk is loaded only when
-    something is missing. An entry that another machine shares is pulled first, a new one is shared; see `shared`.
+    images: (N, 28, 28) uint8; make: who makes what is missing, None: this process. Missing shards are computed,
+    present ones verified; a damaged shard is set aside and made again with one warning. Two processes that want the
+    same entry take turns; the trunk is loaded only when something is missing. An entry that another machine shares is
+    pulled first, a new one is shared; see `shared`.
     """
     folder = cache_folder() / spec.key(images_digest)
     with files.lock(folder.with_suffix(".lock")):
@@ -139,7 +157,7 @@ def extract(
             parts = {i: images[starts[i] : starts[i] + spec.shard_rows] for i in missing}
             need = 2 * spec.width * sum(len(part) for part in parts.values())
             files.check_room(folder, need, "the features", "make room, or name another disk's folder in ATTIRE_CACHE")
-            ledger |= extract_shards(parts, spec, load_trunk, folder, len(images), report)
+            ledger |= (make or extract_shards)(parts, spec, load_trunk, folder, len(images), report)
         if missing or not (folder / "MANIFEST.json").exists():
             write_manifest(folder, images_digest, spec, ledger)
         for line in folder.glob("shard-*.json"):  # the manifest holds what the shards' own ledger lines did
@@ -156,7 +174,7 @@ def extract_shards(
     folder: Path,
     total: int,
     report: Progress,
-) -> dict[int, dict[str, Any]]:
+) -> Ledger:
     """Shards by their number, one after another; each is written while the next one is computed."""
     done = total - sum(len(part) for part in parts.values())
     report(done, total)
@@ -255,7 +273,7 @@ def mirrored(view: str) -> str:
     return "flip" if view == "plain" else f"{view} flip"
 
 
-def verified_shards(folder: Path, rows: int, spec: FeatureSpec) -> dict[int, dict[str, Any]]:
+def verified_shards(folder: Path, rows: int, spec: FeatureSpec) -> Ledger:
     """Ledger lines of the shards on disk whose bytes are what their digests say; the rest is set aside.
 
     A shard that no line speaks of, in an entry without a manifest, was written by a process that was killed before it
@@ -295,7 +313,7 @@ def ledger_line(folder: Path, index: int) -> dict[str, Any] | None:
     return None
 
 
-def write_manifest(folder: Path, images_digest: str, spec: FeatureSpec, ledger: dict[int, dict[str, Any]]) -> None:
+def write_manifest(folder: Path, images_digest: str, spec: FeatureSpec, ledger: Ledger) -> None:
     """Written last."""
     lines = [ledger[i] for i in sorted(ledger)]
     made = made_by(images_digest, spec, sum(line["rows"] for line in lines))

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
-from attire import devices, files, recipes, results
+from attire import devices, features, files, recipes, results
 from attire import teacher as teaching
 from attire.classifier import Classifier, load_bundle
 from attire.errors import AttireError, Stopped, UsageError
@@ -42,6 +42,29 @@ class Run:
         return load_bundle(self.bundle)
 
 
+class Machines(Protocol):
+    """Machines that a run is carried out on; `cluster.Cluster` is the one kind there is."""
+
+    @property
+    def extract_shards(self) -> features.Maker:
+        """Makes missing shards."""
+
+    def resume(self, folder: Path, watcher: Watcher) -> None:
+        """Call `resume` with this run's folder in each of the processes that train it together."""
+
+
+class Stored(NamedTuple):
+    """What `config.json` of a run says."""
+
+    recipe: Recipe
+    source: DataChoice
+    device: str
+    cache: bool
+    claimed: float
+    log: str | None
+    teacher: Teacher | None
+
+
 def train(
     data: str | Path | None = None,
     recipe: str | Recipe = "fast",
@@ -57,14 +80,14 @@ def train(
     log: str | None = None,
     teacher: Sequence[str | Path] | Mapping[str, Any] | Teacher | None = None,
     watcher: Watcher | None = None,
+    cluster: Machines | None = None,
 ) -> Run:
     """Train a classifier and evaluate it once on the test set.
 
     data: None for the official set, else a CSV, IDX or Parquet file, a folder or a URL of these; run_dir: a new or
     empty folder, `runs/1`, `runs/2` ... when left out; log: "tensorboard" also writes the curves into
     `<run_dir>/tensorboard` (an extra); teacher: runs or bundles whose averaged answers are learnt from besides the
-    labels (distillation).
-
+    labels (distillation); cluster: machines that extract and train, see `cluster.connect`.
     Raises AttireError for bad data, Stopped when it was interrupted: then
     `resume(run_dir)` goes on exactly where it stood.
     """
@@ -86,26 +109,45 @@ def train(
     }
     with new_folder(run_dir) as folder:
         files.write_json(folder / "config.json", config)
-        with logging(log, folder, watcher or Silent()) as watching:
-            return carry_out(folder, chosen, source, device, cache, claimed, watching, taught)
+        with logging(None if cluster else log, folder, watcher or Silent()) as watching:
+            if not cluster:
+                return carry_out(folder, chosen, source, device, cache, claimed, watching, taught)
+            begin(folder, chosen, source, device, watching, cluster.extract_shards).extract_all()
+    return finished_on(cluster, folder, watcher or Silent())
 
 
-def resume(run_dir: str | Path, watcher: Watcher | None = None) -> Run:
+def resume(run_dir: str | Path, watcher: Watcher | None = None, cluster: Machines | None = None) -> Run:
     """Go on with a run that was stopped, from its own `config.json` and newest checkpoint."""
     folder = Path(run_dir)
     if not (folder / "config.json").exists():
         raise AttireError(folder, "no run to resume: it holds no config.json", do="start one with: attire train")
+    known = read_config(folder)
+    told = (known.recipe, known.source, known.device)
+    log = None if cluster else known.log
+    with claimed_folder(folder), logging(log, folder, watcher or Silent()) as watching:
+        if not cluster:
+            return carry_out(folder, *told, known.cache, known.claimed, watching, known.teacher)
+        begin(folder, *told, watching, cluster.extract_shards).extract_all()
+    return finished_on(cluster, folder, watcher or Silent())
+
+
+def finished_on(cluster: Machines, folder: Path, watcher: Watcher) -> Run:
+    """A run whose features are in the cache, carried out by processes that hold its folder themselves."""
+    cluster.resume(folder, watcher)
+    return Run(folder, results.load_result(folder))
+
+
+def read_config(folder: Path) -> Stored:
     config = files.read_json(folder / "config.json")
     try:
         recipe = recipes.from_json(config["recipe"], str(folder / "config.json"))
         values = dict(config["data"])
         source = DataChoice(**{**values, "classes": tuple(values["classes"]) if values["classes"] else None})
-        device, cache, claimed = config["device"], config["cache"], config["claimed"]
         taught = teaching.choose(config.get("teacher"))
+        told = (config["device"], config["cache"], config["claimed"], config.get("log"))
+        return Stored(recipe, source, *told, taught)
     except (KeyError, TypeError) as error:
         raise AttireError(folder / "config.json", "not the config of a run", str(error)[:80]) from error
-    with claimed_folder(folder), logging(config.get("log"), folder, watcher or Silent()) as watching:
-        return carry_out(folder, recipe, source, device, cache, claimed, watching, taught)
 
 
 @contextmanager
@@ -222,14 +264,7 @@ def carry_out(
 ) -> Run:
     """The stages, in order. Each leaves on disk what the next start of the same run will not do again."""
     began = time.perf_counter()
-    results.reopen(folder)
-    stage = Stage(recipe, source, devices.choose_device(device), watcher)
-    stage.check(folder)
-    devices.keep_freed_memory()  # from here on: what reading a CSV took goes back to the system
-    if (folder / "data.json").exists():
-        stage.taught = files.read_json(folder / "data.json").get("teacher")
-    files.write_json(folder / "data.json", stage.describe_data())
-    files.write_json(folder / "environment.json", stage.environment())
+    stage = begin(folder, recipe, source, device, watcher)
     sources = stage.cached() if cache else stage.on_the_fly()
     soft = None
     if teacher:
@@ -247,3 +282,25 @@ def carry_out(
     watcher.tested(result.test.accuracy, len(history))
     watcher.close()
     return Run(folder, result)
+
+
+def begin(
+    folder: Path,
+    recipe: Recipe,
+    source: DataChoice,
+    device: str,
+    watcher: Watcher,
+    make: features.Maker | None = None,
+) -> Stage:
+    """The stage of a run, and what it found written down. A run that goes on keeps what it began with."""
+    results.reopen(folder)
+    stage = Stage(recipe, source, devices.choose_device(device), watcher, make)
+    stage.check(folder)
+    devices.keep_freed_memory()  # from here on: what reading a CSV took goes back to the system
+    if (folder / "data.json").exists():
+        stage.taught = files.read_json(folder / "data.json").get("teacher")
+    if (folder / "environment.json").exists():
+        stage.keep(files.read_json(folder / "environment.json"))
+    files.write_json(folder / "data.json", stage.describe_data())
+    files.write_json(folder / "environment.json", stage.environment())
+    return stage

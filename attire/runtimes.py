@@ -157,6 +157,7 @@ def run_onnx(path: Path, facts: dict[str, Any]) -> Run:
     except ImportError as error:
         raise AttireError(path, "ONNX Runtime is not installed", str(error), "pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads_wanted()
     options.log_severity_level = 3  # errors; its warnings are about what it optimises
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others want the cores: a server's loop
     if tensors := bundle_tensors(path, facts):
@@ -170,6 +171,12 @@ def run_onnx(path: Path, facts: dict[str, Any]) -> Run:
         return found[0], found[1] if facts.get("reject") else None
 
     return run
+
+
+def threads_wanted() -> int:
+    """By OMP_NUM_THREADS, as torch's are, which ONNX Runtime by itself does not heed; 0: one a core."""
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    return int(text) if text.isascii() and text.isdigit() else 0
 
 
 def bundle_tensors(path: Path, facts: dict[str, Any]) -> dict[str, NDArray[Any]]:

@@ -1,7 +1,7 @@
 """The stages of a run, in memory: rows, features, fit, evaluation. What `runs` puts in order and on disk."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 SCORED_ROWS = 10_000  # of training, where blocks are trained: its interval is then 0.2 points at 99 %
 CALIBRATION_ROWS = 2048  # whose moments batch normalisation starts from
+CHOSEN = ("precision", "backend", "train_precision")  # of an environment, by measurement
 BOUNDS = ("accuracy_low", "accuracy_high")
 BESIDE = 32 * 2**20  # bytes of a run besides checkpoints and weights: report, tables, neighbours
 
@@ -102,8 +103,15 @@ Sources = tuple[Source, Source]  # of the training data and of the test data; on
 class Stage:
     """What the stages of one run share: recipe, rows, weights, device."""
 
-    def __init__(self, recipe: Recipe, source: DataChoice, device: torch.device, watcher: Watcher) -> None:
-        self.recipe, self.device, self.watcher = recipe, device, watcher
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: DataChoice,
+        device: torch.device,
+        watcher: Watcher,
+        make: features.Maker | None = None,
+    ) -> None:
+        self.recipe, self.device, self.watcher, self.make = recipe, device, watcher, make
         self.taught: dict[str, Any] | None = None  # the teacher of the run, for data.json
         objects.bring(source.data, source.test, progress=watcher.advance)
         self.splits = source.load(recipe)
@@ -145,21 +153,35 @@ class Stage:
         told = {"precision": self.spec.precision, "backend": self.spec.backend}
         return {**devices.environment(self.device), **told, "train_precision": self.train_precision}
 
+    def keep(self, begun: dict[str, Any]) -> None:
+        """Precision and backend of the environment that a run began in, on the same kind of device: measured again, on
+        another machine or beside other work, they may come out otherwise."""
+        now = self.environment()
+        if begun.get("device") == now["device"] and all(isinstance(begun.get(name), str) for name in CHOSEN):
+            self.spec = replace(self.spec, precision=begun["precision"], backend=begun["backend"])
+            self.train_precision = begun["train_precision"]
+
     def model(self, classifier: nn.Sequential) -> "torchvision.models.VGG":
         return vgg.vgg16(self.weights, self.architecture.end, self.recipe.pool, classifier)
 
-    def load_trunk(self) -> features.Trunk:
-        """The frozen part alone, on the device and in the precision of the run."""
-        frozen = vgg.vgg16(self.weights, self.recipe.freeze_to, self.spec.pool, nn.Sequential())
-        return open_trunk(frozen, self.spec, self.device, len(self.splits.data))
+    @property
+    def load_trunk(self) -> Callable[[], features.Trunk]:
+        """Opens the frozen part alone, on the device and in the precision of the run; it can be sent to a process."""
+        return partial(frozen_trunk, self.weights, self.spec, self.device, len(self.splits.data))
 
     def extract(self, data: ImageDataset, view: str, what: str) -> features.Features:
         def progress(done: int, total: int) -> None:
             self.watcher.advance(f"Features  {what}", done, total)
 
         return features.extract(
-            data.images, data.image_digest, replace(self.spec, view=view), self.load_trunk, progress
+            data.images, data.image_digest, replace(self.spec, view=view), self.load_trunk, progress, self.make
         )
+
+    def extract_all(self) -> list[features.Features]:
+        """Every cache entry that the run reads, and nothing of them in memory."""
+        data, test = self.splits.data, self.splits.test_data
+        found = [self.extract(data, *wanted) for wanted in self.wanted()]
+        return found if test is data else [*found, *(self.extract(test, *wanted) for wanted in self.wanted_of_test())]
 
     def cached(self) -> Sources:
         """Features of every row, extracted once; of the test data only the views that an answer averages."""
@@ -167,19 +189,24 @@ class Stage:
         trained.standardise = self.measured(trained)
         if self.splits.test_data is self.splits.data:
             return trained, trained
-        names = self.architecture.views
-        told = [f"test, {name}" if i else "test" for i, name in enumerate(names)]
-        parts = [self.extract(self.splits.test_data, name, what) for name, what in zip(names, told, strict=True)]
-        tested = CachedSource(*parts, names=names)
+        parts = [self.extract(self.splits.test_data, *wanted) for wanted in self.wanted_of_test()]
+        tested = CachedSource(*parts, names=self.architecture.views)
         tested.standardise = trained.standardise
         return trained, tested
 
     def train_features(self) -> CachedSource:
         """Of the data that training rows are taken from, not standardised."""
-        data, test = self.splits.data, self.splits.test_data
-        told = {"plain": "train" if test is not data else "all", "flip": "train, mirrored"}
-        parts = [self.extract(data, name, told.get(name, f"train, {name}")) for name in self.view_names()]
+        parts = [self.extract(self.splits.data, *wanted) for wanted in self.wanted()]
         return CachedSource(*parts, names=self.view_names())
+
+    def wanted(self) -> list[tuple[str, str]]:
+        """The views of the data that training rows are taken from, and what a person is told of each."""
+        told = {"plain": "all" if self.splits.test_data is self.splits.data else "train", "flip": "train, mirrored"}
+        return [(name, told.get(name, f"train, {name}")) for name in self.view_names()]
+
+    def wanted_of_test(self) -> list[tuple[str, str]]:
+        """The same of the test data, where those are others."""
+        return [(name, f"test, {name}" if i else "test") for i, name in enumerate(self.architecture.views)]
 
     def training_views(self) -> tuple[str, ...]:
         """The views that training draws from, in the order of their numbers."""
@@ -400,6 +427,12 @@ def choose_trunk(backend: str, precision: str, device: torch.device) -> tuple[st
     from attire import compiled  # an optional extra, imported only where it is used
 
     return "int8" if backend == compiled.INT8 else compiled.choose_precision(precision), backend
+
+
+def frozen_trunk(weights: Path, spec: FeatureSpec, device: torch.device, rows: int) -> features.Trunk:
+    """The trunk that extraction calls, from VGG16's weights; rows: as for `open_trunk`."""
+    frozen = vgg.vgg16(weights, spec.freeze_to, spec.pool, nn.Sequential())
+    return open_trunk(frozen, spec, device, rows)
 
 
 def open_trunk(

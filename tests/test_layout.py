@@ -13,7 +13,19 @@ PACKAGE = ROOT / "attire"
 SOURCES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
 ROOMS = {name: tree for name, tree in SOURCES.items() if name != "__init__"}
 UNPICKLER = "weights"  # the one file that reads a pickle, whose every byte is pinned
-SLOW = ("matplotlib", "numpy", "pandas", "pyarrow", "rich", "sklearn", "starlette", "torch", "torchvision", "uvicorn")
+SLOW = (
+    "matplotlib",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "ray",
+    "rich",
+    "sklearn",
+    "starlette",
+    "torch",
+    "torchvision",
+    "uvicorn",
+)
 
 
 def listed_rooms() -> list[str]:
