@@ -208,28 +208,43 @@ def train(
     attire train --recipe classic --data train.csv        the frozen VGG16 as it was asked for
     attire train --seed 1                                 seconds: features are cached
     """
-    from attire import runs, series
+    from attire import ranks
+
+    sources = options.pop("data_from"), options.pop("weights_from")
+    with ranks.joined():
+        ranks.after_first(lambda: get_sources(*sources))
+        found = trained(recipe_name, config, resumed, out, as_json, options)
+        if ranks.leads():
+            show_trained(found, as_json)
+
+
+def trained(
+    recipe_name: str | None,
+    config: Path | None,
+    resumed: str | None,
+    out: str | None,
+    as_json: bool,
+    options: dict[str, Any],
+) -> Any:
+    """The run, the seeds or the folds that `attire train` is asked for, or that it is to go on with."""
+    from attire import ranks, runs, series
     from attire.terminal import Terminal
 
-    get_sources(options.pop("data_from"), options.pop("weights_from"))
-    watch, seeds, folds = Terminal(as_json), options.pop("seeds"), options.pop("folds")
-    found: Any
+    watch, seeds, folds = Terminal(as_json or not ranks.leads()), options.pop("seeds"), options.pop("folds")
     try:
         if resumed is not None:
             given = [name for name, value in options.items() if value not in (None, ()) and name != "device"]
             if given or recipe_name or config or out or seeds or folds:
                 raise UsageError("--resume", "goes on with the run's own settings", do="leave the other options out")
             go_on = series.resume_series if series.is_series(resumed) else runs.resume
-            found = go_on(resumed, watch)
-        else:
-            arguments = {**train_arguments(recipe_name, config, options), "run_dir": out, "watcher": watch}
-            found = train_many(seeds, folds, arguments) if seeds or folds else runs.train(**arguments)
+            return go_on(resumed, watch)
+        arguments = {**train_arguments(recipe_name, config, options), "run_dir": out, "watcher": watch}
+        return train_many(seeds, folds, arguments) if seeds or folds else runs.train(**arguments)
     except Stopped as stop:
-        again = f"go on with: attire train --resume {shlex.quote(stop.subject)}"
+        again = f"go on with: {ranks.command()}attire train --resume {shlex.quote(stop.subject)}"
         raise Stopped(stop.subject, stop.what, do=again) from None
     finally:
         watch.close()
-    show_trained(found, as_json)
 
 
 def train_many(seeds: int | None, folds: int | None, arguments: dict[str, Any]) -> Any:

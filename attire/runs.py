@@ -5,12 +5,12 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from attire import devices, files, recipes, results
+from attire import devices, files, ranks, recipes, results
 from attire import teacher as teaching
 from attire.classifier import Classifier, load_bundle
 from attire.errors import AttireError, Stopped, UsageError
@@ -65,6 +65,9 @@ def train(
     teacher: runs or bundles whose averaged answers are learnt from besides the labels (distillation).
     Raises AttireError for bad data, Stopped when it was interrupted: then
     `resume(run_dir)` goes on exactly where it stood.
+
+    Under torchrun, or in processes that have joined a group of `torch.distributed`, all call it alike and train as one,
+    with a cache and a run folder on a disk that they share; see `ranks`. The first writes, all return the run.
     """
     chosen = recipes.named(recipe) if isinstance(recipe, str) else recipe
     chosen = chosen if seed is None else replace(chosen, seed=seed)
@@ -82,8 +85,9 @@ def train(
         "log": log,
         "teacher": taught.to_json() if taught else None,
     }
-    with new_folder(run_dir) as folder:
-        files.write_json(folder / "config.json", config)
+    with ranks.joined(), new_folder(run_dir) as folder:
+        if ranks.leads():
+            files.write_json(folder / "config.json", config)
         with logging(log, folder, watcher or Silent()) as watching:
             return carry_out(folder, chosen, source, device, cache, claimed, watching, taught)
 
@@ -102,18 +106,24 @@ def resume(run_dir: str | Path, watcher: Watcher | None = None) -> Run:
         taught = teaching.choose(config.get("teacher"))
     except (KeyError, TypeError) as error:
         raise AttireError(folder / "config.json", "not the config of a run", str(error)[:80]) from error
-    with claimed_folder(folder), logging(config.get("log"), folder, watcher or Silent()) as watching:
+    watch = watcher or Silent()
+    with ranks.joined(), claimed_folder(folder), logging(config.get("log"), folder, watch) as watching:
         return carry_out(folder, recipe, source, device, cache, claimed, watching, taught)
 
 
-@contextmanager
-def new_folder(run_dir: str | Path | None) -> Iterator[Path]:
+def new_folder(run_dir: str | Path | None) -> AbstractContextManager[Path]:
     """A new run folder, held. What fails before there is a checkpoint leaves no folder that was not there before."""
+    return ranks.held(lambda: made_folder(run_dir))
+
+
+@contextmanager
+def made_folder(run_dir: str | Path | None) -> Iterator[Path]:
+    """`new_folder`, in the process that holds it for all."""
     folder = free_folder(run_dir)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         files.make_dir(folder)
-        with claimed_folder(folder):
+        with claim(folder):
             try:
                 yield folder
             except Stopped:
@@ -157,12 +167,17 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
-@contextmanager
-def claimed_folder(folder: Path) -> Iterator[None]:
-    """One process a run folder: a second one is refused at once, and told who holds it.
+def claimed_folder(folder: Path) -> AbstractContextManager[Path]:
+    """One training a run folder: a second one is refused at once, and told who holds it.
 
     Ctrl-C becomes `Stopped`, and its subject this folder: of a series stopped in one of its runs, the series.
     """
+    return ranks.held(lambda: claim(folder))
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[Path]:
+    """`claimed_folder`, in the process that holds it for all."""
     pid = folder / PID
     with ExitStack() as held:
         try:
@@ -172,7 +187,7 @@ def claimed_folder(folder: Path) -> Iterator[None]:
             raise AttireError(folder, f"another attire (process {holder}) is training into it") from error
         files.write_text(pid, f"{os.getpid()}\n")
         try:
-            yield
+            yield folder
         except Stopped as stop:
             raise Stopped(folder, stop.what) from None
         except KeyboardInterrupt:
@@ -183,9 +198,9 @@ def claimed_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def logging(log: str | None, folder: Path, watcher: Watcher) -> Iterator[Watcher]:
-    """`watcher`, or one that also writes TensorBoard's files."""
-    if log is None:
-        yield watcher
+    """`watcher`, or one that also writes TensorBoard's files; of several processes the first alone is watched."""
+    if log is None or not ranks.leads():
+        yield watcher if ranks.leads() else Silent()
         return
     if log != "tensorboard":
         raise UsageError("--log", f"expected tensorboard, found {log!r}")
@@ -214,22 +229,31 @@ def carry_out(
     devices.keep_freed_memory()  # from here on: what reading a CSV took goes back to the system
     if (folder / "data.json").exists():
         stage.taught = files.read_json(folder / "data.json").get("teacher")
-    files.write_json(folder / "data.json", stage.describe_data())
-    files.write_json(folder / "environment.json", stage.environment())
+    if ranks.leads():
+        files.write_json(folder / "data.json", stage.describe_data())
+        files.write_json(folder / "environment.json", stage.environment())
     sources = stage.cached() if cache else stage.on_the_fly()
     soft = None
     if teacher:
         watcher.note("Teacher", teaching.describe(teacher, recipe))
         told = (stage.splits, stage.training_views(), recipe, folder, watcher, stage.taught)
-        soft, stage.taught = teaching.targets(teacher, *told)
-        files.write_json(folder / "data.json", stage.describe_data())
+        soft, stage.taught = ranks.after_first(lambda: teaching.targets(teacher, *told))
+        if ranks.leads():
+            files.write_json(folder / "data.json", stage.describe_data())
     extracted = time.perf_counter() - began
     head, history = stage.fit(sources[0], folder, soft)
-    found = stage.evaluate(head, sources)
-    seconds = {"extract": extracted, "fit": sum(epoch.seconds for epoch in history)}
-    seconds["total"] = time.perf_counter() - began
-    result = stage.result(folder, found, history, seconds, claimed)
-    stage.save(folder, head, sources[0].standardise, found, result)
-    watcher.tested(result.test.accuracy, len(history))
+    answers = stage.answers(head, sources)
+    done: list[results.RunResult] = []
+
+    def finish() -> None:
+        found = stage.evaluate(head, sources, answers)
+        seconds = {"extract": extracted, "fit": sum(epoch.seconds for epoch in history)}
+        seconds["total"] = time.perf_counter() - began
+        result = stage.result(folder, found, history, seconds, claimed)
+        stage.save(folder, head, sources[0].standardise, found, result)
+        watcher.tested(result.test.accuracy, len(history))
+        done.append(result)
+
+    ranks.shared(finish)
     watcher.close()
-    return Run(folder, result)
+    return Run(folder, done[0] if done else results.load_result(folder))
