@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from attire import vgg
 from attire.blocks import BLOCKS, feature_shape
-from attire.ranks import BatchNorm
+from attire.norms import BatchNorm
 from attire.recipes import Recipe
 
 

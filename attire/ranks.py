@@ -6,12 +6,13 @@ one process did without it. Bytes, numbers and JSON are all that is sent: no obj
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -86,7 +87,7 @@ def connected() -> Iterator[None]:
     except RuntimeError as error:
         who = f"process {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')}"
         do = "what ended first says why; then go on with --resume and as many processes"
-        why = str(error).partition("\n")[0][-100:]
+        why = re.sub(r"^\[[^]]*\] ", "", str(error).partition("\n")[0]).partition(". ")[0][:120]
         raise AttireError(who, "another process of this training ended, or does not answer", why, do) from error
 
 
@@ -175,6 +176,37 @@ def share_of(rows: int) -> slice:
     return slice(start, start + each + (rank() < more))
 
 
+class Share(NamedTuple):
+    """What this process does of one step: `read` in the epoch's order, of those rows the `own` ones are learnt from."""
+
+    rows: int  # of the whole batch
+    read: slice
+    own: slice
+
+
+def shares(rows: int, start: int, batch_size: int, whole: bool = False) -> list[Share]:
+    """This process's part of each step from the row `start` to the end of an epoch of so many rows.
+
+    Who has no row of a small batch reads one and learns from none, so that it takes part in what all do. whole: the
+    whole batch is read, as CutMix takes from any row of it, and what is drawn is drawn for all of it.
+    """
+    found = []
+    for first in range(start, rows, batch_size):
+        size = min(batch_size, rows - first)
+        own = share_of(size)
+        if whole:
+            found.append(Share(size, slice(first, first + size), own))
+            continue
+        number, begin = own.stop - own.start, first + min(own.start, size - 1)
+        found.append(Share(size, slice(begin, begin + max(1, number)), slice(0, number)))
+    return found
+
+
+def most_read(plan: Sequence[Share]) -> int:
+    """How many rows are read for each step but the last, which may have fewer."""
+    return plan[0].read.stop - plan[0].read.start if plan else 1
+
+
 def gathered(own: Tensor, rows: int) -> Tensor:
     """All rows (rows, ...) in their order, on the CPU, of what each process has of `share_of(rows)`."""
     if count() == 1:
@@ -204,13 +236,27 @@ def add_up(parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     gradients = [cast(Tensor, parameter.grad) for parameter in trained]
-    flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), loss.detach().reshape(1)])
-    with connected():
-        dist.all_reduce(flat)
+    flat = summed(torch.cat([*(gradient.reshape(-1) for gradient in gradients), loss.detach().reshape(1)]))
     parts = flat[:-1].split([gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view(gradient.shape))
     return flat[-1]
+
+
+def summed(own: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, on its device."""
+    found = own.clone()
+    with connected():
+        dist.all_reduce(found)
+    return found
+
+
+def side_by_side(own: Tensor) -> Tensor:
+    """(k, C) of each process as (k, processes, C), on its device."""
+    parts = [torch.empty_like(own) for _ in range(count())]
+    with connected():
+        dist.all_gather(parts, own)
+    return torch.stack(parts, 1)
 
 
 def own_seed(seed: int) -> int:
@@ -239,68 +285,3 @@ def agree(value: bytes, what: str, do: str) -> None:
     found = stacked(digest)
     if other := [i for i, line in enumerate(found) if not torch.equal(line, found[0])]:
         raise AttireError("training", f"{what} differ between processes", f"0 and {other[0]} of {count()}", do)
-
-
-# Batch normalisation by all the rows of a batch.
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Normalises by the moments of the whole batch, whichever processes its rows are in; torch's own for one process.
-
-    (torch.nn.SyncBatchNorm does the same on CUDA alone, and not for a process without rows.)
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or count() == 1:
-            return super().forward(x)
-        found, mean, variance = cast(tuple[Tensor, ...], Normalised.apply(x, self.weight, self.bias, self.eps))
-        moments = ((self.running_mean, mean), (self.running_var, variance))
-        for running, value in moments:
-            cast(Tensor, running).lerp_(value, cast(float, self.momentum))
-        cast(Tensor, self.num_batches_tracked).add_(1)
-        return found
-
-
-class Normalised(torch.autograd.Function):
-    """Maps (b, C, H, W), of which b may be 0, normalised; mean and unbiased variance (C,) over all processes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        given = x.float()
-        size = given.numel() // given.shape[1]
-        mean = given.sum((0, 2, 3)) / max(1, size)
-        squares = (given - along(mean)).square().sum((0, 2, 3))
-        sizes, means, parts = everyone(torch.stack([torch.full_like(mean, size), mean, squares]))  # (ranks, C) each
-        total = sizes.sum(0)
-        mean = (sizes * means).sum(0) / total
-        squares = (parts + sizes * (means - mean).square()).sum(0)  # Chan et al. 1983: nothing is cancelled out
-        scale = (squares / total + eps).rsqrt()
-        ctx.save_for_backward(x, weight, mean, scale, total)
-        found = (given - along(mean)) * along(scale * weight) + along(bias)
-        variance = squares / (total - 1).clamp_min(1)
-        ctx.mark_non_differentiable(mean, variance)
-        return found.to(x.dtype), mean, variance
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, mean, scale, total = ctx.saved_tensors
-        got, normal = gradients[0].float(), (x.float() - along(mean)) * along(scale)
-        own = torch.stack([(got * normal).sum((0, 2, 3)), got.sum((0, 2, 3))])  # of this process's rows: add_up's
-        with connected():
-            dist.all_reduce(all_rows := own.clone())
-        straight, level = all_rows / total
-        found = (got - normal * along(straight) - along(level)) * along(scale * weight)
-        return found.to(x.dtype), own[0], own[1], None
-
-
-def along(values: Tensor) -> Tensor:
-    """(C,) beside maps (b, C, H, W)."""
-    return values[:, None, None]
-
-
-def everyone(own: Tensor) -> Tensor:
-    """(k, C) of each process as (k, ranks, C)."""
-    parts = [torch.empty_like(own) for _ in range(count())]
-    with connected():
-        dist.all_gather(parts, own)
-    return torch.stack(parts, 1)

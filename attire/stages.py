@@ -134,7 +134,8 @@ class Stage:
         return {**told, "teacher": self.taught} if self.taught else told
 
     def environment(self) -> dict[str, Any]:
-        told = {"precision": self.spec.precision, "backend": self.spec.backend}
+        told: dict[str, Any] = {"precision": self.spec.precision, "backend": self.spec.backend}
+        told |= {"processes": ranks.count()} if ranks.count() > 1 else {}
         return {**devices.environment(self.device), **told, "train_precision": self.train_precision}
 
     def model(self, classifier: nn.Sequential) -> "torchvision.models.VGG":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol, cast
+from typing import IO, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -66,14 +66,6 @@ class State:
     ranks: int = 1  # processes that train together
 
 
-class Share(NamedTuple):
-    """What this process does of one step: `read` in the epoch's order, of those rows the `own` ones are learnt from."""
-
-    rows: int  # of the whole batch
-    read: slice
-    own: slice
-
-
 Report = Callable[[State, int, int], None]  # (state, rows done in this epoch, rows in an epoch)
 
 
@@ -103,11 +95,8 @@ def fit(
     if ranks.count() > 1:
         torch.manual_seed(ranks.own_seed(recipe.seed))  # each process drops other hidden values
     state = resume(classifier, optimiser, folder, average)
-    told = files.canonical_json([recipe.to_json(), state.epoch, state.step])
-    given = (told, labels.tobytes(), train.tobytes(), val.tobytes(), b"" if soft is None else soft.tobytes())
-    ranks.agree(
-        b"".join(given), "rows, recipe or checkpoint", "give them one cache and one run folder on a shared disk"
-    )
+    if ranks.count() > 1:
+        check_agreement(source, labels, train, val, recipe, state, soft)
     with stop_requests() as stop:
         while state.epoch < recipe.epochs:
             heads.set_phase(classifier, state.epoch < recipe.probe_epochs)
@@ -118,7 +107,7 @@ def fit(
             if before:
                 check_all_changed(before, classifier)
             if ranks.count() > 1:
-                do = "go on from the epoch before with --resume"
+                do = "one of them computes otherwise: give all the same PyTorch and the same kind of processor"
                 ranks.agree(weights_digest(classifier), f"the weights after epoch {state.epoch + 1}", do)
             with products(next(classifier.parameters()).device, recipe):
                 end_epoch(measured(classifier, average), source, targets, val, state, len(train))
@@ -153,11 +142,11 @@ def run_epoch(
     order, mirrored = epoch_order(train, recipe, state.epoch, getattr(source, "stretch", None))
     steps = math.ceil(len(train) / recipe.batch_size)
     position = min(state.step * recipe.batch_size, len(order))  # the last batch may have been a smaller one
-    plan, device = shares(len(order), position, recipe), next(classifier.parameters()).device
-    read = np.concatenate([np.arange(0), *(np.arange(len(order))[share.read] for share in plan)])
-    views, left = mirrored[read] if mirrored is not None else None, len(read)
+    plan = ranks.shares(len(order), position, recipe.batch_size, whole=bool(recipe.erase or recipe.cutmix))
+    read = np.concatenate([np.arange(0), *(np.arange(share.read.start, share.read.stop) for share in plan)])
+    views, left, device = None if mirrored is None else mirrored[read], len(read), next(classifier.parameters()).device
     start, saved = time.perf_counter() - state.seconds, time.perf_counter()
-    for x, share in zip(source.batches(order[read], batch_rows(plan), views), plan, strict=False):
+    for x, share in zip(source.batches(order[read], ranks.most_read(plan), views), plan, strict=False):
         set_learning_rate(optimiser, recipe, state.epoch * steps + state.step, steps)
         left -= len(x)
         taught = answers(soft, order, mirrored, share.read, device)
@@ -180,29 +169,6 @@ def run_epoch(
             raise Stopped(folder.parent, f"stopped in epoch {state.epoch + 1} after step {state.step} of {steps}")
     if left:
         raise AttireError("training", f"an epoch saw {len(train) - left:,} rows, expected {len(train):,}")
-
-
-def shares(rows: int, start: int, recipe: Recipe) -> list[Share]:
-    """This process's part of each step from `start` to the end of an epoch of so many rows.
-
-    CutMix takes from any row of a batch, and what is drawn is drawn for all of it: then the whole batch is read. Who
-    has no row of a small batch reads one and learns from none, so that it takes part in what all do.
-    """
-    found = []
-    for first in range(start, rows, recipe.batch_size):
-        size = min(recipe.batch_size, rows - first)
-        own = ranks.share_of(size)
-        if recipe.erase or recipe.cutmix:
-            found.append(Share(size, slice(first, first + size), own))
-            continue
-        count, begin = own.stop - own.start, first + min(own.start, size - 1)
-        found.append(Share(size, slice(begin, begin + max(1, count)), slice(0, count)))
-    return found
-
-
-def batch_rows(plan: list[Share]) -> int:
-    """How many rows are read for each step; for the last one perhaps fewer."""
-    return plan[0].read.stop - plan[0].read.start if plan else 1
 
 
 def make_optimiser(classifier: nn.Module, recipe: Recipe) -> torch.optim.Adam:
@@ -391,6 +357,26 @@ def digests(classifier: nn.Module) -> dict[str, str]:
     }
 
 
+def check_agreement(
+    source: Source,
+    labels: NDArray[np.int64],
+    train: Rows,
+    val: Rows,
+    recipe: Recipe,
+    state: State,
+    soft: NDArray[np.float32] | None,
+) -> None:
+    """Several processes must have been given the same: looked at before the first step, features by a sample."""
+    some = next(iter(source.batches(train[:64], 64, None)))
+    told = files.canonical_json([recipe.to_json(), state.epoch, state.step])
+    arrays = [some.cpu().numpy(), labels, train, val, *([] if soft is None else [soft])]
+    what, do = (
+        "features, rows, recipe or checkpoint",
+        "give them one cache and one run folder, on a disk that they share",
+    )
+    ranks.agree(b"".join([told, *(array.tobytes() for array in arrays)]), what, do)
+
+
 def weights_digest(classifier: nn.Module) -> bytes:
     """SHA-256 of each weight and buffer, one after the other."""
     tensors = classifier.state_dict().values()
@@ -482,8 +468,8 @@ def resume(
             warnings.warn(f"{error}; going on from the one before", AttireWarning, stacklevel=3)
             continue
         if state.ranks != ranks.count():
-            do = f"resume with {state.ranks}: torchrun --nproc-per-node {state.ranks} -m attire train --resume"
-            do = do if state.ranks > 1 else "resume without torchrun"
+            do = f"resume with as many: torchrun --nproc-per-node {state.ranks} -m attire train --resume RUN"
+            do = do if state.ranks > 1 else "resume without torchrun: attire train --resume RUN"
             raise AttireError(path, f"a checkpoint of {state.ranks} processes, found {ranks.count()}", do=do)
         restore(classifier, optimiser, tensors, path, average)
         return state

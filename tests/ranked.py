@@ -1,9 +1,8 @@
-"""A process of several that train as one: `python ranked.py FOLDER CASES`, with RANK and the rest of torchrun's environment.
+"""A process of several that train as one: `python ranked.py FOLDER CASES [DISTURBANCE]`, started as torchrun does it.
 
 Each case trains a small head on a table; what it became is left in `FOLDER/<case>/rank-<n>.npz`.
 """
 
-import json
 import os
 import signal
 import socket
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from attire import files, heads, ranks, training
 from attire.errors import AttireError
+from attire.norms import BatchNorm
 from attire.recipes import FAST, Recipe
 from attire.training import Epoch, Rows, State
 
@@ -33,7 +33,7 @@ TRAIN, VAL = np.arange(75), np.arange(80, 99)  # five steps of 16, the last of 1
 SECONDS = 90.0  # until a process of a test is taken for one that hangs
 
 # Everything that could be divided wrongly, in small. Without dropout, so that one process computes the same.
-PLAIN = replace(FAST, epochs=2, batch_size=16, hidden=(8,), lr=0.01, dropout=0.0, precision="fp32")
+PLAIN = replace(FAST, epochs=2, batch_size=16, hidden=(8,), lr=0.03, dropout=0.0, precision="fp32")
 CONV = replace(PLAIN, standardise=False, hidden=(), conv=(6, 6), freeze_to="block1", image_size=8)
 CASES: dict[str, Recipe] = {
     "plain": PLAIN,
@@ -54,7 +54,7 @@ class Table:
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
         width = int(np.prod(SHAPE))
-        self.rows = torch.from_numpy(2 * np.eye(10, width)[LABELS] + rng.random((SIZE, width)) / 2).float()
+        self.rows = torch.from_numpy(rng.random((10, width))[LABELS] / 2 + rng.random((SIZE, width)) / 2).float()
         self.seen: list[int] = []
 
     def batches(self, order: Rows, batch_size: int, views: np.ndarray | None) -> Iterator[Tensor]:
@@ -73,7 +73,7 @@ def new_head(recipe: Recipe) -> nn.Sequential:
     if not recipe.train_blocks:
         return heads.build(SHAPE, recipe.conv, recipe.hidden, 10, recipe.dropout)
     block = OrderedDict[str, nn.Module]()
-    block["0"], block["norm0"], block["1"] = nn.Conv2d(64, 6, 3, padding=1), ranks.BatchNorm(6), nn.ReLU()
+    block["0"], block["norm0"], block["1"] = nn.Conv2d(64, 6, 3, padding=1), BatchNorm(6), nn.ReLU()
     block["2"] = nn.MaxPool2d(2)
     classifier = heads.build((6, 2, 2), (), recipe.hidden, 10, recipe.dropout)
     return heads.TunedHead(SHAPE, nn.Sequential(nn.Sequential(block)), 0, classifier)
@@ -178,7 +178,7 @@ def free_port() -> int:
 
 
 def start(count: int, *arguments: object) -> list[Ended]:
-    """`count` processes of this file, until all of them have ended; those that hang are killed, and that is an error."""
+    """`count` processes of this file, until all have ended; those that hang are killed, and that is an error."""
     port, command = free_port(), [sys.executable, __file__, *map(str, arguments)]
     pipes: Mapping[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [subprocess.Popen(command, env=environment(i, count, port), **pipes) for i in range(count)]
