@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from attire import files, heads, ranks, training
-from attire.errors import AttireError
+from attire.errors import AttireError, UsageError
 from attire.norms import BatchNorm
 from attire.recipes import FAST, Recipe
 from attire.training import Epoch, Rows, State
@@ -125,7 +125,7 @@ def load(path: Path) -> Trained:
 
 
 def disturbance(what: str) -> Any:
-    """`kill 1 7`: process 1 does this to itself in its 7th step, a signal by its name or a weight changed."""
+    """`SIGKILL 1 7`: process 1 does this to itself in its 7th step, a signal by its name or a weight changed."""
     name, who, when = what.split()
     steps: list[None] = []
 
@@ -143,12 +143,26 @@ def disturbance(what: str) -> Any:
     return disturb
 
 
+def begin_otherwise(what: Sequence[str]) -> None:
+    """`error 0 0`: the first process finds a fault for all; `rows 1 0`: process 1 has other rows than the others."""
+    name, who, _ = what[0].split() if what else ("", "", "")
+    if name == "error":
+        ranks.shared(fault)
+    if name == "rows" and ranks.rank() == int(who):
+        LABELS[0] = 3
+
+
+def fault() -> None:
+    raise UsageError("--out", "full", "here", "choose another")
+
+
 def main() -> None:
     folder, names, what = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:]
     torch.set_num_threads(1)
     disturb = (disturbance(what[0]),) if what else ()
     try:
         with ranks.joined():
+            begin_otherwise(what)
             for name in names:
                 found = train(folder / name, CASES[name], *disturb)
                 save(found, folder / name / f"rank-{ranks.rank()}.npz")
