@@ -7,6 +7,7 @@ one process did without it. Bytes, numbers and JSON are all that is sent: no obj
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
@@ -20,11 +21,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from attire import errors, files
-from attire.errors import AttireError
+from attire.errors import AttireError, AttireWarning
 
 # Until a process that neither answers nor ends is given up. One that ended is noticed at once: its connection closes.
 STEP = timedelta(minutes=5)
-PATIENCE = timedelta(days=2)  # for what the first process does while the others wait: extraction takes hours
+PATIENCE = timedelta(days=1)  # for what the first process does while the others wait: extraction takes hours
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 T = TypeVar("T")
@@ -62,9 +63,12 @@ def joined() -> Iterator[None]:
     with connected():
         dist.init_process_group("cpu:gloo,cuda:nccl" if own else "gloo", timeout=STEP)
     try:
-        yield
+        with warnings.catch_warnings():
+            if not leads():  # it would say what the first one says
+                warnings.simplefilter("ignore", AttireWarning)
+            yield
     finally:
-        patient.cache_clear()
+        beside.cache_clear()
         dist.destroy_process_group()
 
 
@@ -92,13 +96,13 @@ def connected() -> Iterator[None]:
 
 
 @cache
-def patient(group: Any) -> Any:
-    """As many processes as in the default group, which is given, on the CPU and with more patience."""
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+def beside(group: Any, patience: timedelta) -> Any:
+    """The same processes as in the default group, which is given, on the CPU, with a patience of its own."""
+    return dist.new_group(backend="gloo", timeout=patience)
 
 
-def waiting() -> Any:
-    return patient(dist.group.WORLD)
+def on_cpu(patience: timedelta = PATIENCE) -> Any:
+    return beside(dist.group.WORLD, patience)
 
 
 # What the first process does for all.
@@ -114,7 +118,7 @@ def shared(function: Callable[[], T]) -> T:
     if not leads():
         told = json.loads(send(b""))
         if "error" in told:
-            raise getattr(errors, told["error"])(*told["about"])
+            raise getattr(errors, told["error"], AttireError)(*told["about"])
         return cast(T, told["found"])
     try:
         found = function()
@@ -142,15 +146,11 @@ def held(what: Callable[[], AbstractContextManager[Path]]) -> Iterator[Path]:
 
 def send(data: bytes) -> bytes:
     """The first process's bytes, in all of them."""
+    size = torch.tensor([len(data)])
     with connected():
-        size = torch.tensor([len(data)])
-        dist.broadcast(size, 0, group=waiting())
-        told = (
-            torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            if leads()
-            else torch.empty(int(size), dtype=torch.uint8)
-        )
-        dist.broadcast(told, 0, group=waiting())
+        dist.broadcast(size, 0, group=on_cpu())
+        told = torch.frombuffer(bytearray(data or bytes(int(size))), dtype=torch.uint8)
+        dist.broadcast(told, 0, group=on_cpu())
     return told.numpy().tobytes()
 
 
@@ -161,7 +161,7 @@ def spread(tensors: Iterable[Tensor]) -> None:
     with connected(), torch.no_grad():
         for tensor in tensors:
             told = tensor.detach().cpu().contiguous()
-            dist.broadcast(told, 0, group=waiting())
+            dist.broadcast(told, 0, group=on_cpu())
             tensor.copy_(told)
 
 
@@ -216,7 +216,7 @@ def gathered(own: Tensor, rows: int) -> Tensor:
     padded[: len(own)] = own
     parts = [torch.empty_like(padded) for _ in range(count())]
     with connected():
-        dist.all_gather(parts, padded, group=waiting())
+        dist.all_gather(parts, padded, group=on_cpu())
     each, more = divmod(rows, count())
     return torch.cat([part[: each + (i < more)] for i, part in enumerate(parts)])
 
@@ -252,11 +252,10 @@ def summed(own: Tensor) -> Tensor:
 
 
 def side_by_side(own: Tensor) -> Tensor:
-    """(k, C) of each process as (k, processes, C), on its device."""
-    parts = [torch.empty_like(own) for _ in range(count())]
-    with connected():
-        dist.all_gather(parts, own)
-    return torch.stack(parts, 1)
+    """(k, C) of each process as (k, processes, C), on its device. A sum with zeros: gloo gathers nothing from CUDA."""
+    places = own.new_zeros(own.shape[0], count(), *own.shape[1:])
+    places[:, rank()] = own
+    return summed(places)
 
 
 def own_seed(seed: int) -> int:
@@ -273,7 +272,7 @@ def any_of(*flags: bool) -> list[bool]:
         return list(flags)
     told = torch.tensor(flags, dtype=torch.uint8)
     with connected():
-        dist.all_reduce(told, dist.ReduceOp.MAX, group=waiting())
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=on_cpu(STEP))
     return [bool(flag) for flag in told]
 
 

@@ -30,7 +30,8 @@ SHAPE = (64, 4, 4)  # of block1 at 8 px
 SIZE = 100
 LABELS = np.arange(SIZE) % 10
 TRAIN, VAL = np.arange(75), np.arange(80, 99)  # five steps of 16, the last of 11: no share of it is another's size
-SECONDS = 90.0  # until a process of a test is taken for one that hangs
+SECONDS = 240.0  # until a process of a test is taken for one that hangs
+GRACE = 45.0  # torchrun gives its processes 30
 
 # Everything that could be divided wrongly, in small. Without dropout, so that one process computes the same.
 PLAIN = replace(FAST, epochs=2, batch_size=16, hidden=(8,), lr=0.03, dropout=0.0, precision="fp32")
@@ -181,7 +182,12 @@ class Ended:
 def environment(rank: int, count: int, port: int) -> dict[str, str]:
     """What torchrun sets for each process; the addresses of this machine alone."""
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-    here = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    here = {
+        "MASTER_ADDR": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
     return {**os.environ, **{name: str(value) for name, value in told.items()}, **here}
 
 
@@ -199,6 +205,15 @@ def start(count: int, *arguments: object) -> list[Ended]:
     return ended(started)
 
 
+def stop(process: "subprocess.Popen[str]") -> None:
+    """One that hangs: first the signal on which torchrun ends the processes that it started."""
+    for end in (process.terminate, process.kill):
+        if process.poll() is None:
+            end()
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=GRACE)
+
+
 def ended(started: Sequence["subprocess.Popen[str]"]) -> list[Ended]:
     last = time.monotonic() + SECONDS
     try:
@@ -209,10 +224,7 @@ def ended(started: Sequence["subprocess.Popen[str]"]) -> list[Ended]:
         return found
     finally:
         for process in started:
-            if process.poll() is None:
-                with suppress(ProcessLookupError):
-                    process.kill()
-                process.communicate()
+            stop(process)
 
 
 if __name__ == "__main__":
