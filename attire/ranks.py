@@ -237,7 +237,7 @@ def add_up(parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
             parameter.grad = torch.zeros_like(parameter)
     gradients = [cast(Tensor, parameter.grad) for parameter in trained]
     flat = summed(torch.cat([*(gradient.reshape(-1) for gradient in gradients), loss.detach().reshape(1)]))
-    parts = flat[:-1].split([gradient.numel() for gradient in gradients])
+    parts = torch.split(flat[:-1], [gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view(gradient.shape))
     return flat[-1]
