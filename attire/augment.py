@@ -25,6 +25,11 @@ class Target:
     share: float = 1.0
     soft: Tensor | None = None
 
+    def part(self, rows: slice) -> "Target":
+        """Of these rows of the batch alone."""
+        others, soft = (None if value is None else value[rows] for value in (self.others, self.soft))
+        return Target(self.labels[rows], others, self.share, soft)
+
 
 def augment(x: Tensor, target: Target, recipe: Recipe, epoch: int, step: int) -> tuple[Tensor, Target]:
     """Rows (b, D) as the recipe wants them in this step, changed in place, and their targets."""

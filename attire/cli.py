@@ -252,8 +252,6 @@ def train(
     resumed: str | None,
     out: str | None,
     as_json: bool,
-    cluster: str | None,
-    cluster_workers: int | None,
     **options: Any,
 ) -> None:
     """Train a classifier and measure it once on the test set.
@@ -263,36 +261,50 @@ def train(
     attire train --recipe classic --data train.csv        the frozen VGG16 as it was asked for
     attire train --seed 1                                 seconds: features are cached
     """
-    from attire import runs, series
+    from attire import ranks
+
+    sources = options.pop("data_from"), options.pop("weights_from")
+    with ranks.joined():
+        ranks.after_first(lambda: get_sources(*sources))
+        found = trained(recipe_name, config, resumed, out, as_json, options)
+        if ranks.leads():
+            show_trained(found, as_json)
+
+
+def trained(
+    recipe_name: str | None,
+    config: Path | None,
+    resumed: str | None,
+    out: str | None,
+    as_json: bool,
+    options: dict[str, Any],
+) -> Any:
+    """The run, the seeds or the folds that `attire train` is asked for, or that it is to go on with."""
+    from attire import ranks, runs, series
     from attire.terminal import Terminal
 
-    get_sources(options.pop("data_from"), options.pop("weights_from"))
-    watch, seeds, folds = Terminal(as_json), options.pop("seeds"), options.pop("folds")
-    check_cluster(cluster, cluster_workers, seeds, folds, options["cache"], resumed)
-    found: Any
+    watch, seeds, folds = Terminal(as_json or not ranks.leads()), options.pop("seeds"), options.pop("folds")
+    cluster, workers = options.pop("cluster"), options.pop("cluster_workers")
+    check_cluster(cluster, workers, seeds, folds, options["cache"], resumed)
     try:
         if resumed is not None:
             given = [name for name, value in options.items() if value not in (None, ()) and name != "device"]
             if given or recipe_name or config or out or seeds or folds:
                 raise UsageError("--resume", "goes on with the run's own settings", do="leave the other options out")
             if series.is_series(resumed):
-                found = series.resume_series(resumed, watch)
-            else:
-                with cluster_at(cluster, cluster_workers or 0) as machines:
-                    found = runs.resume(resumed, watch, machines)
-        else:
-            arguments = {**train_arguments(recipe_name, config, options), "run_dir": out, "watcher": watch}
-            if seeds or folds:
-                found = train_many(seeds, folds, arguments)
-            else:
-                with cluster_at(cluster, cluster_workers or 0) as machines:
-                    found = runs.train(**arguments, cluster=machines)
+                return series.resume_series(resumed, watch)
+            with cluster_at(cluster, workers or 0) as machines:
+                return runs.resume(resumed, watch, machines)
+        arguments = {**train_arguments(recipe_name, config, options), "run_dir": out, "watcher": watch}
+        if seeds or folds:
+            return train_many(seeds, folds, arguments)
+        with cluster_at(cluster, workers or 0) as machines:
+            return runs.train(**arguments, cluster=machines)
     except Stopped as stop:
-        again = f"go on with: attire train --resume {shlex.quote(stop.subject)}"
+        again = f"go on with: {ranks.command()}attire train --resume {shlex.quote(stop.subject)}"
         raise Stopped(stop.subject, stop.what, do=again) from None
     finally:
         watch.close()
-    show_trained(found, as_json)
 
 
 def check_cluster(

@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from attire import vgg
 from attire.blocks import BLOCKS, above, feature_shape
+from attire.norms import BatchNorm
 from attire.recipes import Recipe
 
 
@@ -34,12 +35,12 @@ def build(
     if not conv:
         return vgg.build_classifier(math.prod(shape), hidden, classes, dropout)
     channels, side = shape[0], shape[1]
-    layers: list[nn.Module] = [nn.Unflatten(1, shape), nn.BatchNorm2d(channels)]
+    layers: list[nn.Module] = [nn.Unflatten(1, shape), BatchNorm(channels)]
     for i, width in enumerate(conv):
         if i and side > 2:
             layers.append(nn.MaxPool2d(2))
             side //= 2
-        layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), BatchNorm(width), nn.ReLU()]
         channels = width
     dense = vgg.build_classifier(2 * channels, hidden, classes, dropout)
     return nn.Sequential(*layers, BothPools(), nn.Dropout(dropout), *dense)
@@ -84,7 +85,7 @@ def tuned_head(weights: Path, recipe: Recipe, classifier: nn.Sequential) -> Tune
                     {part: tensors[f"features.{index}.{part}"].float() for part in ("weight", "bias")}
                 )
                 if recipe.batch_norm:
-                    layers[f"norm{index}"] = nn.BatchNorm2d(layer.out_channels)
+                    layers[f"norm{index}"] = BatchNorm(layer.out_channels)
         blocks.append(nn.Sequential(layers))
     shape = feature_shape(recipe.freeze_to, recipe.image_size, 0)
     return TunedHead(shape, nn.Sequential(*blocks), recipe.pool, classifier)

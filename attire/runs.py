@@ -5,12 +5,12 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from attire import devices, features, files, recipes, results
+from attire import devices, features, files, ranks, recipes, results
 from attire import teacher as teaching
 from attire.classifier import Classifier, load_bundle
 from attire.errors import AttireError, Stopped, UsageError
@@ -90,6 +90,9 @@ def train(
     labels (distillation); cluster: machines that extract and train, see `cluster.connect`.
     Raises AttireError for bad data, Stopped when it was interrupted: then
     `resume(run_dir)` goes on exactly where it stood.
+
+    Under torchrun, or in processes that have joined a group of `torch.distributed`, all call it alike and train as one,
+    with a cache and a run folder on a disk that they share; see `ranks`. The first writes, all return the run.
     """
     chosen = recipes.named(recipe) if isinstance(recipe, str) else recipe
     chosen = chosen if seed is None else replace(chosen, seed=seed)
@@ -107,13 +110,15 @@ def train(
         "log": log,
         "teacher": taught.to_json() if taught else None,
     }
-    with new_folder(run_dir) as folder:
-        files.write_json(folder / "config.json", config)
-        with logging(None if cluster else log, folder, watcher or Silent()) as watching:
+    watch = watcher or Silent()
+    with ranks.joined(), new_folder(run_dir) as folder:
+        if ranks.leads():
+            files.write_json(folder / "config.json", config)
+        with logging(None if cluster else log, folder, watch) as watching:
             if not cluster:
                 return carry_out(folder, chosen, source, device, cache, claimed, watching, taught)
             begin(folder, chosen, source, device, watching, cluster.extract_shards).extract_all()
-    return finished_on(cluster, folder, watcher or Silent())
+    return finished_on(cluster, folder, watch)
 
 
 def resume(run_dir: str | Path, watcher: Watcher | None = None, cluster: Machines | None = None) -> Run:
@@ -123,12 +128,12 @@ def resume(run_dir: str | Path, watcher: Watcher | None = None, cluster: Machine
         raise AttireError(folder, "no run to resume: it holds no config.json", do="start one with: attire train")
     known = read_config(folder)
     told = (known.recipe, known.source, known.device)
-    log = None if cluster else known.log
-    with claimed_folder(folder), logging(log, folder, watcher or Silent()) as watching:
+    log, watch = None if cluster else known.log, watcher or Silent()
+    with ranks.joined(), claimed_folder(folder), logging(log, folder, watch) as watching:
         if not cluster:
             return carry_out(folder, *told, known.cache, known.claimed, watching, known.teacher)
         begin(folder, *told, watching, cluster.extract_shards).extract_all()
-    return finished_on(cluster, folder, watcher or Silent())
+    return finished_on(cluster, folder, watch)
 
 
 def finished_on(cluster: Machines, folder: Path, watcher: Watcher) -> Run:
@@ -150,14 +155,19 @@ def read_config(folder: Path) -> Stored:
         raise AttireError(folder / "config.json", "not the config of a run", str(error)[:80]) from error
 
 
-@contextmanager
-def new_folder(run_dir: str | Path | None) -> Iterator[Path]:
+def new_folder(run_dir: str | Path | None) -> AbstractContextManager[Path]:
     """A new run folder, held. What fails before there is a checkpoint leaves no folder that was not there before."""
+    return ranks.held(lambda: made_folder(run_dir))
+
+
+@contextmanager
+def made_folder(run_dir: str | Path | None) -> Iterator[Path]:
+    """`new_folder`, in the process that holds it for all."""
     folder = free_folder(run_dir)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         files.make_dir(folder)
-        with claimed_folder(folder):
+        with claim(folder):
             try:
                 yield folder
             except Stopped:
@@ -180,7 +190,7 @@ def free_folder(run_dir: str | Path | None) -> Path:
         raise AttireError(folder, "expected a folder, found a file", do="give --out another name")
     if folder.is_dir() and not all(map(is_leftover, folder.iterdir())):
         if (folder / LOCK).exists():
-            with claim(folder):  # who is at work there comes before what lies there
+            with hold(folder):  # who is at work there comes before what lies there
                 pass
         do = "give --out another name"
         if any((folder / name).exists() for name in ("checkpoints", "series.json")):
@@ -203,17 +213,22 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
-@contextmanager
-def claimed_folder(folder: Path) -> Iterator[None]:
-    """One process a run folder: a second one is refused at once, and told who holds it.
+def claimed_folder(folder: Path) -> AbstractContextManager[Path]:
+    """One training a run folder: a second one is refused at once, and told who holds it.
 
     Ctrl-C becomes `Stopped`, and its subject this folder: of a series stopped in one of its runs, the series.
     """
+    return ranks.held(lambda: claim(folder))
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[Path]:
+    """`claimed_folder`, in the process that holds it for all."""
     pid = folder / PID
-    with claim(folder):
+    with hold(folder):
         files.write_text(pid, f"{os.getpid()}\n")
         try:
-            yield
+            yield folder
         except Stopped as stop:
             raise Stopped(folder, stop.what) from None
         except KeyboardInterrupt:
@@ -223,7 +238,7 @@ def claimed_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[None]:
+def hold(folder: Path) -> Iterator[None]:
     """Hold a folder's lock. Raises AttireError that names the process which has it, half a second after being asked."""
     with ExitStack() as held:
         try:
@@ -237,9 +252,9 @@ def claim(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def logging(log: str | None, folder: Path, watcher: Watcher) -> Iterator[Watcher]:
-    """`watcher`, or one that also writes TensorBoard's files."""
-    if log is None:
-        yield watcher
+    """`watcher`, or one that also writes TensorBoard's files; of several processes the first alone is watched."""
+    if log is None or not ranks.leads():
+        yield watcher if ranks.leads() else Silent()
         return
     if log != "tensorboard":
         raise UsageError("--log", f"expected tensorboard, found {log!r}")
@@ -270,18 +285,26 @@ def carry_out(
     if teacher:
         watcher.note("Teacher", teaching.describe(teacher, recipe))
         told = (stage.splits, stage.training_views(), recipe, folder, watcher, stage.taught)
-        soft, stage.taught = teaching.targets(teacher, *told)
-        files.write_json(folder / "data.json", stage.describe_data())
+        soft, stage.taught = ranks.after_first(lambda: teaching.targets(teacher, *told))
+        if ranks.leads():
+            files.write_json(folder / "data.json", stage.describe_data())
     extracted = time.perf_counter() - began
     head, history = stage.fit(sources[0], folder, soft)
-    found = stage.evaluate(head, sources)
-    seconds = {"extract": extracted, "fit": sum(epoch.seconds for epoch in history)}
-    seconds["total"] = time.perf_counter() - began
-    result = stage.result(folder, found, history, seconds, claimed)
-    stage.save(folder, head, sources[0].standardise, found, result)
-    watcher.tested(result.test.accuracy, len(history))
+    answers = stage.answers(head, sources)
+    done: list[results.RunResult] = []
+
+    def finish() -> None:
+        found = stage.evaluate(head, sources, answers)
+        seconds = {"extract": extracted, "fit": sum(epoch.seconds for epoch in history)}
+        seconds["total"] = time.perf_counter() - began
+        result = stage.result(folder, found, history, seconds, claimed)
+        stage.save(folder, head, sources[0].standardise, found, result)
+        watcher.tested(result.test.accuracy, len(history))
+        done.append(result)
+
+    ranks.shared(finish)
     watcher.close()
-    return Run(folder, result)
+    return Run(folder, done[0] if done else results.load_result(folder))
 
 
 def begin(
@@ -293,14 +316,16 @@ def begin(
     make: features.Maker | None = None,
 ) -> Stage:
     """The stage of a run, and what it found written down. A run that goes on keeps what it began with."""
-    results.reopen(folder)
+    if ranks.leads():
+        results.reopen(folder)
     stage = Stage(recipe, source, devices.choose_device(device), watcher, make)
-    stage.check(folder)
+    ranks.shared(lambda: stage.check(folder))
     devices.keep_freed_memory()  # from here on: what reading a CSV took goes back to the system
-    if (folder / "data.json").exists():
-        stage.taught = files.read_json(folder / "data.json").get("teacher")
-    if (folder / "environment.json").exists():
-        stage.keep(files.read_json(folder / "environment.json"))
-    files.write_json(folder / "data.json", stage.describe_data())
-    files.write_json(folder / "environment.json", stage.environment())
+    told = [folder / name for name in ("data.json", "environment.json")]
+    data, environment = ranks.shared(lambda: [files.read_json(path) if path.exists() else {} for path in told])
+    stage.taught = data.get("teacher")
+    stage.keep(environment)
+    if ranks.leads():
+        files.write_json(told[0], stage.describe_data())
+        files.write_json(told[1], stage.environment())
     return stage

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attire import calibration, devices, files, recipes, results, teacher, training
+from attire import calibration, devices, files, ranks, recipes, results, teacher, training
 from attire.errors import AttireError, UsageError
 from attire.evaluation import evaluate
 from attire.recipes import Recipe
@@ -77,8 +77,9 @@ def train_seeds(count: int, recipe: Recipe, *, run_dir: str | Path | None = None
         raise UsageError("--seeds", f"expected 2 or more, found {count}")
     watcher = arguments.pop("watcher", None)
     about = {"schema": 1, "kind": "seeds", "count": count, "recipe": recipe.to_json(), "arguments": plain(arguments)}
-    with new_folder(run_dir) as folder:
-        files.write_json(folder / "series.json", about)
+    with ranks.joined(), new_folder(run_dir) as folder:
+        if ranks.leads():
+            files.write_json(folder / "series.json", about)
         return seeds_in(folder, count, recipe, arguments, watcher)
 
 
@@ -87,15 +88,24 @@ def seeds_in(folder: Path, count: int, recipe: Recipe, arguments: Mapping[str, A
     for i, run in enumerate(runs):
         if watcher:
             watcher.note("Seed", f"{recipe.seed + i}   ({i + 1} of {count})")
-        if (run / "report.html").exists() and (run / "model" / "model.json").exists():
+        there = ranks.shared(partial(begun, run))
+        if there == "finished":
             continue
-        if (run / "config.json").exists():
+        if there == "begun":
             resume(run, watcher)
         else:
             train(recipe=replace(recipe, seed=recipe.seed + i), run_dir=run, watcher=watcher, **arguments)
     found = Seeds(folder, runs, tuple(load_result(run) for run in runs))
-    files.write_json(folder / "seeds.json", found.to_json())
+    if ranks.leads():
+        files.write_json(folder / "seeds.json", found.to_json())
     return found
+
+
+def begun(run: Path) -> str:
+    """How far a run of the series is: finished, begun or new."""
+    if (run / "report.html").exists() and (run / "model" / "model.json").exists():
+        return "finished"
+    return "begun" if (run / "config.json").exists() else "new"
 
 
 def cross_validate(
@@ -122,8 +132,9 @@ def cross_validate(
     paths = [None if path is None else str(path) for path in (data, test)]
     choice = DataChoice(paths[0], paths[1], test_size, None if classes is None else tuple(classes))
     config = {"schema": 1, "folds": folds, "recipe": recipe.to_json(), "data": asdict(choice), "device": device}
-    with new_folder(run_dir) as folder:
-        files.write_json(folder / "series.json", {**config, "kind": "folds", "claimed": claimed})
+    with ranks.joined(), new_folder(run_dir) as folder:
+        if ranks.leads():
+            files.write_json(folder / "series.json", {**config, "kind": "folds", "claimed": claimed})
         return folds_in(folder, folds, recipe, choice, device, claimed, watcher or Silent())
 
 
@@ -162,10 +173,14 @@ def folds_in(
         data={"name": rows.source, "rows": {"out of fold": len(rows)}, "test": rows.describe()},
         claimed=claimed,
     )
-    save_result(folder, result)
-    write_report(folder, result)
+    ranks.shared(partial(write_folds, folder, result))
     watcher.close()
     return Folds(folder, result)
+
+
+def write_folds(folder: Path, result: RunResult) -> None:
+    save_result(folder, result)
+    write_report(folder, result)
 
 
 def fold_members(labels: NDArray[np.int64], folds: int, recipe: Recipe, name: str) -> list[NDArray[np.int64]]:
@@ -195,9 +210,10 @@ def one_fold(
         logits = stage.logits(head, source, stage.val)
         temperature = calibration.fit_temperature(logits, stage.splits.data.labels[stage.val])
     found = calibration.softmax(stage.logits(head, source, out), temperature).astype(np.float32)
-    buffer = io.BytesIO()
-    np.save(buffer, found)
-    files.write_bytes(kept, buffer.getvalue())
+    if ranks.leads():
+        buffer = io.BytesIO()
+        np.save(buffer, found)
+        files.write_bytes(kept, buffer.getvalue())
     return found, history
 
 
@@ -249,7 +265,7 @@ def resume_series(folder: str | Path, watcher: Watcher | None = None) -> Seeds |
             go_on = partial(folds_in, folder, *told, watcher or Silent())
     except (KeyError, TypeError) as error:
         raise AttireError(folder / "series.json", "not a series of runs", str(error)[:80]) from error
-    with claimed_folder(folder):
+    with ranks.joined(), claimed_folder(folder):
         return go_on()
 
 

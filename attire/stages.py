@@ -22,6 +22,7 @@ from attire import (
     memory,
     neighbours,
     objects,
+    ranks,
     reject,
     results,
     skew,
@@ -96,6 +97,15 @@ class Found:
     skew: Skew | None = None
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Logits (n, K) of the trained head for validation, training and test rows, not yet calibrated."""
+
+    val: NDArray[np.float32] | None
+    train: NDArray[np.float32]
+    test: NDArray[np.float32]
+
+
 Source = CachedSource | OnTheFlySource
 Sources = tuple[Source, Source]  # of the training data and of the test data; one and the same after a split
 
@@ -113,19 +123,19 @@ class Stage:
     ) -> None:
         self.recipe, self.device, self.watcher, self.make = recipe, device, watcher, make
         self.taught: dict[str, Any] | None = None  # the teacher of the run, for data.json
-        objects.bring(source.data, source.test, progress=watcher.advance)
-        self.splits = source.load(recipe)
+        ranks.after_first(lambda: objects.bring(source.data, source.test, progress=watcher.advance))
+        self.splits = ranks.after_first(lambda: source.load(recipe))
         watcher.note("Data", describe_data(self.splits))
         self.train, self.val = validation_rows(self.splits.data, self.splits.train_rows, recipe)
-        self.weights = fetch.vgg16_weights(progress=watcher.advance)
+        self.weights = ranks.after_first(lambda: fetch.vgg16_weights(progress=watcher.advance))
         watcher.note("Weights", "VGG16 ImageNet, 13 convolutions   verified")
         watcher.note("Recipe", recipe.describe())
         self.architecture = Architecture(**{field.name: getattr(recipe, field.name) for field in fields(Architecture)})
         if (count := recipe.test_views) > 1:
             watcher.note("Views", f"{count} of each picture averaged: an answer takes {count} times the forward passes")
         widths = (recipe.freeze_to, recipe.image_size, 0 if recipe.train_blocks else recipe.pool)
-        precision, backend = choose_trunk(recipe.backend, recipe.precision, device)
-        self.train_precision = devices.choose_train_precision(recipe.precision, device)
+        precision, backend = ranks.shared(lambda: choose_trunk(recipe.backend, recipe.precision, device))
+        self.train_precision = ranks.shared(lambda: devices.choose_train_precision(recipe.precision, device))
         self.digest = tensor_digest(read_weights(self.weights))
         self.spec = FeatureSpec(*widths, self.digest, precision, backend=backend)
 
@@ -150,7 +160,8 @@ class Stage:
         return {**told, "teacher": self.taught} if self.taught else told
 
     def environment(self) -> dict[str, Any]:
-        told = {"precision": self.spec.precision, "backend": self.spec.backend}
+        told: dict[str, Any] = {"precision": self.spec.precision, "backend": self.spec.backend}
+        told |= {"processes": ranks.count()} if ranks.count() > 1 else {}
         return {**devices.environment(self.device), **told, "train_precision": self.train_precision}
 
     def keep(self, begun: dict[str, Any]) -> None:
@@ -173,9 +184,9 @@ class Stage:
         def progress(done: int, total: int) -> None:
             self.watcher.advance(f"Features  {what}", done, total)
 
-        return features.extract(
-            data.images, data.image_digest, replace(self.spec, view=view), self.load_trunk, progress, self.make
-        )
+        spec = replace(self.spec, view=view)
+        told = (data.images, data.image_digest, spec, self.load_trunk, progress, self.make)
+        return ranks.after_first(lambda: features.extract(*told))
 
     def extract_all(self) -> list[features.Features]:
         """Every cache entry that the run reads, and nothing of them in memory."""
@@ -225,7 +236,7 @@ class Stage:
 
     def on_the_fly(self) -> Sources:
         """No cache: every epoch sends every picture through the trunk again."""
-        trunk, size = self.load_trunk(), self.recipe.image_size
+        trunk, size = ranks.after_first(self.load_trunk), self.recipe.image_size
 
         def source(data: ImageDataset) -> OnTheFlySource:
             dataset = vgg.GarmentDataset(data.images, data.labels, size)
@@ -243,7 +254,7 @@ class Stage:
     ) -> tuple[nn.Sequential, list[training.Epoch]]:
         """A new classifier from the seed, trained; the global random state is left as it was. soft: see `training`."""
         labels = self.splits.data.labels
-        with torch.random.fork_rng(devices=[0] if self.device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if self.device.type == "cuda" else []):
             torch.manual_seed(self.recipe.seed)
             head = self.new_head(source)
             checkpoints = folder / "checkpoints"
@@ -272,17 +283,25 @@ class Stage:
         if not done:
             self.watcher.epoch(state.history[-1])
 
-    def evaluate(self, head: nn.Sequential, sources: Sources) -> Found:
-        """The test set is read here, once, by the weights that training ended with."""
-        labels, classes, logits = self.splits.data.labels, self.splits.data.classes, partial(self.logits, head)
+    def answers(self, head: nn.Sequential, sources: Sources) -> Answers:
+        """The test set is read here, once, by the weights that training ended with; each process answers its share."""
+        logits = partial(self.logits, head)
+        return Answers(
+            val=logits(sources[0], self.val) if len(self.val) else None,
+            train=logits(sources[0], self.scored_training_rows()),
+            test=logits(sources[1], self.splits.test_rows),
+        )
+
+    def evaluate(self, head: nn.Sequential, sources: Sources, answers: Answers) -> Found:
+        """Every figure of what the head answered, and what a bundle holds besides the network."""
+        labels, classes = self.splits.data.labels, self.splits.data.classes
         temperature, val = 1.0, None
-        if len(self.val):
-            val_logits = logits(sources[0], self.val)
-            temperature = calibration.fit_temperature(val_logits, labels[self.val])
-            val = evaluate(calibration.softmax(val_logits, temperature), labels[self.val], classes)
+        if answers.val is not None:
+            temperature = calibration.fit_temperature(answers.val, labels[self.val])
+            val = evaluate(calibration.softmax(answers.val, temperature), labels[self.val], classes)
         seen = self.scored_training_rows()
-        trained = calibration.softmax(logits(sources[0], seen), temperature)
-        tested = calibration.softmax(logits(sources[1], self.splits.test_rows), temperature)
+        trained = calibration.softmax(answers.train, temperature)
+        tested = calibration.softmax(answers.test, temperature)
         test_labels = self.splits.test_data.labels[self.splits.test_rows]
         skewed = self.skew(head, sources[0])
         behind = [TunedSource(s, head) if isinstance(head, heads.TunedHead) else s for s in sources]
@@ -328,7 +347,7 @@ class Stage:
     def logits(self, head: nn.Module, source: Source, rows: training.Rows) -> NDArray[np.float32]:
         """(n, K), the mean over the views that an answer averages: what the temperature is fitted to."""
         numbers = [source.names.index(name) for name in self.architecture.views]
-        return np.asarray(training.predict_logits(head, source, rows, 1024, numbers).numpy())
+        return np.asarray(training.shared_logits(head, source, rows, 1024, numbers).numpy())
 
     def neighbours(self, head: nn.Sequential, source: Source) -> Neighbours:
         """Some of the training rows, as the trained head sees them."""

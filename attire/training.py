@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from attire import augment, files, heads
+from attire import augment, files, heads, ranks
 from attire.errors import AttireError, AttireWarning, Stopped
 from attire.recipes import Recipe
 
@@ -64,6 +64,7 @@ class State:
     seconds: float = 0.0  # spent on those steps
     history: list[Epoch] = field(default_factory=list)
     resumed: bool = False  # whether it came from a checkpoint
+    ranks: int = 1  # processes that train together
 
 
 Report = Callable[[State, int, int], None]  # (state, rows done in this epoch, rows in an epoch)
@@ -87,9 +88,17 @@ def fit(
     parameters are given to Adam; `labels` is (N,) over all rows of the source. soft: what a teacher answers,
     (V, N, K), see `teacher.targets`; validation stays by the labels alone. precision: `auto` is fp32 here, who calls
     has measured.
+
+    Several processes (see `ranks`) call it alike, with one `folder` that all can read. Each batch is divided among
+    them, its loss the mean over all its rows; after each epoch their weights are the same bits, which is checked.
     """
+    ranks.spread(classifier.state_dict().values())
     optimiser, average = make_optimiser(classifier, recipe), make_average(classifier, recipe)
+    if ranks.count() > 1:
+        torch.manual_seed(ranks.own_seed(recipe.seed))  # each process drops other hidden values
     state = resume(classifier, optimiser, folder, average)
+    if ranks.count() > 1:
+        check_agreement(source, labels, train, val, recipe, state, soft)
     with stop_requests() as stop:
         while state.epoch < recipe.epochs:
             heads.set_phase(classifier, state.epoch < recipe.probe_epochs)
@@ -99,10 +108,14 @@ def fit(
             run_epoch(classifier, optimiser, source, targets, train, recipe, state, folder, stop, report, average, soft)
             if before:
                 check_all_changed(before, classifier)
+            if ranks.count() > 1:
+                do = "one of them computes otherwise: give all the same PyTorch and the same kind of processor"
+                ranks.agree(weights_digest(classifier), f"the weights after epoch {state.epoch + 1}", do)
             with products(next(classifier.parameters()).device, recipe):
                 end_epoch(measured(classifier, average), source, targets, val, state, len(train))
             save_checkpoint(classifier, optimiser, state, folder, average)
-            write_history(folder.parent / "history.csv", state.history)
+            if ranks.leads():
+                write_history(folder.parent / "history.csv", state.history)
             report(state, 0, len(train))
     check_loss_fell(state.history)
     if measured(classifier, average) is not classifier:
@@ -131,30 +144,33 @@ def run_epoch(
     order, mirrored = epoch_order(train, recipe, state.epoch, getattr(source, "stretch", None))
     steps = math.ceil(len(train) / recipe.batch_size)
     position = min(state.step * recipe.batch_size, len(order))  # the last batch may have been a smaller one
-    views = mirrored[position:] if mirrored is not None else None
-    device = next(classifier.parameters()).device
+    plan = ranks.shares(len(order), position, recipe.batch_size, whole=bool(recipe.erase or recipe.cutmix))
+    read = np.concatenate([np.arange(0), *(np.arange(share.read.start, share.read.stop) for share in plan)])
+    views, left, device = None if mirrored is None else mirrored[read], len(read), next(classifier.parameters()).device
     start, saved = time.perf_counter() - state.seconds, time.perf_counter()
-    for x in source.batches(order[position:], recipe.batch_size, views):
+    for x, share in zip(source.batches(order[read], ranks.most_read(plan), views), plan, strict=False):
         set_learning_rate(optimiser, recipe, state.epoch * steps + state.step, steps)
-        part = slice(position, position + len(x))
-        given = augment.Target(targets[order[part]].to(device), soft=answers(soft, order, mirrored, part, device))
+        left -= len(x)
+        taught = answers(soft, order, mirrored, share.read, device)
+        given = augment.Target(targets[order[share.read]].to(device), soft=taught)
         x, target = augment.augment(x.to(device), given, recipe, state.epoch, state.step)
-        loss = train_step(classifier, optimiser, x, target, recipe)
+        loss = train_step(classifier, optimiser, x[share.own], target.part(share.own), recipe, share.rows)
         if average is not None and state.epoch >= recipe.probe_epochs:
             average.update_parameters(classifier)
         if state.epoch == state.step == 0:
             check_first_loss(loss, heads.classes_of(classifier))
-        position, state.step = position + len(x), state.step + 1
-        state.loss_sum += loss * len(x)
+        position, state.step = position + share.rows, state.step + 1
+        state.loss_sum += loss * share.rows
         state.seconds = time.perf_counter() - start
         report(state, position, len(train))
-        if stop or time.perf_counter() - saved > CHECKPOINT_SECONDS:
+        stopping, due = ranks.any_of(bool(stop), time.perf_counter() - saved > CHECKPOINT_SECONDS)
+        if stopping or due:
             save_checkpoint(classifier, optimiser, state, folder, average)
             saved = time.perf_counter()
-        if stop:
+        if stopping:
             raise Stopped(folder.parent, f"stopped in epoch {state.epoch + 1} after step {state.step} of {steps}")
-    if position != len(train):
-        raise AttireError("training", f"an epoch saw {position:,} rows, expected {len(train):,}")
+    if left:
+        raise AttireError("training", f"an epoch saw {len(train) - left:,} rows, expected {len(train):,}")
 
 
 def make_optimiser(classifier: nn.Module, recipe: Recipe) -> torch.optim.Adam:
@@ -186,14 +202,26 @@ def products(device: torch.device, recipe: Recipe) -> torch.autocast:
 
 
 def train_step(
-    classifier: nn.Module, optimiser: torch.optim.Adam, x: Tensor, target: augment.Target, recipe: Recipe
+    classifier: nn.Module,
+    optimiser: torch.optim.Adam,
+    x: Tensor,
+    target: augment.Target,
+    recipe: Recipe,
+    rows: int | None = None,
 ) -> float:
-    """One step; in bf16 the products alone are, weights, their gradients and the loss stay fp32."""
+    """One step; in bf16 the products alone are, weights, their gradients and the loss stay fp32.
+
+    rows: of the whole batch, where x is this process's share of it, which may be empty. Returns the batch's loss.
+    """
     optimiser.zero_grad(set_to_none=True)
     with products(x.device, recipe):
         logits = classifier(x)
-    loss = loss_of(logits.float(), target, recipe)
+    loss = loss_of(logits.float(), target, recipe) if len(x) else logits.float().sum()  # the mean of nothing is NaN
+    if rows is not None and len(x) != rows:
+        loss = loss * (len(x) / rows)
     torch.autograd.backward(loss)
+    if ranks.count() > 1:
+        loss = ranks.add_up(classifier.parameters(), loss)
     if recipe.clip:
         nn.utils.clip_grad_norm_(classifier.parameters(), recipe.clip)
     optimiser.step()
@@ -276,7 +304,7 @@ def learning_rate_factor(schedule: str, step: int, total: int) -> float:
 def end_epoch(classifier: nn.Sequential, source: Source, targets: Tensor, val: Rows, state: State, rows: int) -> None:
     val_loss = val_accuracy = None
     if len(val):
-        logits = predict_logits(classifier, source, val)
+        logits = shared_logits(classifier, source, val)
         val_loss = F.cross_entropy(logits, targets[val]).item()
         val_accuracy = (logits.argmax(1) == targets[val]).double().mean().item()
     state.history.append(Epoch(state.epoch + 1, state.loss_sum / rows, val_loss, val_accuracy, round(state.seconds, 3)))
@@ -296,6 +324,16 @@ def predict_logits(
             batches = source.batches(rows, batch_size, numbers)
             found.append(torch.cat([classifier(x.to(device)).float().cpu() for x in batches]))
     return torch.stack(found).mean(0)
+
+
+def shared_logits(
+    classifier: nn.Module, source: Source, rows: Rows, batch_size: int = 1024, views: Sequence[int] = (0,)
+) -> Tensor:
+    """As `predict_logits`, each process answering its share of the rows and none twice; all get all of them."""
+    own = ranks.share_of(len(rows))
+    count = own.stop - own.start
+    some = rows[own] if count else rows[:1]  # who has too few rows answers one, so as to know of how many classes
+    return ranks.gathered(predict_logits(classifier, source, some, batch_size, views)[:count], len(rows))
 
 
 # Guards against the classic blunders.
@@ -319,6 +357,32 @@ def digests(classifier: nn.Module) -> dict[str, str]:
         for name, parameter in classifier.named_parameters()
         if parameter.requires_grad
     }
+
+
+def check_agreement(
+    source: Source,
+    labels: NDArray[np.int64],
+    train: Rows,
+    val: Rows,
+    recipe: Recipe,
+    state: State,
+    soft: NDArray[np.float32] | None,
+) -> None:
+    """Several processes must have been given the same: looked at before the first step, features by a sample."""
+    some = next(iter(source.batches(train[:64], 64, None)))
+    told = files.canonical_json([recipe.to_json(), state.epoch, state.step])
+    arrays = [some.cpu().numpy(), labels, train, val, *([] if soft is None else [soft])]
+    what, do = (
+        "features, rows, recipe or checkpoint",
+        "give them one cache and one run folder, on a disk that they share",
+    )
+    ranks.agree(b"".join([told, *(array.tobytes() for array in arrays)]), what, do)
+
+
+def weights_digest(classifier: nn.Module) -> bytes:
+    """SHA-256 of each weight and buffer, one after the other."""
+    tensors = classifier.state_dict().values()
+    return "".join(files.sha256(tensor.cpu().numpy().tobytes()) for tensor in tensors).encode()
 
 
 def check_all_changed(before: dict[str, str], classifier: nn.Module) -> None:
@@ -365,7 +429,7 @@ def save_checkpoint(
     folder: Path,
     average: AveragedModel | None = None,
 ) -> None:
-    """One .npz: weights, Adam's moments, the random state, the rest as JSON; then the SHA-256 of all that.
+    """One .npz: weights, Adam's moments, the random state of each process, the rest as JSON; then the SHA-256 of all.
 
     Array by array, so that 315 MB of `classic` are never copied whole.
     """
@@ -374,9 +438,11 @@ def save_checkpoint(
         arrays |= {f"average.{name}": value for name, value in average.state_dict().items()}
     for i, moments in optimiser.state_dict()["state"].items():
         arrays |= {f"adam.{i}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-    arrays["random.cpu"] = torch.get_rng_state()
+    arrays["random.cpu"] = ranks.stacked(torch.get_rng_state())
     if next(classifier.parameters()).is_cuda:
-        arrays["random.cuda"] = torch.cuda.get_rng_state()
+        arrays["random.cuda"] = ranks.stacked(torch.cuda.get_rng_state())
+    if not ranks.leads():
+        return
     told = {name: value for name, value in asdict(state).items() if name != "resumed"}
     about = files.canonical_json({**told, "schema": SCHEMA})
     path = folder / f"epoch-{state.epoch:03d}-step-{state.step:06d}.ckpt"
@@ -404,9 +470,13 @@ def resume(
         except AttireError as error:
             warnings.warn(f"{error}; going on from the one before", AttireWarning, stacklevel=3)
             continue
+        if state.ranks != ranks.count():
+            do = f"resume with as many: torchrun --nproc-per-node {state.ranks} -m attire train --resume RUN"
+            do = do if state.ranks > 1 else "resume without torchrun: attire train --resume RUN"
+            raise AttireError(path, f"a checkpoint of {state.ranks} processes, found {ranks.count()}", do=do)
         restore(classifier, optimiser, tensors, path, average)
         return state
-    return State()
+    return State(ranks=ranks.count())
 
 
 def read_checkpoint(path: Path) -> tuple[State, dict[str, Tensor]]:
@@ -460,9 +530,15 @@ def restore(
             own = {name.removeprefix(kind): tensors[name] for name in wanted if name.startswith(kind)}
             module.load_state_dict(own)
     optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    random = {name: own_state(value) for name, value in tensors.items() if name.startswith("random.")}
+    torch.set_rng_state(random["random.cpu"])
+    if "random.cuda" in random:
+        torch.cuda.set_rng_state(random["random.cuda"])
+
+
+def own_state(value: Tensor) -> Tensor:
+    """Of random states, one a process, this process's."""
+    return value[ranks.rank()].clone() if value.ndim > 1 else value
 
 
 def laid_out(value: Tensor, parameter: Tensor) -> Tensor:
