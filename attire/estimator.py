@@ -230,15 +230,14 @@ def flat(images: Any) -> Any:
 
 def pixels(table: NDArray[Any]) -> NDArray[np.uint8]:
     """(n, 28, 28) of finite numbers (n, 784) from 0 to 255. Raises InputError for what no such image can be."""
-    if table.dtype != np.uint8:
-        if table.min() < 0:
-            raise InputError("X", "Negative values in data", do="expected pixels from 0 (black) to 255")
-        if table.max() > 255:
-            raise InputError("X", f"a pixel of {table.max():g}, expected 0 to 255")
-        if 0 < table.max() <= 1 and (table % 1).any():
-            raise InputError("X", "pixels scaled to 0..1, expected 0 to 255", do="multiply by 255")
+    if table.min() < 0:
+        raise InputError("X", "Negative values in data", do="expected pixels from 0 (black) to 255")
     if table.shape[1] != PIXELS:
-        raise InputError("X", f"{table.shape[1]:,} columns, expected {PIXELS} pixels or images of (28, 28)")
+        raise InputError("X", f"{table.shape[1]} feature(s), expected {PIXELS} pixels, or images of (28, 28)")
+    if (most := table.max()) > 255:
+        raise InputError("X", f"a pixel of {most:g}, expected 0 to 255")
+    if 0 < most <= 1 and (table % 1).any():
+        raise InputError("X", "pixels scaled to 0..1, expected 0 to 255", do="multiply by 255")
     return np.ascontiguousarray(np.rint(table) if table.dtype.kind == "f" else table, np.uint8).reshape(-1, 28, 28)
 
 

@@ -170,6 +170,7 @@ def prepared(finished: tuple[Path, Done], tmp_path_factory: pytest.TempPathFacto
     for name in ("1", "2", "3"):
         shutil.copytree(finished[0], folder / "runs" / name)
     shutil.copy(ROOT / "examples/browser/small.onnx", folder / "model.onnx")
+    subprocess.run([sys.executable, ROOT / "examples/digits.py", folder / "digits", "60"], check=True)
     return folder
 
 
