@@ -645,13 +645,13 @@ def cache(keys: tuple[str, ...], clear: bool, as_json: bool) -> None:
     attire cache
     attire cache --delete 3f2a     the entry whose key begins so
     """
-    from attire import copies, features
+    from attire import copies, features, lookup
     from attire.files import human_size
 
     freed = copies.delete_copies() if clear else 0
     if clear:
         keys = tuple(entry.key for entry in features.cache_entries())
-    freed += sum(features.delete_entry(key) for key in keys)
+    freed += sum(features.delete_entry(key) for key in keys) + lookup.delete_stale()
     entries, tables = features.cache_entries(), dict(copies.copies())
     if as_json:
         click.echo(json.dumps({"freed": freed, "entries": [entry.to_json() for entry in entries], "tables": tables}))

@@ -165,3 +165,13 @@ def extracted(
     with files.sealed(index_folder(spec) / f"{entry.folder.name}.rows") as file:
         file.write(b"".join(digests))
     return entry
+
+
+def delete_stale() -> int:
+    """Remove the indices of entries that are gone; returns the bytes freed."""
+    freed = 0
+    for path in (files.cache_dir() / "rows").glob("*/*.rows"):
+        if not (features.cache_folder() / path.stem).exists():
+            freed += path.stat().st_size
+            path.unlink(missing_ok=True)
+    return freed

@@ -124,3 +124,12 @@ def test_a_damaged_index_is_passed_over(
     path.write_bytes(spoil(path.read_bytes()))
     assert np.array_equal(rows_of(lookup.collect(IMAGES[3:9], SPEC, load)), expected(IMAGES[3:9]))
     assert trunk.rows == 15
+
+
+def test_deleted_entries_leave_no_index(load: Callable[[], Counting]) -> None:
+    lookup.collect(IMAGES[:9], SPEC, load)
+    lookup.collect(IMAGES[9:], SPEC, load)
+    assert lookup.delete_stale() == 0
+    features.delete_entry(next(entry.key for entry in features.cache_entries() if entry.rows == 9))
+    assert lookup.delete_stale() == (9 + 1) * lookup.DIGEST
+    assert len(list(lookup.index_folder(SPEC).glob("*.rows"))) == 1
