@@ -1,9 +1,9 @@
 """What cross-validation and a grid cost in scikit-learn when no image goes through VGG16 twice.
 
-    python benchmarks/folds.py              3 rounds of 2,000 training images each, in a cache of its own: minutes on 2 cores
+    python benchmarks/folds.py              3 rounds of 2,000 training images, a cache of its own; minutes on 2 cores
 
-Each round takes images that were not used before: five folds with nothing cached, the same five again, then a grid of four
-settings over five folds. Counted are the pictures that went through the frozen part, mirrored ones included.
+Each round takes images that were not used before: five folds with nothing cached, the same five again, then a grid of
+four settings over five folds. Counted are the pictures that went through the frozen part, mirrored ones included.
 """
 
 import argparse
