@@ -91,7 +91,7 @@ def compute(
 
 def digests_of(images: NDArray[np.uint8]) -> tuple[list[bytes], dict[bytes, int]]:
     """The digest of each image, and where each that differs stands first."""
-    digests = [hashlib.sha256(np.ascontiguousarray(image)).digest() for image in images]
+    digests = [hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in images]
     first: dict[bytes, int] = {}
     for i, digest in enumerate(digests):
         first.setdefault(digest, i)

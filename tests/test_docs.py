@@ -41,7 +41,7 @@ PARSED_ONLY = {
     r"sweep$": "86 trials up to 224 px; tests/test_sweep.py",
 }
 # The recipes as `sandbox` has them: what is slow in them made small, so that every shown training can be run.
-MINIATURES = {
+MINIATURES: dict[str, dict[str, Any]] = {
     "fast": {"epochs": 2},
     "classic": {"epochs": 1, "image_size": 32, "pool": 1, "hidden": (16,)},
     "frozen-best": {"epochs": 1, "image_size": 32, "conv": (8,)},

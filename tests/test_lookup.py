@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import blocks_and_noise
+from numpy.typing import NDArray
 from torch import Tensor
 
 from attire import features, lookup
@@ -40,11 +41,11 @@ def load(trunk: Counting) -> Callable[[], Counting]:
     return lambda: trunk
 
 
-def expected(images: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]") -> object:
+def expected(images: NDArray[np.uint8]) -> NDArray[np.float16]:
     return features.compute(images, SPEC, Counting())
 
 
-def rows_of(found: features.Features) -> object:
+def rows_of(found: features.Features) -> NDArray[np.float16]:
     return np.concatenate(list(found.blocks(7)))
 
 
