@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from attire.data import ImageDataset as ImageDataset
     from attire.data import load_dataset as load_dataset
     from attire.errors import AttireError as AttireError
+    from attire.estimator import VGGClassifier as VGGClassifier
     from attire.recipes import Recipe as Recipe
     from attire.runs import resume as resume
     from attire.runs import train as train
@@ -21,12 +22,23 @@ _HOMES = {
     "Classifier": ("attire.classifier", "Classifier"),
     "ImageDataset": ("attire.data", "ImageDataset"),
     "Recipe": ("attire.recipes", "Recipe"),
+    "VGGClassifier": ("attire.estimator", "VGGClassifier"),
     "load": ("attire.classifier", "load_bundle"),
     "load_dataset": ("attire.data", "load_dataset"),
     "resume": ("attire.runs", "resume"),
     "train": ("attire.runs", "train"),
 }
-__all__ = ["AttireError", "Classifier", "ImageDataset", "Recipe", "load", "load_dataset", "resume", "train"]
+__all__ = [
+    "AttireError",
+    "Classifier",
+    "ImageDataset",
+    "Recipe",
+    "VGGClassifier",
+    "load",
+    "load_dataset",
+    "resume",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

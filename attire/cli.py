@@ -835,13 +835,13 @@ def cache(keys: tuple[str, ...], clear: bool, as_json: bool) -> None:
     attire cache
     attire cache --delete 3f2a     the entry whose key begins so
     """
-    from attire import copies, features, objects
+    from attire import copies, features, lookup, objects
     from attire.files import human_size
 
     freed = copies.delete_copies() + objects.delete_copies() if clear else 0
     if clear:
         keys = tuple(entry.key for entry in features.cache_entries())
-    freed += sum(features.delete_entry(key) for key in keys)
+    freed += sum(features.delete_entry(key) for key in keys) + lookup.delete_stale()
     entries, tables, fetched = features.cache_entries(), dict(copies.copies()), list(objects.copies())
     if not as_json:
         if keys or clear:

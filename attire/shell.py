@@ -55,6 +55,10 @@ class Context(click.Context):
 class Command(click.Command):
     context_class = Context
 
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """The first paragraph of its help, whole: where it does not fit in a line, the list of commands wraps it."""
+        return " ".join((self.help or "").partition("\n\n")[0].split()).removesuffix(".")
+
 
 class Commands(click.Group):
     """A group that suggests the near command for an unknown one."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from conftest import blocks_and_noise
 from PIL import Image
 from stores import png, write_parquet
 
-from attire import cli, doctor, fetch, shell
+from attire import cli, doctor, fetch, recipes, shell
 from attire.data import write_csv
 
 ROOT = Path(__file__).parent.parent
@@ -38,12 +39,15 @@ INLINE_ENDS = ("...",)  # what stands for the rest in running text
 PARSED_ONLY = {
     r"serve\b": "runs until it is stopped; tests/test_server.py and test_listener.py",
     r"bench\b": "measures for minutes; tests/test_bench.py and test_machine.py",
-    r"train --recipe (classic|best|frozen-best)": "large pictures or maps; tests/test_classifier.py, test_training.py",
-    r"train .*--folds 5": "five trainings; tests/test_series.py",
-    r"train --seeds 5": "five trainings; --seeds 2 is run",
-    r"sweep": "many trials; tests/test_sweep.py",
-    r"export ": "proved on 2,000 images; tests/test_export.py",
     r".* '?(s3|gs|https)://": "a store; tests/test_objects.py and test_bulk.py",
+    r"sweep$": "86 trials up to 224 px; tests/test_sweep.py",
+}
+# The recipes as `sandbox` has them: what is slow in them made small, so that every shown training can be run.
+MINIATURES: dict[str, dict[str, Any]] = {
+    "fast": {"epochs": 2},
+    "classic": {"epochs": 1, "image_size": 32, "pool": 1, "hidden": (16,)},
+    "frozen-best": {"epochs": 1, "image_size": 32, "conv": (8,)},
+    "best": {"epochs": 2, "image_size": 16, "freeze_to": "block1", "train_blocks": 1, "shifts": 0},
 }
 
 
@@ -173,6 +177,7 @@ def prepared(finished: tuple[Path, Done], tmp_path_factory: pytest.TempPathFacto
     for name in ("1", "2", "3"):
         shutil.copytree(finished[0], folder / "runs" / name)
     shutil.copy(ROOT / "examples/browser/small.onnx", folder / "model.onnx")
+    subprocess.run([sys.executable, ROOT / "examples/digits.py", folder / "digits", "60"], check=True)
     return folder
 
 
@@ -196,6 +201,8 @@ def sandbox(
     shutil.copytree(prepared, folder)
     monkeypatch.setattr(fetch, "official_data", lambda source=None, progress=None: miniature)
     monkeypatch.setattr(doctor, "reached", lambda url: "not asked")
+    for name, changes in MINIATURES.items():
+        monkeypatch.setitem(recipes.RECIPES, name, replace(recipes.RECIPES[name], **changes))
     monkeypatch.chdir(folder)
     yield folder
     shutil.rmtree(folder)

@@ -138,6 +138,17 @@ def test_help_fits_a_narrow_terminal(name: str, monkeypatch: pytest.MonkeyPatch)
         assert len(options) == 1 + sum(p.param_type_name == "option" for p in cli.cli.commands[name].params)
 
 
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_the_list_of_commands_says_what_each_does_without_cutting_it(
+    columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    told = "".join(attire("--help").out.partition("Commands:")[2].split())
+    for name in COMMANDS:
+        assert "".join(f"{name} {cli.cli.commands[name].get_short_help_str()}".split()) in told
+    assert "..." not in told
+
+
 def test_examples_fold_without_losing_a_word() -> None:
     text = "What it does.\n\n\b\nattire predict photos/ 'more/*.png' --format csv     answers for many\nattire x"
     assert shell.folded(text, 36) == (

@@ -1,4 +1,4 @@
-"""What mkdocs calls while it builds the site: places that are not filled yet, the notebook, the public names."""
+"""What mkdocs calls while it builds the site: the notebook as a page, the public names, the recipes."""
 
 import json
 from pathlib import Path
@@ -11,48 +11,14 @@ import attire
 from attire.cli import FIELD_HELP, shown
 from attire.recipes import RECIPES
 
-PLACES = {"estimator.md", "other-data.md"}  # may be missing; take a name out once its page is there
-NOTEBOOK = "notebook.md"  # made of the one notebook under docs/, where there is one
+NOTEBOOK = Path(__file__).parent.parent.parent / "examples" / "story.ipynb"
 NAMES = "<!-- public names -->"
 TABLE = "<!-- recipes -->"
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Take places without a page out of the navigation."""
-    folder = Path(config.docs_dir)
-    absent = {name for name in PLACES if not (folder / name).exists()}
-    if notebook(folder) is None:
-        absent.add(NOTEBOOK)
-    config.nav = kept(config.nav, absent)
-    return config
-
-
-def kept(nav: list[Any], absent: set[str]) -> list[Any]:
-    """The navigation without those pages, in sections too."""
-    found = []
-    for item in nav:
-        if isinstance(item, dict):
-            ((title, target),) = item.items()
-            if isinstance(target, list):
-                target = kept(target, absent)
-            elif target in absent:
-                continue
-            item = {title: target}
-        found.append(item)
-    return found
-
-
-def notebook(folder: Path) -> Path | None:
-    found = [path for path in sorted(folder.rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
-    if len(found) > 1:
-        raise ValueError(f"expected one notebook, found {', '.join(map(str, found))}")
-    return found[0] if found else None
-
-
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The notebook as a page: its prose, its code, its stored outputs."""
-    if path := notebook(Path(config.docs_dir)):
-        files.append(File.generated(config, NOTEBOOK, content=as_markdown(json.loads(path.read_text("utf-8")))))
+    files.append(File.generated(config, "notebook.md", content=as_markdown(json.loads(NOTEBOOK.read_text("utf-8")))))
     return files
 
 

@@ -1,0 +1,248 @@
+"""VGGClassifier: Attire as a scikit-learn estimator, for pipelines, cross-validation and grids."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from attire import calibration, devices, features, lookup, recipes, training
+from attire.classifier import Architecture, Classifier, assemble, fold_standardisation
+from attire.data import ImageDataset, Splits
+from attire.ensemble import behind, below
+from attire.errors import AttireError, Stopped, UsageError
+from attire.features import FeatureSpec
+from attire.recipes import Recipe
+from attire.sources import CachedSource
+from attire.stages import DataChoice, Stage, open_trunk
+from attire.terminal import Terminal
+from attire.watching import Watcher
+
+PIXELS = 28 * 28
+CALIBRATED = 200  # rows below which none are cut for validation: a temperature fitted on fewer than 20 says nothing
+KEPT = 8  # images below which a prediction leaves nothing in the cache: they cost less than an entry does
+
+
+class InputError(AttireError, ValueError):
+    """An AttireError that is also what scikit-learn expects for what cannot be fitted or predicted."""
+
+
+class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+    """A garment classifier for scikit-learn: VGG16 frozen up to a block, and a new classifier trained behind it.
+
+    X: (n, 784) or (n, 28, 28), whole numbers from 0 to 255 with 0 as the black background, in any numeric type;
+    fractions are rounded, anything else (pixels scaled to 0..1 above all) is an InputError, which is a ValueError.
+    y: (n,) labels of any kind, two classes or more. No image is computed twice: `fit`, `predict` and
+    `predict_proba` keep features in Attire's cache, image by image, so that folds and grids find them again.
+
+    recipe: a name (`fast`, `classic`, `frozen-best`, `best`) or a Recipe; the fields given besides replace the
+    recipe's own. device: auto, cpu, cuda or mps. cache=False: features are held in memory only, computed anew by
+    every call. random_state: an integer is the recipe's seed. verbose: bars and epochs on stderr.
+
+    After `fit`: `classes_`, `n_features_in_`, `history_` (epochs with their losses), and `classifier_`, whose
+    `save(folder)` writes a bundle for `attire predict`, `attire serve` and `attire.load`. With 200 rows or more a tenth
+    of them, at most the recipe's `val_size`, is not trained on: it sets the temperature of the probabilities.
+    """
+
+    def __init__(
+        self,
+        recipe: str | Recipe = "fast",
+        *,
+        freeze_to: str | None = None,
+        image_size: int | None = None,
+        hidden: Sequence[int] | None = None,
+        dropout: float | None = None,
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        batch_size: int | None = None,
+        epochs: int | None = None,
+        device: str = "auto",
+        cache: bool = True,
+        random_state: Any = 0,
+        verbose: bool = False,
+    ) -> None:
+        self.recipe = recipe
+        self.freeze_to = freeze_to
+        self.image_size = image_size
+        self.hidden = hidden
+        self.dropout = dropout
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.batch_size = batch_size
+        self.epochs = epochs
+        self.device = device
+        self.cache = cache
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X: ArrayLike, y: ArrayLike) -> "VGGClassifier":  # noqa: N803
+        """Train on these images and labels. Raises InputError or ValueError for what cannot be trained on,
+        KeyboardInterrupt for Ctrl-C: features computed by then are kept."""
+        table, y = validate_data(self, flat(X), y)
+        check_classification_targets(y)
+        classes, labels = np.unique(y, return_inverse=True)
+        if len(classes) < 2:
+            raise InputError("y", f"one class, {classes[0]!r}", do="training needs two classes or more")
+        images = self._images(table)
+        terminal = Terminal(quiet=not self.verbose)
+        try:
+            told = ArrayData(held=ImageDataset(images, labels.astype(np.int64), names_of(classes), "X"))
+            device = devices.choose_device(self.device)
+            self._train(ArrayStage(self._recipe(labels), told, device, terminal, self.cache))
+        except UsageError as error:
+            raise InputError("VGGClassifier", str(error)) from error
+        except Stopped as stop:
+            raise KeyboardInterrupt from stop
+        finally:
+            terminal.close()
+        self.classes_ = classes
+        return self
+
+    def _train(self, stage: "ArrayStage") -> None:
+        source, _ = stage.cached()
+        with tempfile.TemporaryDirectory(prefix="attire-") as folder:
+            head, self.history_ = stage.fit(source, Path(folder))
+        temperature = 1.0
+        if len(stage.val):
+            held_out = stage.logits(head, source, stage.val)
+            temperature = calibration.fit_temperature(held_out, stage.splits.data.labels[stage.val])
+        if source.standardise.mean is not None and source.standardise.scale is not None:
+            fold_standardisation(head, source.standardise.mean, source.standardise.scale)
+        facts = {"name": "VGGClassifier", "recipe": stage.recipe.to_json(), "trunk": stage.digest}
+        told = (stage.architecture, stage.splits.data.classes, temperature, facts, stage.device)
+        self.classifier_, self._spec = Classifier(stage.assembled(head), *told), stage.spec
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:  # noqa: N803
+        """The likeliest class of each image, (n,), one of `classes_`."""
+        likeliest = self.predict_proba(X).argmax(1)
+        return np.asarray(self.classes_[likeliest])
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float32]:  # noqa: N803
+        """Calibrated probabilities (n, K) float32, columns in the order of `classes_`."""
+        check_is_fitted(self, "classifier_")
+        images = self._images(validate_data(self, flat(X), reset=False))
+        about = self.classifier_.architecture
+        views = [self._features(images, replace(self._spec, view=view)) for view in about.views]
+        source, rows = CachedSource(*views, names=about.views), np.arange(len(images))
+        head, numbers = behind(self.classifier_), range(len(views))
+        logits = training.predict_logits(head, source, rows, 1024, numbers).numpy()
+        return np.asarray(calibration.softmax(logits, self.classifier_.temperature), np.float32)
+
+    def _features(self, images: NDArray[np.uint8], spec: FeatureSpec) -> features.Features:
+        find = lookup.collect if self.cache and len(images) >= KEPT else lookup.compute
+        trunk = partial(open_trunk, below(self.classifier_), spec, self.classifier_.device, len(images))
+        return find(images, spec, trunk)
+
+    def _images(self, table: NDArray[Any]) -> NDArray[np.uint8]:
+        """(n, 28, 28) of a validated table (n, 784)."""
+        return pixels(table)
+
+    def _recipe(self, labels: NDArray[np.int64]) -> Recipe:
+        chosen = self.recipe if isinstance(self.recipe, Recipe) else recipes.named(self.recipe)
+        fields = ("freeze_to", "image_size", "hidden", "dropout", "lr", "weight_decay", "batch_size", "epochs")
+        given = {name: value for name in fields if (value := getattr(self, name)) is not None}
+        if len(labels) < CALIBRATED or np.bincount(labels).min() < 2:
+            given["val_size"] = 0
+        seed = self.random_state
+        if not isinstance(seed, int | np.integer):
+            seed = check_random_state(seed).randint(2**31)
+        return replace(chosen, seed=int(seed), **given)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        tags.input_tags.positive_only = True
+        return tags
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: arrays and plain values instead of the network, the frozen part included."""
+        state = dict(super().__getstate__())
+        if classifier := state.pop("classifier_", None):
+            state["_network"] = {
+                "tensors": {name: value.cpu().numpy() for name, value in classifier.model.state_dict().items()},
+                "architecture": asdict(classifier.architecture),
+                "classes": classifier.classes,
+                "temperature": classifier.temperature,
+                "facts": classifier.facts,
+                "spec": asdict(state.pop("_spec")),
+            }
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        network = (state := dict(state)).pop("_network", None)
+        super().__setstate__(state)
+        if network:
+            architecture = Architecture(**network["architecture"])
+            tensors = {name: torch.tensor(value) for name, value in network["tensors"].items()}
+            model = assemble(architecture, len(network["classes"]), tensors, Path("VGGClassifier"))
+            told = (network["classes"], network["temperature"], network["facts"])
+            device = devices.choose_device(self.device)
+            self.classifier_ = Classifier(model, architecture, *told, device)
+            spec = FeatureSpec(**network["spec"])
+            if spec.backend.startswith("torch"):  # this machine's, which may not be the one that trained
+                spec = replace(spec, backend=devices.choose_backend("torch", spec.precision, device))
+            self._spec = spec
+
+
+@dataclass(frozen=True)
+class ArrayData(DataChoice):
+    """Images that are in memory already, all of them to train on."""
+
+    held: ImageDataset | None = None
+
+    def load(self, recipe: Recipe) -> Splits:
+        assert self.held is not None
+        return Splits(self.held, np.arange(len(self.held)), self.held, np.empty(0, np.int64), 0, {"test": "none"})
+
+
+class ArrayStage(Stage):
+    """A Stage whose features are found image by image."""
+
+    def __init__(
+        self, recipe: Recipe, source: DataChoice, device: torch.device, watcher: Watcher, cache: bool = True
+    ) -> None:
+        super().__init__(recipe, source, device, watcher)
+        self.find = lookup.collect if cache else lookup.compute
+
+    def extract(self, data: ImageDataset, view: str, what: str) -> features.Features:
+        def progress(done: int, total: int) -> None:
+            self.watcher.advance(f"Features  {what}", done, total)
+
+        return self.find(data.images, replace(self.spec, view=view), self.load_trunk, progress)
+
+
+def flat(images: Any) -> Any:
+    """(n, 28, 28) as (n, 784); whatever else it is, scikit-learn looks at as it is."""
+    found = np.asarray(images) if isinstance(images, list | tuple) else images
+    if tuple(getattr(found, "shape", ()))[1:] == (28, 28):
+        return np.asarray(found).reshape(-1, PIXELS)
+    return found
+
+
+def pixels(table: NDArray[Any]) -> NDArray[np.uint8]:
+    """(n, 28, 28) of finite numbers (n, 784) from 0 to 255. Raises InputError for what no such image can be."""
+    if table.min() < 0:
+        raise InputError("X", "Negative values in data", do="expected pixels from 0 (black) to 255")
+    if table.shape[1] != PIXELS:
+        raise InputError("X", f"{table.shape[1]} feature(s), expected {PIXELS} pixels, or images of (28, 28)")
+    if (most := table.max()) > 255:
+        raise InputError("X", f"a pixel of {most:g}, expected 0 to 255")
+    if 0 < most <= 1 and (table % 1).any():
+        raise InputError("X", "pixels scaled to 0..1, expected 0 to 255", do="multiply by 255")
+    return np.ascontiguousarray(np.rint(table) if table.dtype.kind == "f" else table, np.uint8).reshape(-1, 28, 28)
+
+
+def names_of(classes: NDArray[Any]) -> tuple[str, ...]:
+    """What the bundle calls these labels: as they are written, or by number where that is no name."""
+    names = [str(label) for label in classes]
+    sound = len(set(names)) == len(names) and all(name.strip() and name.isprintable() for name in names)
+    return tuple(names if sound else map(str, range(len(names))))
