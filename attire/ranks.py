@@ -7,6 +7,9 @@ one process did without it. Bytes, numbers and JSON are all that is sent: no obj
 import json
 import os
 import re
+import signal
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -63,13 +66,37 @@ def joined() -> Iterator[None]:
     with connected():
         dist.init_process_group("cpu:gloo,cuda:nccl" if own else "gloo", timeout=STEP)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torchrun_s_signal():
             if not leads():  # it would say what the first one says
                 warnings.simplefilter("ignore", AttireWarning)
             yield
     finally:
         beside.cache_clear()
         dist.destroy_process_group()
+
+
+@contextmanager
+def torchrun_s_signal() -> Iterator[None]:
+    """SIGTERM, by which torchrun ends all when one has ended, is Ctrl-C in here, so that what was done is told.
+
+    But not while an error is on its way up: who has lost a process is told to end at that very moment, and the line
+    that says so would never be printed.
+    """
+
+    def end(number: int, frame: object) -> None:
+        if sys.exception() is None:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except BaseException:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the process ends by itself; torchrun kills it after 30 s
+        raise
+    signal.signal(signal.SIGTERM, before)
 
 
 def launched() -> bool:
