@@ -7,7 +7,7 @@ and nothing else: what is not there, is damaged or cannot be reached is computed
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +22,7 @@ MANIFEST = "MANIFEST.json"
 THREADS = 4  # shards under way at a time, 16 MB each: one alone waits for the store most of the time
 
 Progress = Callable[[int, int], None]  # (rows there, rows in all)
-failed = set[str]()  # stores that fell silent in this process: each is waited for once, and told of once
+unread, unwritten = set[str](), set[str]()  # stores that refused in this process: each is asked once, and told of once
 
 
 def pull(
@@ -35,8 +35,8 @@ def pull(
     """
     if (folder / MANIFEST).exists():
         return
-    with tolerated("features are computed here"):
-        at = shared_place(folder.name)
+    with tolerated("features are computed here", unread, unwritten):
+        at = shared_place(folder.name, unread)
         if at is None or at.size(MANIFEST) is None:
             return
         lines = sound_lines(at, made_by, [rows for _, rows in shards])
@@ -56,8 +56,8 @@ def pull(
 
 def push(folder: Path) -> None:
     """Share a finished entry: shards first, the manifest last. One that is there already stays as it is."""
-    with tolerated("they are not shared"):
-        at = shared_place(folder.name)
+    with tolerated("new features are not shared", unwritten):  # who may only read goes on pulling
+        at = shared_place(folder.name, unwritten)
         if at is None or at.size(MANIFEST) is not None:
             return
         lines, there = files.read_json(folder / MANIFEST)["shards"], at.sizes()
@@ -68,10 +68,10 @@ def push(folder: Path) -> None:
         at.write(MANIFEST, (folder / MANIFEST).read_bytes())
 
 
-def shared_place(key: str) -> Place | None:
-    """Where the entry with this key is shared; None where nothing is, or it fell silent before."""
+def shared_place(key: str, refused: Container[str]) -> Place | None:
+    """Where the entry with this key is shared; None where nothing is, or it refused before."""
     where = named()
-    return place(f"{where}/{key}") if where and where not in failed else None
+    return place(f"{where}/{key}") if where and where not in refused else None
 
 
 def named() -> str:
@@ -79,15 +79,16 @@ def named() -> str:
 
 
 @contextmanager
-def tolerated(rest: str) -> Iterator[None]:
-    """What fails is one warning, a store that fell silent is left alone from then on; a wrong name is an error."""
+def tolerated(rest: str, *refused: set[str]) -> Iterator[None]:
+    """What fails is one warning, a store that refused is left alone from then on; a wrong name is an error."""
     try:
         yield
     except UsageError:
         raise
     except AttireError as error:
         if isinstance(error, StoreError):
-            failed.add(named())
+            for places in refused:
+                places.add(named())
         warnings.warn(f"{VARIABLE}: {error}; {rest}", AttireWarning, stacklevel=5)
 
 

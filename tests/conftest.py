@@ -49,7 +49,8 @@ def cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
         shutil.copy(convolutions, folder)
     monkeypatch.setenv("ATTIRE_CACHE", str(folder))
     monkeypatch.delenv(shared.VARIABLE, raising=False)
-    monkeypatch.setattr(shared, "failed", set())
+    shared.unread.clear()
+    shared.unwritten.clear()
     return folder
 
 

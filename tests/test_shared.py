@@ -11,7 +11,7 @@ from torch import Tensor
 from attire import features, files, shared
 from attire.data import ImageDataset
 from attire.errors import AttireWarning, UsageError
-from attire.storage import Place, place
+from attire.storage import Place, StoreError, place
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -138,6 +138,21 @@ def test_without_the_store_work_goes_on(synthetic: ImageDataset, monkeypatch: py
     run(synthetic.subset(range(20)), CountingTrunk())  # it is not asked again: here a warning would be an error
 
 
+def test_who_may_not_write_goes_on_reading(
+    entry: Place, synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Place, name: str, data: bytes) -> None:
+        raise StoreError(self.name(name), "the store did not serve it", "ACCESS_DENIED")
+
+    monkeypatch.setattr(Place, "write", refused)
+    with pytest.warns(AttireWarning, match="ACCESS_DENIED.*; new features are not shared"):
+        run(synthetic.subset(range(20)), CountingTrunk())
+    run(synthetic.subset(range(30)), CountingTrunk())  # told once
+    trunk = CountingTrunk()
+    run(synthetic, trunk)
+    assert trunk.calls == 0
+
+
 def test_a_name_that_cannot_be_meant_is_an_error(synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(shared.VARIABLE, "ftp://host/x")
     with pytest.raises(UsageError, match="ftp:// is not known"):
@@ -146,6 +161,6 @@ def test_a_name_that_cannot_be_meant_is_an_error(synthetic: ImageDataset, monkey
 
 def test_nothing_is_shared_unless_it_is_asked_for(synthetic: ImageDataset, tmp_path: Path) -> None:
     run(synthetic, CountingTrunk())
-    assert shared.shared_place("key") is None
+    assert shared.shared_place("key", set()) is None
     assert files.cache_dir().parent == tmp_path
     assert not (tmp_path / "shared").exists()
