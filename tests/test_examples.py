@@ -103,11 +103,10 @@ def test_every_form_of_the_digits_holds_the_same_images(digits: Path) -> None:
 def told(command: str) -> tuple[float, float, int]:
     """Of the page's table: the bounds in percent that stand in the command's row, and n."""
     row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{command}`"))
-    found = re.search(r"\| ([\d.]+) % \(([\d.]+)-([\d.]+)\) \|", row)
-    n = re.search(r"n = (\d+)", PAGE)
+    found, n = re.search(r"% \(([\d.]+)-([\d.]+)\) \|", row), re.search(r"n = (\d+)", PAGE)
     assert found, row
-    assert n
-    return float(found[2]), float(found[3]), int(n[1])
+    assert n, PAGE
+    return float(found[1]), float(found[2]), int(n[1])
 
 
 COMMANDS = [line for line in PAGE.splitlines() if line.startswith("attire train")]
