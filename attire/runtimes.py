@@ -151,9 +151,18 @@ def field(data: bytes, at: int) -> bytes:
             return data[at : at + length]
 
 
+def onnx_runtime() -> Any:
+    """The module. Left to itself, 1.32 sends usage data to its maker from the moment it is imported: it is asked not
+    to, unless the environment says otherwise. Raises ImportError."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    return onnxruntime
+
+
 def run_onnx(path: Path, facts: dict[str, Any]) -> Run:
     try:
-        import onnxruntime
+        onnxruntime = onnx_runtime()
     except ImportError as error:
         raise AttireError(path, "ONNX Runtime is not installed", str(error), "pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
