@@ -86,7 +86,13 @@ def load_export(path: str | Path) -> Exported:
     if not path.exists():
         raise AttireError(path, "no such file")
     read, run = READERS[kind]
-    facts = read(path)
+    try:
+        facts = read(path)
+    except (AttireError, MemoryError):
+        raise
+    except Exception as error:  # a seal tells damage: whoever writes facts of his own can seal them
+        found = f"{type(error).__name__} {error}"[:80]
+        raise AttireError(path, "not a file that `attire export` wrote", found) from error
     if not isinstance(facts, dict) or facts.get("format") != kind or not facts.get("classes"):
         raise AttireError(path, "not a file that `attire export` wrote")
     schema = facts.get("schema")
