@@ -138,13 +138,21 @@ def measured_seconds(kinds: Sequence[str]) -> dict[str, float]:
     """What one VGG16 layer takes by each kind of convolution: measured once, then kept in the cache folder under the
     processor's name."""
     path = files.cache_dir() / "convolutions.json"
+    if not set(kinds) <= set(found := kept_seconds(path)[2]):
+        with files.lock(path.with_suffix(".lock")):  # of several processes that begin together one decides for all
+            known, here, found = kept_seconds(path)
+            if missing := [kind for kind in kinds if kind not in found]:
+                found |= {kind: seconds_per_layer(kind) for kind in missing}
+                files.write_json(path, {**known, here: found})
+    return found
+
+
+def kept_seconds(path: Path) -> tuple[dict[str, Any], str, dict[str, float]]:
+    """As `read_measurements`, and of what stands there for this machine what can be seconds."""
     known, here = read_measurements(path)
     kept = known.get(here)
-    found = {k: v for k, v in kept.items() if isinstance(v, float) and v > 0} if isinstance(kept, dict) else {}
-    if missing := [kind for kind in kinds if kind not in found]:
-        found |= {kind: seconds_per_layer(kind) for kind in missing}
-        files.write_json(path, {**known, here: found})
-    return found
+    sound = {k: v for k, v in kept.items() if isinstance(v, float) and v > 0} if isinstance(kept, dict) else {}
+    return known, here, sound
 
 
 def read_measurements(path: Path) -> tuple[dict[str, Any], str]:

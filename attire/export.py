@@ -266,8 +266,9 @@ Built = tuple[Path, dict[str, Any]]  # the network without our metadata, and the
 def build_onnx(network: WholeNetwork, precision: str, folder: Path) -> Built:
     try:
         import onnx
-        import onnxruntime
         import onnxscript
+
+        onnxruntime = runtimes.onnx_runtime()
     except ImportError as error:
         raise runtimes.missing("onnx", error) from error
     shapes = {"images": {0: torch.export.Dim("n", min=1, max=2**16)}}

@@ -23,21 +23,25 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+ANOTHER = "name a folder for the cache in ATTIRE_CACHE"
 reading_umask = threading.Lock()
 PART = ".attire."  # how the names of temporary files begin; they end in .part
 
 
 def cache_dir() -> Path:
     """`$ATTIRE_CACHE`, else the platform's user cache folder; made on first use."""
-    path = Path(os.environ.get("ATTIRE_CACHE") or platformdirs.user_cache_dir("attire", appauthor=False))
-    return make_dir(path.expanduser().absolute())
+    try:
+        path = Path(os.environ.get("ATTIRE_CACHE") or platformdirs.user_cache_dir("attire", appauthor=False))
+        return make_dir(path.expanduser().absolute(), ANOTHER)
+    except RuntimeError as error:
+        raise AttireError("cache folder", "nothing says where your home is", do=ANOTHER) from error
 
 
-def make_dir(path: Path) -> Path:
+def make_dir(path: Path, do: str = "") -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise cannot("make the folder", path, error) from error
+        raise cannot("make the folder", path, error, do) from error
     return path
 
 
@@ -220,9 +224,9 @@ def umask() -> int:
     return mask
 
 
-def cannot(verb: str, path: Path, error: OSError) -> AttireError:
-    """The error of the system in one line."""
-    return AttireError(path, f"cannot {verb}", error.strerror or str(error), room_left(path, error))
+def cannot(verb: str, path: Path, error: OSError, do: str = "") -> AttireError:
+    """The error of the system in one line. do: what helps where it is not for want of room."""
+    return AttireError(path, f"cannot {verb}", error.strerror or str(error), room_left(path, error) or do)
 
 
 def room_left(path: Path, error: OSError) -> str:

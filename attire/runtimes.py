@@ -86,7 +86,13 @@ def load_export(path: str | Path) -> Exported:
     if not path.exists():
         raise AttireError(path, "no such file")
     read, run = READERS[kind]
-    facts = read(path)
+    try:
+        facts = read(path)
+    except (AttireError, MemoryError):
+        raise
+    except Exception as error:  # a seal tells damage: whoever writes facts of his own can seal them
+        found = f"{type(error).__name__} {error}"[:80]
+        raise AttireError(path, "not a file that `attire export` wrote", found) from error
     if not isinstance(facts, dict) or facts.get("format") != kind or not facts.get("classes"):
         raise AttireError(path, "not a file that `attire export` wrote")
     schema = facts.get("schema")
@@ -151,9 +157,18 @@ def field(data: bytes, at: int) -> bytes:
             return data[at : at + length]
 
 
+def onnx_runtime() -> Any:
+    """The module. Left to itself, 1.32 sends usage data to its maker from the moment it is imported: it is asked not
+    to, unless the environment says otherwise. Raises ImportError."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    return onnxruntime
+
+
 def run_onnx(path: Path, facts: dict[str, Any]) -> Run:
     try:
-        import onnxruntime
+        onnxruntime = onnx_runtime()
     except ImportError as error:
         raise AttireError(path, "ONNX Runtime is not installed", str(error), "pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()

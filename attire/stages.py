@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from attire import (
     training,
     vgg,
 )
-from attire.blocks import CHANNELS
+from attire.blocks import BLOCKS, CHANNELS
 from attire.card import write_model_card
 from attire.classifier import Architecture, Classifier, fold_standardisation
 from attire.data import OFFICIAL, ImageDataset, Splits, check_part, load_dataset, load_splits, split_indices
@@ -43,7 +44,7 @@ from attire.report import write_report
 from attire.skew import Skew
 from attire.sources import LEAST, CachedSource, OnTheFlySource, Standardiser, measure
 from attire.watching import Watcher
-from attire.weights import read_weights, tensor_digest
+from attire.weights import SHAPES, read_weights, tensor_digest
 
 if TYPE_CHECKING:
     import torchvision
@@ -52,7 +53,7 @@ SCORED_ROWS = 10_000  # of training, where blocks are trained: its interval is t
 CALIBRATION_ROWS = 2048  # whose moments batch normalisation starts from
 CHOSEN = ("precision", "backend", "train_precision")  # of an environment, by measurement
 BOUNDS = ("accuracy_low", "accuracy_high")
-BESIDE = 32 * 2**20  # bytes of a run besides checkpoints and weights: report, tables, neighbours
+BESIDE = 12 * 2**20  # bytes of a run besides checkpoints and weights: report, tables, neighbours
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Stage:
         checkpoint = (4 if recipe.ema else 3) * weights
         held = sum(path.stat().st_size for path in folder.rglob("*.ckpt"))
         need = (runs * training.KEPT_CHECKPOINTS + 1) * checkpoint - held
-        need += weights + self.weights.stat().st_size + BESIDE
+        need += weights + frozen_bytes(recipe.freeze_to) + BESIDE
         files.check_room(folder, need, "checkpoints and bundle", "make room, or give --out a folder on another disk")
         one_picture = 2 * features.PIXEL_BYTES * recipe.image_size**2
         need = max(LEAST + heads.training_bytes(recipe, classes), one_picture)
@@ -495,6 +496,12 @@ def describe_data(splits: Splits) -> str:
     name = splits.data.source
     name = "Fashion-MNIST" if name == OFFICIAL else one_line(name)
     return f"{name}, {len(splits.train_rows):,} + {len(splits.test_rows):,} images   verified"
+
+
+def frozen_bytes(freeze_to: str) -> int:
+    """What the trunk takes in a bundle, in 32 bits."""
+    end = BLOCKS[freeze_to]
+    return 4 * sum(prod(shape) for name, shape in SHAPES.items() if int(name.split(".")[1]) < end)
 
 
 def blocks_of(rows: int) -> int:

@@ -9,6 +9,7 @@ import signal
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,7 @@ from attire.recipes import Recipe
 
 CHECKPOINT_SECONDS = 300.0  # inside a long epoch; every epoch ends with one anyway
 STOPS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+WRONG_VALUES = (ValueError, KeyError, TypeError, AttributeError)  # of JSON that is not what was written
 SCHEMA = 1
 KEPT_CHECKPOINTS = 2  # the newest, and the one to fall back on
 WARM_UP = 0.1  # share of the steps of a cosine schedule that rise to the full learning rate
@@ -497,7 +499,7 @@ def read_checkpoint(path: Path) -> tuple[State, dict[str, Tensor]]:
         return State(**{**values, "resumed": True}), tensors
     except OSError as error:
         raise files.cannot("read", path, error) from error
-    except (zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, *WRONG_VALUES) as error:
         raise AttireError(path, "not an Attire checkpoint", str(error)[:80]) from error
 
 

@@ -25,7 +25,7 @@ class Payload:
     def __init__(self, canary: Path) -> None:
         self.canary = canary
 
-    def __reduce__(self) -> object:
+    def __reduce__(self) -> tuple[object, ...]:
         return Path.write_text, (self.canary, "fired")
 
 

@@ -1,7 +1,9 @@
 """The device is taken at its word or found; the precision is measured once and remembered."""
 
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,22 @@ def test_training_is_in_bf16_where_that_beats_the_direct_convolution(
     monkeypatch.setattr(devices, "has_bf16", lambda: False)
     assert devices.choose_train_precision("auto", CPU) == "fp32"
     assert devices.choose_train_precision("bf16", CPU) == "bf16"
+
+
+def test_of_several_that_begin_together_one_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each might choose otherwise, and cache features of its own."""
+    measured: list[str] = []
+
+    def measure(kind: str) -> float:
+        time.sleep(0.05)
+        measured.append(kind)
+        return float(len(measured))
+
+    monkeypatch.setattr(devices, "seconds_per_layer", measure)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: devices.measured_seconds(("direct", "winograd")), range(4)))
+    assert measured == ["direct", "winograd"]
+    assert found == 4 * [{"direct": 1.0, "winograd": 2.0}]
 
 
 def test_only_fp32_on_a_cpu_has_another_convolution(timed: Timed) -> None:

@@ -327,3 +327,29 @@ def test_on_a_disk_that_is_really_full_the_old_file_stays_and_nothing_else_does(
     with pytest.raises(AttireError, match=r"not enough room for the features \(2\.0 MB needed, \d+\.\d kB free\)"):
         files.check_room(small_disk, 2_000_000, "the features")
     files.write_bytes(small_disk / "other", b"new" * 100_000)  # what the failed write took is free again
+
+
+def test_a_cache_that_cannot_be_made_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ATTIRE_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(
+        AttireError, match=r"cannot make the folder \(.*\); name a folder for the cache in ATTIRE_CACHE$"
+    ):
+        files.cache_dir()
+
+
+def test_without_a_home_the_cache_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> str:  # as platformdirs does where neither HOME nor the user is known
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv("ATTIRE_CACHE")
+    monkeypatch.setattr("attire.files.platformdirs.user_cache_dir", unknown)
+    with pytest.raises(AttireError, match="cache folder: nothing says where your home is; name a folder"):
+        files.cache_dir()
+
+
+@pytest.mark.parametrize("place", ["a/b/c", ".", "new"])
+def test_a_folder_is_tried_without_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    files.check_writable(Path(place))
+    assert not list(tmp_path.iterdir())

@@ -171,6 +171,13 @@ def test_no_room_unpickles_but_the_one_that_pins_the_bytes(room: str) -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
+def test_onnx_runtime_is_imported_where_it_is_told_to_keep_to_itself(room: str) -> None:
+    for node in ast.walk(ROOMS[room]):
+        if isinstance(node, ast.Import) and any(alias.name == "onnxruntime" for alias in node.names):
+            assert room == "runtimes"
+
+
+@pytest.mark.parametrize("room", ROOMS)
 def test_archives_are_read_and_never_unpacked(room: str) -> None:
     """A member's name could lead elsewhere."""
     assert not {name for name in names(ROOMS[room]) if name.endswith((".extractall", "archive.extract"))}

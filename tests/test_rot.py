@@ -123,7 +123,7 @@ def test_commands_refuse_damaged_figures_in_one_line(
 def test_a_run_from_before_there_were_digests_is_read(finished: tuple[Path, object], tmp_path: Path) -> None:
     run = shutil.copytree(finished[0], tmp_path / "run")
     (run / results.DIGESTS).unlink()
-    assert results.load_result(run).test == results.load_result(finished[0]).test
+    assert results.load_result(run).command == results.load_result(finished[0]).command
 
 
 class Counting:
