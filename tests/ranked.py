@@ -115,8 +115,9 @@ def train(folder: Path, recipe: Recipe, each_step: Any = lambda head, state: Non
 def save(found: Trained, path: Path) -> None:
     about = {"history": [epoch.__dict__ for epoch in found.history], "digests": found.digests, "seen": found.seen}
     files.write_json(path.with_suffix(".json"), about)
+    weights: Any = found.weights
     with files.atomic(path) as file:
-        np.savez(file, **found.weights)
+        np.savez(file, **weights)
 
 
 def load(path: Path) -> Trained:
