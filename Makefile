@@ -38,7 +38,7 @@ faults: $(READY)
 lock: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/uv pip compile --quiet pyproject.toml --extra dev -c constraints.txt --generate-hashes --universal \
-		--python-version 3.11.5 --no-annotate --custom-compile-command 'make lock' --upgrade -o locked.txt
+		--python-version 3.11 --no-annotate --custom-compile-command 'make lock' --upgrade -o locked.txt
 
 audit: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
