@@ -47,8 +47,13 @@ MORE = 64  # requests to a replica besides the pictures that may wait in it: the
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 # Of a cluster of our own: nothing in it listens beyond this machine (so Ray calls it, on Linux as well), and it reports
-# to nobody. That nobody without a token may use it is Ray's default there, which a test holds it to.
-PRIVATE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+# to nobody. That nobody without a token may use it is Ray's default there, which a test holds it to. And its workers do not
+# give way to all else on the machine, as Ray's otherwise do (niceness 15).
+PRIVATE = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+}
 QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
 
 
