@@ -500,12 +500,12 @@ class Replica:
         set_threads(settings["threads"] * settings["workers"])
         predictor = answers.open_model(bundle, device)
         classifier = predictor if isinstance(predictor, Classifier) else load_bundle(bundle, device)
-        self.app = create_app(classifier, predictor, **settings)
+        self.attire = create_app(classifier, predictor, **settings)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self.app
+        return self.attire  # `app` is Ray Serve's own
 
     async def check_health(self) -> None:
         """Raises where the model no longer answers; the replica is then replaced."""
         blank = Seen(np.zeros((28, 28), np.uint8), "")
-        await asyncio.to_thread(self.app.state.service.answer, [blank])
+        await asyncio.to_thread(self.attire.state.service.answer, [blank])
