@@ -46,10 +46,15 @@ APP = "attire"
 MORE = 64  # requests to a replica besides the pictures that may wait in it: the page, its samples, health
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
-# Of a cluster of our own: nothing in it listens beyond this machine (so Ray calls it, on Linux as well), and it reports
-# to nobody. That nobody without a token may use it is Ray's default there, which a test holds it to.
-PRIVATE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
+# Of a cluster of our own: nothing in it listens beyond this machine (so Ray calls it, on Linux as well), it reports to
+# nobody, and its workers do not give way to all else here, as Ray's otherwise do (niceness 15). That nobody without a
+# token may use it is Ray's default there, which a test holds it to.
+PRIVATE = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+}
+QUIET = {"RAY_ENABLE_AUTO_CONNECT": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
 
 
 @contextmanager
@@ -64,6 +69,8 @@ def connect(address: str = "auto", workers: int = 0) -> Iterator["Cluster"]:
     private = {} if there else {**PRIVATE, "RAY_AUTH_TOKEN": token_of_our_own()}
     with environment({**QUIET, **private}), ExitStack() as held:
         ray = import_ray()
+        if ray.is_initialized():
+            raise AttireError("Ray", "this process is part of a cluster already")
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": APP}
         options["runtime_env"] = {"env_vars": {"ATTIRE_CACHE": str(files.cache_dir())}}
         if there:
@@ -277,6 +284,7 @@ class Cluster:
             graceful_shutdown_wait_loop_s=0.5,
             health_check_period_s=2,
             health_check_timeout_s=10,
+            max_constructor_retry_count=3,
             rolling_update_percentage=1.0,
             max_surge_percent=100,
         )
@@ -284,8 +292,10 @@ class Cluster:
         try:
             serve.run(replica.bind(*told), name=APP)
         except RuntimeError as error:
-            why = re.findall(r"AttireError: (.*)", str(error)) or str(error).strip().splitlines()
-            raise AttireError("Ray Serve", "cannot run the model", why[-1][:200]) from error
+            found = serve.status().applications[APP].deployments
+            told = "\n".join([str(error), *(part.message for part in found.values())]).strip()
+            why = re.findall(r"(?:Attire|Usage)Error: (.*)", told) or told.splitlines()
+            raise AttireError("Ray Serve", "cannot run the model", why[-1][:300]) from error
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def stop_serving(self) -> None:
@@ -490,12 +500,12 @@ class Replica:
         set_threads(settings["threads"] * settings["workers"])
         predictor = answers.open_model(bundle, device)
         classifier = predictor if isinstance(predictor, Classifier) else load_bundle(bundle, device)
-        self.app = create_app(classifier, predictor, **settings)
+        self.attire = create_app(classifier, predictor, **settings)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self.app
+        return self.attire  # `app` is Ray Serve's own
 
     async def check_health(self) -> None:
         """Raises where the model no longer answers; the replica is then replaced."""
         blank = Seen(np.zeros((28, 28), np.uint8), "")
-        await asyncio.to_thread(self.app.state.service.answer, [blank])
+        await asyncio.to_thread(self.attire.state.service.answer, [blank])
