@@ -38,7 +38,9 @@ INLINE_ENDS = ("...",)  # what stands for the rest in running text
 PARSED_ONLY = {
     r"serve\b": "runs until it is stopped; tests/test_server.py and test_listener.py",
     r"bench\b": "measures for minutes; tests/test_bench.py and test_machine.py",
-    r"sweep$": "86 trials up to 224 px; tests/test_sweep.py",
+    r"sweep": "many trials; tests/test_sweep.py",
+    r"train .*--teacher": "its teachers belong to other data here; tests/test_teacher.py",
+    r"export .*(openvino|small)": "an extra, and a run that only a release has; tests/test_export.py",
 }
 # The recipes as `sandbox` has them: what is slow in them made small, so that every shown training can be run.
 MINIATURES: dict[str, dict[str, Any]] = {
