@@ -40,14 +40,14 @@ PARSED_ONLY = {
     r"serve\b": "runs until it is stopped; tests/test_server.py and test_listener.py",
     r"bench\b": "measures for minutes; tests/test_bench.py and test_machine.py",
     r".* '?(s3|gs|https)://": "a store; tests/test_objects.py and test_bulk.py",
-    r"sweep$": "86 trials up to 224 px; tests/test_sweep.py",
+    r"sweep": "many trials; tests/test_sweep.py",
+    r"train .*--teacher": "its teachers belong to other data here; tests/test_teacher.py",
+    r"export ": "proved on 2,000 images; tests/test_export.py",
 }
 # The recipes as `sandbox` has them: what is slow in them made small, so that every shown training can be run.
 MINIATURES: dict[str, dict[str, Any]] = {
     "fast": {"epochs": 2},
     "classic": {"epochs": 1, "image_size": 32, "pool": 1, "hidden": (16,)},
-    "frozen-best": {"epochs": 1, "image_size": 32, "conv": (8,)},
-    "best": {"epochs": 2, "image_size": 16, "freeze_to": "block1", "train_blocks": 1, "shifts": 0},
 }
 
 
