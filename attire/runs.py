@@ -239,10 +239,10 @@ def claim(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock. Raises AttireError that names the process which has it, half a second after being asked."""
+    """Hold a folder's lock. Raises AttireError that names who has it; who is just leaving is waited for."""
     with ExitStack() as held:
         try:
-            held.enter_context(files.lock(folder / LOCK, wait=0.5))
+            held.enter_context(files.lock(folder / LOCK, wait=0.2))
         except TimeoutError as error:
             pid = folder / PID
             holder = pid.read_text().strip() if pid.exists() else "unknown"

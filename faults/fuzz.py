@@ -27,7 +27,7 @@ from typing import Any
 
 CORPUS = Path(__file__).parent / "corpus"
 PIXELS = bytes(i * 7 % 256 for i in range(784))
-MOST = {"picture": 8192, "csv": 16384}  # bytes of an input, else 4096
+MOST = {"picture": 8192, "csv": 16384, "checkpoint": 16384}  # bytes of an input, else 4096
 
 
 @dataclass(frozen=True)

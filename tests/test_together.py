@@ -36,7 +36,7 @@ def test_who_waits_for_one_that_is_killed_goes_on(tmp_path: Path) -> None:
 
 def test_a_second_training_into_a_folder_is_refused_and_told_who_is_there(tmp_path: Path) -> None:
     found = together("refusal", tmp_path)
-    assert found["seconds"] <= 2  # half a second is waited, should the other one just be leaving
+    assert found["seconds"] <= 2  # 0.2 s are waited, should the other one just be leaving
     who = f"another attire (process {found['first']}) is training into it"
     assert found["line"].startswith("error: ")
     assert found["line"].endswith(who)
