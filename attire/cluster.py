@@ -293,8 +293,8 @@ class Cluster:
             serve.run(replica.bind(*told), name=APP)
         except RuntimeError as error:
             found = serve.status().applications[APP].deployments
-            told = "\n".join([str(error), *(part.message for part in found.values())]).strip()
-            why = re.findall(r"(?:Attire|Usage)Error: (.*)", told) or told.splitlines()
+            text = "\n".join([str(error), *(part.message for part in found.values())]).strip()
+            why = re.findall(r"(?:Attire|Usage)Error: (.*)", text) or text.splitlines()
             raise AttireError("Ray Serve", "cannot run the model", why[-1][:300]) from error
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
