@@ -41,6 +41,7 @@ PARSED_ONLY = {
     r"train .*--folds 5": "five trainings; tests/test_series.py",
     r"train --seeds 5": "five trainings; --seeds 2 is run",
     r"sweep": "many trials; tests/test_sweep.py",
+    r".* --cluster ": "needs a cluster; tests/test_cluster.py",
     r"export ": "proved on 2,000 images; tests/test_export.py",
 }
 
