@@ -70,14 +70,21 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        part.chmod(0o666 & ~umask())
-        part.replace(path)
+            if fcntl is not None:  # while this file is open it is locked: once closed, another writer would sweep it
+                put_in_place(part, path)
+        if fcntl is None:  # an open file cannot be renamed on Windows
+            put_in_place(part, path)
         sync_dir(path.parent)
     except OSError as error:
         part.unlink(missing_ok=True)  # first, so that a full disk is told with what is free without it
         raise cannot("write", path, error) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    part.chmod(0o666 & ~umask())
+    part.replace(path)
 
 
 def temporary(path: Path) -> tuple[int, Path]:

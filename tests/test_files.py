@@ -319,3 +319,19 @@ def test_on_a_disk_that_is_really_full_the_old_file_stays_and_nothing_else_does(
     with pytest.raises(AttireError, match=r"not enough room for the features \(2\.0 MB needed, \d+\.\d kB free\)"):
         files.check_room(small_disk, 2_000_000, "the features")
     files.write_bytes(small_disk / "other", b"new" * 100_000)  # what the failed write took is free again
+
+
+def test_who_writes_beside_it_does_not_sweep_a_file_that_is_about_to_be_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by killing workers of a cluster, which all write into one folder."""
+    replace = Path.replace
+
+    def swept_first(part: Path, path: Path) -> Path:
+        files.sweep(part.parent)
+        return replace(part, path)
+
+    monkeypatch.setattr(Path, "replace", swept_first)
+    files.write_text(tmp_path / "one", "whole")
+    assert (tmp_path / "one").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
