@@ -244,9 +244,15 @@ def told(clients: Timed, at: float) -> dict[str, Any]:
     }
 
 
+def kind(text: str) -> str:
+    if text not in (*EXTRACTIONS, "replica", "update"):
+        raise argparse.ArgumentTypeError(f"not one of those: {text}")
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", choices=[*EXTRACTIONS, "replica", "update"])
+    parser.add_argument("kinds", nargs="*", type=kind, metavar="worker|node|driver|head|replica|update")
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--drive", metavar="ADDRESS", help=argparse.SUPPRESS)
@@ -256,8 +262,8 @@ def main() -> None:
         extract(given.drive, given.weights)
         return
     random.seed(given.seed)
-    made = [kind for kind in given.kinds if kind in EXTRACTIONS]
-    served = [kind for kind in given.kinds if kind not in EXTRACTIONS]
+    made = [name for name in given.kinds if name in EXTRACTIONS]
+    served = [name for name in given.kinds if name not in EXTRACTIONS]
     for kinds, trials in ((made, extractions), (served, servings)):
         for line in trials(kinds, given.times) if kinds else ():
             print(json.dumps(line), flush=True)

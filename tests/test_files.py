@@ -353,3 +353,19 @@ def test_a_folder_is_tried_without_being_made(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     files.check_writable(Path(place))
     assert not list(tmp_path.iterdir())
+
+
+def test_who_writes_beside_it_does_not_sweep_a_file_that_is_about_to_be_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by killing workers of a cluster, which all write into one folder."""
+    replace = Path.replace
+
+    def swept_first(part: Path, path: Path) -> Path:
+        files.sweep(part.parent)
+        return replace(part, path)
+
+    monkeypatch.setattr(Path, "replace", swept_first)
+    files.write_text(tmp_path / "one", "whole")
+    assert (tmp_path / "one").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
