@@ -69,13 +69,13 @@ def connect(address: str = "auto", workers: int = 0) -> Iterator["Cluster"]:
     private = {} if there else {**PRIVATE, "RAY_AUTH_TOKEN": token_of_our_own()}
     with environment({**QUIET, **private}), ExitStack() as held:
         ray = import_ray()
+        if there:
+            check_address(there)
         if ray.is_initialized():
             raise AttireError("Ray", "this process is part of a cluster already")
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": APP}
         options["runtime_env"] = {"env_vars": {"ATTIRE_CACHE": str(files.cache_dir())}}
-        if there:
-            check_address(there)
-        else:
+        if not there:
             # A folder of mode 0700: the sockets in it are Ray's doors, and it makes what is below open to everybody.
             folder = Path(
                 held.enter_context(tempfile.TemporaryDirectory(prefix="attire-ray-", ignore_cleanup_errors=True))

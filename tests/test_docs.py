@@ -43,6 +43,7 @@ PARSED_ONLY = {
     r"sweep": "many trials; tests/test_sweep.py",
     r"train .*--teacher": "its teachers belong to other data here; tests/test_teacher.py",
     r".* --cluster ": "needs a cluster; tests/test_cluster.py",
+    r".* --memory-limit ": "the process of the tests holds too much itself; tests/test_memory.py",
     r"export ": "proved on 2,000 images; tests/test_export.py",
 }
 # The recipes as `sandbox` has them: what is slow in them made small, so that every shown training can be run.
