@@ -5,6 +5,7 @@ commit shards into it, and whoever is killed, the same command goes on from ther
 """
 
 import asyncio
+import logging
 import os
 import platform
 import re
@@ -227,7 +228,7 @@ class Cluster:
                     name=APP, storage_path=storage, failure_config=FailureConfig(max_failures=RESTARTS)
                 ),
             )
-            with interruptible():
+            with interruptible(), quiet():
                 try:
                     trainer.fit()
                 except SystemExit:  # what Ray Train makes of Ctrl-C, once its workers have ended
@@ -266,7 +267,6 @@ class Cluster:
         from ray import serve
         from ray.serve.config import BackpressureConfig, HTTPOptions
 
-        serve.start("HeadOnly" if host in LOCAL else "EveryNode", HTTPOptions(host=host, port=port))
         cores, gpus = self.resources("CPU") / replicas, self.gpus / replicas if device == "cuda" else 0
         share = {"num_cpus": min(1.0, cores / 2), "num_gpus": min(1.0, gpus / 2)}  # half: those to come fit beside
         settings["workers"] = settings["workers"] or 1
@@ -290,7 +290,9 @@ class Cluster:
         )
         told = (bundle.absolute(), files.sha256_file(model_file(bundle)), device, settings)
         try:
-            serve.run(replica.bind(*told), name=APP)
+            with quiet():
+                serve.start("HeadOnly" if host in LOCAL else "EveryNode", HTTPOptions(host=host, port=port))
+                serve.run(replica.bind(*told), name=APP)
         except RuntimeError as error:
             found = serve.status().applications[APP].deployments
             text = "\n".join([str(error), *(part.message for part in found.values())]).strip()
@@ -304,7 +306,8 @@ class Cluster:
         from ray.serve.exceptions import RayServeException
 
         try:
-            serve.delete(APP)
+            with quiet():
+                serve.delete(APP)
         except RayServeException as error:
             raise AttireError("Ray Serve", "nothing is served on this cluster") from error
 
@@ -416,6 +419,16 @@ def train_part(config: dict[str, str]) -> None:
     os.chdir(config["here"])  # what a run's data is called may be relative to it
     set_threads(int(config["cores"]))
     runs.resume(config["folder"])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Ray's libraries tell each step on stderr, and set their own levels."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @contextmanager
