@@ -119,6 +119,8 @@ def fit(
             if ranks.leads():
                 write_history(folder.parent / "history.csv", state.history)
             report(state, 0, len(train))
+    if ranks.leads():
+        forget_old(folder)  # also one that a run before could not remove
     check_loss_fell(state.history)
     if measured(classifier, average) is not classifier:
         classifier.load_state_dict(measured(classifier, average).state_dict())
@@ -453,6 +455,11 @@ def save_checkpoint(
         for name, value in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, value.detach().cpu().numpy(), allow_pickle=False)
+    forget_old(folder)
+
+
+def forget_old(folder: Path) -> None:
+    """Remove all checkpoints but those that are kept."""
     for old in checkpoints(folder)[KEPT_CHECKPOINTS:]:
         old.unlink()
 
