@@ -1,6 +1,7 @@
 """A cache of its own for every test, random weights of VGG16's true shapes, and sixty images that can be learnt."""
 
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,14 @@ def convolutions(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("ATTIRE_CACHE", str(folder))
         devices.measured_seconds(("direct", "winograd", "bf16") if devices.has_bf16() else ("direct", "winograd"))
     return folder / "convolutions.json"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def heeded_signals() -> None:
+    """Attire heeds that a signal is ignored; who starts the tests (nohup, a shell's `&`) may have asked for just that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
