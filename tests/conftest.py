@@ -40,7 +40,7 @@ def convolutions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def heeded_signals() -> None:
-    """Attire heeds that a signal is ignored; who starts the tests (nohup, a shell's `&`) may have asked for just that."""
+    """Attire heeds that a signal is ignored, and who starts the tests (nohup, a shell's `&`) may have had it so."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
