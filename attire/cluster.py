@@ -384,10 +384,8 @@ TRUNKS: dict[FeatureSpec, Trunk] = {}  # of this process, proved to be the drive
 def make_shard(order: Order, images: NDArray[np.uint8], index: int) -> dict[str, Any]:
     """One shard, computed and committed; its ledger line. Made twice it is the same, byte for byte."""
     order.check_place()
-    trunk = open_trunk(order)
-    out = features.compute_shard(images, order.spec, trunk)
-    order.check_place()  # of a driver that was killed the tasks live on for a moment
-    return features.commit_shard(out, order.folder, index)
+    told = (order.spec, open_trunk(order), order.folder, index)
+    return features.extract_shard(images, *told, check=order.check_place)  # tasks outlive a killed driver for a moment
 
 
 def open_trunk(order: Order) -> Trunk:

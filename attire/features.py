@@ -191,10 +191,20 @@ def extract_shards(
 
 
 def extract_shard(
-    images: NDArray[np.uint8], spec: FeatureSpec, trunk: Trunk, folder: Path, index: int
+    images: NDArray[np.uint8],
+    spec: FeatureSpec,
+    trunk: Trunk,
+    folder: Path,
+    index: int,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Compute one shard and commit it by itself: pure and idempotent. Returns its ledger line (rows, sha256)."""
-    return commit_shard(compute_shard(images, spec, trunk), folder, index)
+    """Compute one shard and commit it by itself: pure and idempotent. Returns its ledger line (rows, sha256).
+
+    check: raises where it must no longer be committed once it is computed.
+    """
+    out = compute_shard(images, spec, trunk)
+    check()
+    return commit_shard(out, folder, index)
 
 
 def compute_shard(

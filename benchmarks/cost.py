@@ -23,7 +23,6 @@ from matplotlib.figure import Figure
 from attire import figures, files
 from attire.data import load_dataset
 from attire.intervals import wilson
-from attire.recipes import CLASSIC
 from attire.results import RunResult, load_result
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -113,8 +112,8 @@ def lines(runs: Sequence[Mapping[str, Any]]) -> Iterator[Line]:
 
 def script_minutes(peers: performance.Lines) -> float:
     """Ten epochs of the plain script over 48,000 images, at its measured rate."""
-    rates = {line["what"]: line["rate"]["median"] for line in performance.of_kind(peers, "rates", "rate")}
-    return CLASSIC.epochs * 48_000 / rates[performance.RATES["plain-script"]] / 60
+    rate = performance.plain_rate(performance.of_kind(peers, "rates", "rate"))["median"]
+    return performance.CLASSIC[1] / rate / 60
 
 
 def table(found: Sequence[Line], script: float) -> Iterator[str]:

@@ -194,11 +194,16 @@ def race_part(
         yield f"{about(last)} {last['train']:,} + {last['test']:,} images. Work allowed: {allowed}.\n"
 
 
+def plain_rate(rates: list[dict[str, Any]]) -> dict[str, float]:
+    """Images/s of the plain script's training, see `measuring.spread`; empty where it was not measured."""
+    return next((x["rate"] for x in rates if x["what"] == RATES["plain-script"]), {})
+
+
 def classic_part(lines: Lines, rates: list[dict[str, Any]], stages: Mapping[str, Any] | None) -> Iterator[str]:
     """The whole of recipe `classic` against the plain script: extrapolated from the rates, and from the measured epochs
     or the rate of a part of one."""
     head = of_kind(lines, "attire-classic", "head")
-    plain = next((x["rate"]["median"] for x in rates if x["what"] == RATES["plain-script"]), 0.0)
+    plain = plain_rate(rates).get("median", 0.0)
     part = [x for x in (stages or {"stages": ()})["stages"] if x["name"].startswith("head epoch, classic")]
     if not plain or not (head or part):
         return
@@ -219,7 +224,7 @@ def whole_part(rates: list[dict[str, Any]], result: Mapping[str, Any] | None) ->
     """Recipe `classic` run to its end; the plain script's day is its training images over its rate."""
     if result is None:
         return
-    plain = next(x["rate"] for x in rates if x["what"] == RATES["plain-script"])
+    plain = plain_rate(rates)
     yield "Run to its end, nothing cached before (`attire train --recipe classic`, `python benchmarks/classic.py`):\n"
     for run in result["runs"]:
         spent, rows, accuracy = run["seconds"], run["rows"], run["accuracy"]
