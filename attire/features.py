@@ -23,6 +23,7 @@ SHARD_BYTES = 16 * 2**20  # a stopped extraction redoes at most one shard: 2,048
 BATCH_PIXELS = 1_700_000  # pictures a forward pass: 1,660 of 32 px, 415 of 64, 33 of 224
 PIXEL_BYTES = 800  # that a pass holds for each of them: 617 measured, block3 at 16 px in fp32 (docs/performance.md)
 RESIDENT_BYTES = 64 * 2**20  # mapped pages kept resident while rows are gathered at random
+AROUND = 64 * 2**10  # bytes that Linux maps around a byte that is touched, where they are in its page cache
 VIEWS = ("plain", "flip", "negative")  # as it is, mirrored, black on white
 SHIFTS = ((0, -2), (0, 2), (-2, 0), (2, 0), (-1, -1), (1, 1), (-1, 1), (1, -1))  # (down, right), of 28 px
 
@@ -95,7 +96,7 @@ class Features:
         for i in np.unique(shard):
             here = shard == i
             out[here] = self.shards[i][rows[here] - i * self.shard_rows]
-        self._touched += out.nbytes
+        self._touched += max(out.nbytes, AROUND * len(rows))
         if self._touched > RESIDENT_BYTES:
             self.release()
         return out
