@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attire import devices, duplicates, features, fetch, figures, objects, suspects, vgg
+from attire import devices, duplicates, features, fetch, figures, memory, objects, suspects, vgg
 from attire.data import ImageDataset, find_readers, load_dataset
 from attire.duplicates import Advance, Images, NearPairs, Rows
 from attire.errors import AttireError
@@ -165,7 +165,7 @@ def audit(
     chosen = devices.choose_device(device)
     objects.bring(data, test, progress=watcher.advance)
     parts = load_parts(data, test, classes)
-    devices.keep_freed_memory()
+    memory.keep_freed()
     images = np.concatenate([part.images for part in parts.values()])
     labels = np.concatenate([part.labels for part in parts.values()])
     known = len(next(iter(parts.values())).classes)

@@ -19,7 +19,6 @@ from attire.errors import AttireError, UsageError
 
 Precision = Literal["fp32", "bf16"]
 DEVICES = ("auto", "cpu", "cuda", "mps")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h, see mallopt(3)
 PRECISIONS = ("auto", "fp32", "bf16")
 WINOGRAD = "torch-winograd"  # the backend of a cache entry whose convolutions are `winograd`'s
 WORTH_MEASURING = 60  # pictures to come for each one that a pass of each layout takes: a twentieth of the work at most
@@ -204,20 +203,6 @@ def model_number(info: Path) -> str:
     numbers = {key.strip(): value.strip() for key, value in fields.items()}
     family, model = numbers.get("cpu family"), numbers.get("model")
     return f" (family {family} model {model})" if family and model else ""
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to reuse large blocks instead of returning them to the system after every step.
-
-    A gradient of 25,088 x 1,024 weights is 103 MB: by default it is mapped, zeroed by the kernel and unmapped in each
-    step. Keeping it took a step of `classic` from 83 to 48 ms. Elsewhere than on glibc nothing is done.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class SignalStack(ctypes.Structure):

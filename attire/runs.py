@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from attire import devices, features, files, ranks, recipes, results
+from attire import devices, features, files, memory, ranks, recipes, results
 from attire import teacher as teaching
 from attire.classifier import Classifier, load_bundle
 from attire.errors import AttireError, Stopped, UsageError
@@ -320,7 +320,7 @@ def begin(
         results.reopen(folder)
     stage = Stage(recipe, source, devices.choose_device(device), watcher, make)
     ranks.shared(lambda: stage.check(folder))
-    devices.keep_freed_memory()  # from here on: what reading a CSV took goes back to the system
+    memory.keep_freed()  # from here on: what reading a CSV took goes back to the system
     told = [folder / name for name in ("data.json", "environment.json")]
     data, environment = ranks.shared(lambda: [files.read_json(path) if path.exists() else {} for path in told])
     stage.taught = data.get("teacher")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attire import devices, ensemble, features, objects, results
+from attire import devices, ensemble, features, memory, objects, results
 from attire.classifier import load_bundle
 from attire.compare import Pair, paired
 from attire.data import ImageDataset, Part, load_dataset
@@ -71,7 +71,7 @@ class Asked:
     def load(self, classes: Sequence[str]) -> ImageDataset:
         """The labelled images. Raises AttireError where they are not of these classes."""
         found = load_dataset(self.data, part=self.part, classes=self.classes or (classes if self.data else None))
-        devices.keep_freed_memory()
+        memory.keep_freed()
         if found.classes != tuple(classes):
             raise AttireError(found.source, f"its classes are not the bundle's ({', '.join(classes)})")
         return found

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attire import calibration, devices, files, ranks, recipes, results, teacher, training
+from attire import calibration, devices, files, memory, ranks, recipes, results, teacher, training
 from attire.errors import AttireError, UsageError
 from attire.evaluation import evaluate
 from attire.recipes import Recipe
@@ -144,7 +144,7 @@ def folds_in(
     began = time.perf_counter()
     stage = Stage(recipe, choice, devices.choose_device(device), watcher)
     stage.check(folder, folds)
-    devices.keep_freed_memory()
+    memory.keep_freed()
     source, data = stage.train_features(), stage.splits.data
     extracted = time.perf_counter() - began
     everything = stage.splits.train_rows

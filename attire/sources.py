@@ -41,8 +41,8 @@ class Standardiser:
 def measure(blocks: Iterator[Tensor]) -> Standardiser:
     """Mean and deviation of each feature (D,), in float64 over the blocks (n, D), the plain view of training rows."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
-    for block in blocks:
-        x = block.double()
+    for part in (part for block in blocks for part in torch.split(block, 256)):
+        x = part.double()
         count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
     mean = total / count
     deviation = (squares / count - mean.square()).clamp_min(0).sqrt()

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attire import augment, devices, files, heads, training
+from attire import augment, devices, files, heads, memory, training
 from attire.data import OFFICIAL, load_dataset, split_indices
 from attire.evaluation import one_vs_rest
 from attire.recipes import Recipe, named
@@ -65,7 +65,7 @@ class Bench:
     def __init__(self, recipe: Recipe) -> None:
         self.stage = Stage(recipe, DataChoice(), devices.choose_device("cpu"), Silent())
         self.recipe = replace(recipe, precision=self.stage.train_precision)
-        devices.keep_freed_memory()
+        memory.keep_freed()
         trained, tested = self.stage.cached()
         assert isinstance(trained, CachedSource)
         assert isinstance(tested, CachedSource)

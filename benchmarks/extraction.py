@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attire import cores, devices, features, fetch, vgg, winograd
+from attire import cores, devices, features, fetch, memory, vgg, winograd
 from attire.blocks import BLOCKS
 from attire.data import load_dataset
 
@@ -164,7 +164,7 @@ def gradients(channels: int, outputs: int, size: int, batch: int = 128) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    devices.keep_freed_memory()
+    memory.keep_freed()
     print(
         f"{devices.processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}, fp32"
     )

@@ -27,7 +27,7 @@ import measuring
 import numpy as np
 from measuring import ROUNDS, forget_peak, peak_memory, seconds, spread, told
 
-from attire import data, files, tables
+from attire import data, files, memory, tables
 
 ROWS = (1_000, 10_000, 70_000, 700_000)
 STAGES = ("csv", "csv copy", "extraction", "epoch")
@@ -93,10 +93,10 @@ def stage_epoch(folder: Path, rows: int) -> dict[str, float]:
     import head_epoch
     import torch
 
-    from attire import devices, features, sources, vgg
+    from attire import features, sources, vgg
     from attire.recipes import FAST
 
-    devices.keep_freed_memory()
+    memory.keep_freed()
     base = forget_peak()
     shard_rows = features.FeatureSpec("block3", 32, 0, "").shard_rows
     source = sources.CachedSource(features.Features(folder, rows, WIDTH, shard_rows))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from attire import devices, features, files, training, vgg
+from attire import devices, features, files, memory, training, vgg
 from attire.recipes import RECIPES, Recipe
 from attire.sources import CachedSource, measure
 
@@ -94,7 +94,7 @@ def compare(recipe: Recipe, rows: int, width: int, timed: int, cache: Path) -> N
 
 
 def main(jobs: Sequence[tuple[str, int, int, int]]) -> None:
-    devices.keep_freed_memory()
+    memory.keep_freed()
     print(f"{devices.processor()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32")
     with tempfile.TemporaryDirectory(dir=files.cache_dir()) as folder:
         for name, rows, width, timed in jobs:

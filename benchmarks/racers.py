@@ -20,7 +20,7 @@ SHARE = 0.85  # of the cap that a peer plans with
 
 def attire_fast(race: Race) -> None:
     """Recipe `fast` from an empty cache, as `attire train` goes about it."""
-    from attire import devices, files, tables
+    from attire import devices, files, memory, tables
     from attire.recipes import FAST
     from attire.sources import CachedSource
     from attire.stages import DataChoice, Stage
@@ -33,7 +33,7 @@ def attire_fast(race: Race) -> None:
             tables.write_table(race.scratch / f"{name}.csv", part.images, part.labels)
         choice, recipe = DataChoice(*(str(race.scratch / f"{name}.csv") for name in ("train", "test"))), FAST
     race.start()
-    devices.keep_freed_memory()
+    memory.keep_freed()
     stage = Stage(recipe, choice, devices.choose_device("cpu"), Silent())
     trained = stage.train_features()
     trained.standardise = stage.measured(trained)
@@ -106,7 +106,7 @@ def made_up(folder: Path, rows: int, spec: Any) -> Any:
 
 def attire_classic(race: Race) -> None:
     """The classifier of `classic` on cached features: accuracy after each epoch, for all who train that protocol."""
-    from attire import devices, files
+    from attire import files, memory
     from attire.recipes import CLASSIC
     from attire.sources import CachedSource
     from attire.training import State, fit, predict_logits
@@ -115,7 +115,7 @@ def attire_classic(race: Race) -> None:
     found = classic_rows(race)
     if found is None:
         return
-    devices.keep_freed_memory()
+    memory.keep_freed()
     recipe = replace(CLASSIC, epochs=2) if race.quick else CLASSIC
     trained, tested = CachedSource(found[0]), CachedSource(found[1])
     torch.manual_seed(recipe.seed)

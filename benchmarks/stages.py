@@ -30,7 +30,7 @@ import torch
 from measuring import ROUNDS, flop_per_image, seconds, spread, told
 from torch import nn
 
-from attire import copies, data, devices, features, fetch, files, machine, sources, tables, vgg
+from attire import copies, data, devices, features, fetch, files, machine, memory, sources, tables, vgg
 from attire.features import FeatureSpec
 from attire.machine import Machine
 from attire.recipes import RECIPES, Recipe
@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for stages.json; default: benchmarks/results")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
-    devices.keep_freed_memory()
+    memory.keep_freed()
     rounds = 2 if given.quick else ROUNDS
     precision = devices.choose_precision()
     with measuring.scratch_cache(), tempfile.TemporaryDirectory(dir=files.cache_dir()) as folder:

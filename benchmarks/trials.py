@@ -17,7 +17,7 @@ from pathlib import Path
 
 import measuring
 
-from attire import devices, features, files, recipes, training
+from attire import devices, features, files, memory, recipes, training
 from attire.intervals import wilson
 from attire.recipes import Recipe
 from attire.stages import DataChoice, Stage
@@ -40,7 +40,7 @@ def changed(recipe: Recipe, text: str) -> Recipe:
 
 def trial(recipe: Recipe, rows: int | None) -> None:
     stage = Stage(recipe, DataChoice(), devices.choose_device("cpu"), Progress())
-    devices.keep_freed_memory()
+    memory.keep_freed()
     stage.train = stage.train[:rows]
     source = stage.train_features()
     source.standardise = stage.measured(source)

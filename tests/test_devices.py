@@ -154,12 +154,6 @@ def test_processors_without_a_name_are_told_by_family_and_model(tmp_path: Path) 
     assert devices.model_number(info) == ""
 
 
-def test_keeping_freed_memory_is_safe_to_ask_for_twice() -> None:
-    devices.keep_freed_memory()
-    devices.keep_freed_memory()
-    assert torch.ones(3).sum() == 3
-
-
 def test_a_layout_is_measured_once_and_only_where_there_is_work(cache: Path) -> None:
     calls: list[int] = []
 

@@ -1,5 +1,7 @@
 """One limit on memory: what is planned within it, and what is refused before it begins."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,29 @@ def test_a_limit_holds_inside_its_block_alone(monkeypatch: pytest.MonkeyPatch) -
         memory.reserve(300 * 10**6, "training")
         assert memory.for_rows() == 100 * 10**6
     assert memory.spare() == memory.UNLIMITED
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads proc(5); asks glibc")
+def test_freed_memory_is_kept_except_under_a_limit() -> None:
+    """Blocks of 16 MB, each with a small one after it that stays: what is left of them when they are freed."""
+    run = """
+import sys, torch
+from attire import memory
+with memory.limited(sys.argv[1] or None):
+    memory.keep_freed()
+    before, kept = memory.resident(), []
+    for _ in range(8):
+        large = [torch.ones(4 * 2**20) for _ in range(4)]
+        kept += [torch.ones(2**14) for _ in range(16)]
+    kept.append(torch.ones(4 * 2**20))
+    del large
+    from pathlib import Path
+    import re
+    print((1024 * int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) - before) // 2**20)
+"""
+    left = [int(subprocess.check_output([sys.executable, "-c", run, limit], text=True)) for limit in ("", "9GB")]
+    assert left[0] > 40  # the 16 MB that stay, the small ones, and what is kept for later
+    assert left[1] < 32
 
 
 def test_what_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
