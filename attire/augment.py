@@ -1,6 +1,6 @@
 """What happens to a batch of feature maps before a training step: random erasing, CutMix. Drawn from seed and step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,18 +17,23 @@ ASPECT = (0.3, 3.3)  # height over width, uniform in the logarithm
 class Target:
     """What a batch is to be answered: labels (b,); of a mixed one `share` of each row, and `others` for the rest.
 
-    soft: a teacher's answers (b, K), of mixed rows mixed likewise.
+    soft: a teacher's answers (b, K), of mixed rows mixed likewise. none: (b,), the rows that are none of the classes.
     """
 
     labels: Tensor
     others: Tensor | None = None
     share: float = 1.0
     soft: Tensor | None = None
+    none: Tensor | None = None
 
-    def part(self, rows: slice) -> "Target":
+    def part(self, rows: slice | Tensor) -> "Target":
         """Of these rows of the batch alone."""
-        others, soft = (None if value is None else value[rows] for value in (self.others, self.soft))
-        return Target(self.labels[rows], others, self.share, soft)
+        others, soft, none = (None if value is None else value[rows] for value in (self.others, self.soft, self.none))
+        return Target(self.labels[rows], others, self.share, soft, none)
+
+    def of_classes(self) -> "Target":
+        """Of rows that are all of the classes."""
+        return replace(self, none=None)
 
 
 def augment(x: Tensor, target: Target, recipe: Recipe, epoch: int, step: int) -> tuple[Tensor, Target]:

@@ -44,6 +44,8 @@ FIELD_HELP = {
     "test_views": "Views of a picture averaged for an answer: plain, mirrored, then shifted.",
     "standardise": "Scale each feature to mean 0, deviation 1.",
     "shifts": "Also cache this many shifted pictures of each (0 to 8).",
+    "drawn": "Also cache each picture as a drawing would show it, and train on it.",
+    "strange": "Also cache shapes that are no garment, and train to doubt them.",
     "train_blocks": "VGG16 blocks above the boundary that are trained on from ImageNet.",
     "batch_norm": "Batch normalisation in trained blocks; folded away in the bundle.",
     "probe_epochs": "Of the epochs, those in which trained blocks wait for the classifier.",

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attire import files, memory, shared, vgg
+from attire import drawings, files, memory, shared, vgg
 from attire.blocks import feature_shape
 from attire.errors import AttireError, AttireWarning
 
@@ -25,6 +25,7 @@ PIXEL_BYTES = 800  # that a pass holds for each of them: 617 measured, block3 at
 RESIDENT_BYTES = 64 * 2**20  # mapped pages kept resident while rows are gathered at random
 AROUND = 64 * 2**10  # bytes that Linux maps around a byte that is touched, where they are in its page cache
 VIEWS = ("plain", "flip", "negative")  # as it is, mirrored, black on white
+DRAWN, STRANGE = "drawn", "strange"  # see drawings.py
 SHIFTS = ((0, -2), (0, 2), (-2, 0), (2, 0), (-1, -1), (1, 1), (-1, 1), (1, -1))  # (down, right), of 28 px
 
 Trunk = Callable[[Tensor], Tensor]  # (n, 3, S, S) normalised pictures to (n, D) float features
@@ -247,12 +248,17 @@ def compute(images: NDArray[np.uint8], spec: FeatureSpec, trunk: Trunk) -> NDArr
 
 
 def seen(images: NDArray[np.uint8], view: str) -> NDArray[np.uint8]:
-    """Images (n, H, W) of a view: one of VIEWS, or "shift+1-2", moved down and right, black filled in.
+    """Images (n, H, W) of a view: one of VIEWS, or "shift+1-2", moved down and right, black filled in; "drawn" and
+    "strange" are those of `drawings`, of 28x28 pictures.
 
-    "... flip" mirrors what was shifted.
+    "... flip" mirrors what was shifted or drawn.
     """
     if view == "negative":
         return 255 - images
+    if view == STRANGE:
+        return drawings.strange(images)
+    if view.startswith(DRAWN):
+        images = drawings.drawn(images)
     if down_right := shift_of(view):
         down, right = down_right
         height, width = images.shape[1:]
@@ -269,10 +275,12 @@ def shift_of(view: str) -> tuple[int, int] | None:
     return (int(view[5:7]), int(view[7:9])) if view.startswith("shift") else None
 
 
-def view_names(flips: bool, shifts: int) -> tuple[str, ...]:
-    """The views that training draws from, in the order of their numbers: as it is, mirrored, then shifted ones."""
-    names = ["plain", *(f"shift{down:+d}{right:+d}" for down, right in SHIFTS[:shifts])]
-    return tuple(name for base in names for name in ([base, mirrored(base)] if flips else [base]))
+def view_names(flips: bool, shifts: int, drawn: bool = False, strange: bool = False) -> tuple[str, ...]:
+    """The views that training draws from, in the order of their numbers: as it is, mirrored, then shifted ones, drawn
+    ones, and last what is none of the classes."""
+    names = ["plain", *(f"shift{down:+d}{right:+d}" for down, right in SHIFTS[:shifts]), *([DRAWN] if drawn else [])]
+    found = [name for base in names for name in ([base, mirrored(base)] if flips else [base])]
+    return (*found, STRANGE) if strange else tuple(found)
 
 
 def answer_views(count: int) -> tuple[str, ...]:

@@ -203,7 +203,7 @@ def width(recipe: Recipe) -> int:
 
 def views(recipe: Recipe) -> int:
     """Views that are cached of a training picture."""
-    return (1 + recipe.flips) * (1 + recipe.shifts)
+    return recipe.training_views
 
 
 def layers(recipe: Recipe, classes: int = 10) -> list[int]:

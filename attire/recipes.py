@@ -35,6 +35,8 @@ class Recipe:
     pool: int = 0  # side the feature map is averaged to; 0: as it is
     flips: bool = True  # also cache mirrored pictures and train on either, drawn anew each epoch
     shifts: int = 0  # also cache this many shifted pictures of each, 1 or 2 of 28 px
+    drawn: bool = False  # also cache each picture as a drawing or a rough cut-out would show it, see drawings.py
+    strange: bool = False  # also cache shapes that are no garment, and train to answer each class alike for them
     # So many views of a picture are averaged for an answer: plain, mirrored, then shifted. Two: 0.2 to 0.4 points on
     # validation rows in each of six trials (docs/log.md), for twice the time of a prediction.
     test_views: int = 2
@@ -91,6 +93,7 @@ class Recipe:
         self._check("erase", 0 <= self.erase <= 1, "a probability")
         self._check("cutmix", 0 <= self.cutmix <= 1, "a probability")
         plain = not (self.train_blocks or self.conv)
+        self._check("strange", not (self.strange and self.cutmix), "no, as CutMix mixes rows (--no-strange)")
         self._check("standardise", plain or not self.standardise, "no, as convolutions are trained (--no-standardise)")
         self._check("batch_norm", self.train_blocks > 0 or not self.batch_norm, "no, as no block is trained")
         most = self.epochs - 1 if self.train_blocks else 0
@@ -102,6 +105,11 @@ class Recipe:
     def _check(self, field: str, good: bool, expected: str) -> None:
         if not good:
             raise UsageError(f"--{field.replace('_', '-')}", f"expected {expected}, found {getattr(self, field)}")
+
+    @property
+    def training_views(self) -> int:
+        """How many views of each picture training draws from; see `features.view_names`."""
+        return (1 + self.flips) * (1 + self.shifts + self.drawn) + self.strange
 
     @property
     def map_shape(self) -> tuple[int, int, int]:
@@ -117,6 +125,8 @@ class Recipe:
         pool = f" averaged to {self.pool}x{self.pool}" if self.pool else ""
         views = ", mirrored views" if self.flips else ""
         views += f", {self.shifts} shifted" if self.shifts else ""
+        views += ", drawn" if self.drawn else ""
+        views += ", strange shapes" if self.strange else ""
         frozen = f"{self.name}: frozen to {self.freeze_to}, {self.image_size} px{pool}{views}{trained}"
         mixed = [name for name in ("erase", "cutmix") if getattr(self, name)]
         more = f", {' and '.join(mixed)}" if mixed else ""

@@ -222,7 +222,8 @@ class Stage:
 
     def training_views(self) -> tuple[str, ...]:
         """The views that training draws from, in the order of their numbers."""
-        return features.view_names(self.recipe.flips, self.recipe.shifts)
+        recipe = self.recipe
+        return features.view_names(recipe.flips, recipe.shifts, recipe.drawn, recipe.strange)
 
     def view_names(self) -> tuple[str, ...]:
         """Those, then what answers alone look at."""
@@ -366,7 +367,11 @@ class Stage:
         """From training rows alone; its threshold from validation rows, or from a part of the training rows."""
         rows = reject.share_rows(self.train, self.val, self.recipe.split_seed)
         channels = CHANNELS[self.architecture.end]
-        return reject.fit(source, self.splits.data.labels, rows, channels, self.recipe.flips)
+        names = self.training_views()
+        views = [
+            number for number, name in enumerate(names) if name in ("plain", "flip") or name.startswith(features.DRAWN)
+        ]
+        return reject.fit(source, self.splits.data.labels, rows, channels, views)
 
     def result(
         self, folder: Path, found: Found, history: list[training.Epoch], seconds: dict[str, float], claimed: float

@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
@@ -157,6 +157,8 @@ def run_epoch(
         left -= len(x)
         taught = answers(soft, order, mirrored, share.read, device)
         given = augment.Target(targets[order[share.read]].to(device), soft=taught)
+        if recipe.strange and mirrored is not None:
+            given = replace(given, none=torch.from_numpy(mirrored[share.read] == recipe.training_views - 1).to(device))
         x, target = augment.augment(x.to(device), given, recipe, state.epoch, state.step)
         loss = train_step(classifier, optimiser, x[share.own], target.part(share.own), recipe, share.rows)
         if average is not None and state.epoch >= recipe.probe_epochs:
@@ -236,8 +238,13 @@ def loss_of(logits: Tensor, target: augment.Target, recipe: Recipe) -> Tensor:
     """Cross-entropy by the labels; with a teacher, `distil` of it by the teacher's answers (Hinton et al. 2015).
 
     There both sides are softened by one temperature. The paper's factor T^2 is part of `distil`, so that the loss of
-    who guesses is ln K, whatever the share.
+    who guesses is ln K, whatever the share. Rows that are none of the classes are to be answered with each class alike.
     """
+    if target.none is not None:
+        alike = -F.log_softmax(logits[target.none], 1).mean(1).sum()
+        known = logits[~target.none]
+        rest = loss_of(known, target.part(~target.none).of_classes(), recipe) if len(known) else known.sum()
+        return (len(known) * rest + alike) / len(logits)
     smoothing = recipe.label_smoothing
     loss = F.cross_entropy(logits, target.labels, label_smoothing=smoothing)
     if target.others is not None:
@@ -271,8 +278,8 @@ def epoch_order(
     order = shuffled_stretches(train, rng, *stretch) if stretch else rng.permutation(train)
     if not np.array_equal(np.sort(order), np.sort(train)):
         raise AttireError("training", "an epoch's order does not hold each row once")
-    if recipe.shifts:
-        return order, rng.integers(0, (1 + recipe.flips) * (1 + recipe.shifts), len(order))
+    if recipe.shifts or recipe.drawn or recipe.strange:
+        return order, rng.integers(0, recipe.training_views, len(order))
     return order, rng.random(len(order)) < 0.5 if recipe.flips else None
 
 

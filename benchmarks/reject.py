@@ -208,7 +208,7 @@ def hold_out(
     for pair in PAIRS:
         known = tuple(part[~np.isin(data.labels[part], pair)] for part in rows)
         channels = CHANNELS[classifier.architecture.freeze_to]
-        rejecter = reject.fit(source, data.labels, (known[0], known[1]), channels, len(source.views) > 1)
+        rejecter = reject.fit(source, data.labels, (known[0], known[1]), channels, range(len(source.views)))
         assert rejecter is not None
         for name, inside in ((" and ".join(data.classes[c] for c in pair), True), ("  the eight others", False)):
             chosen = np.flatnonzero(np.isin(test.labels, pair) == inside)
