@@ -61,6 +61,16 @@ def test_every_file_is_one_room_of_the_table() -> None:
     assert sorted(listed_rooms()) == sorted(ROOMS)
 
 
+@pytest.mark.parametrize(
+    ("text", "room"),
+    [("import attire.data", "data"), ("from attire import __version__, data", "data"),
+     ("from attire.data import Splits", "data"), ("from attire.cli import main", "cli"),
+     ("from attire.cli import options", "cli.options"), ("from attire.cli.options import PATH", "cli.options")],
+)  # fmt: skip
+def test_an_import_is_found_in_its_room(text: str, room: str) -> None:
+    assert imports(ast.parse(text)) == {room}
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_from_rooms_above_it(room: str) -> None:
     above = listed_rooms()
