@@ -66,6 +66,6 @@ class Journal:
 def code_state() -> str:
     """Digest of the program and of what tries it."""
     found = hashlib.sha256()
-    for path in sorted([*(HERE.parent / "attire").glob("*.py"), *HERE.glob("*.py"), HERE / "shim.c"]):
+    for path in sorted([*(HERE.parent / "attire").rglob("*.py"), *HERE.glob("*.py"), HERE / "shim.c"]):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]

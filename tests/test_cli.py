@@ -15,6 +15,7 @@ from command import TINY, Done, attire
 from PIL import Image
 
 from attire import __version__, cli, copies, data, features, fetch, series, sweep
+from attire.cli.options import FIELD_HELP
 from attire.data import FASHION_CLASSES, ImageDataset, load_dataset
 from attire.errors import AttireWarning
 from attire.results import load_result
@@ -49,7 +50,7 @@ def test_every_command_has_help(command: list[str], flag: str) -> None:
 def test_help_lists_every_command_and_every_field_of_a_recipe() -> None:
     assert all(re.search(rf"^  {name} +\w", attire("--help").out, re.M) for name in COMMANDS)
     told = attire("train", "--help").out
-    assert all(f"--{name.replace('_', '-')} " in told or f"--{name}/" in told for name in cli.FIELD_HELP)
+    assert all(f"--{name.replace('_', '-')} " in told or f"--{name}/" in told for name in FIELD_HELP)
     assert attire("--version").out == f"attire, version {__version__}\n"
 
 

@@ -10,8 +10,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "attire"
-SOURCES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
-ROOMS = {name: tree for name, tree in SOURCES.items() if name != "__init__"}
+
+
+def room_of(path: str) -> str:
+    """A file's name as an import says it: `data` for data.py, `cli.options` for cli/options.py."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+ROOMS = {room_of(name): ast.parse(path.read_text()) for name, path in FILES.items() if name != "__init__.py"}
 UNPICKLER = "weights"  # the one file that reads a pickle, whose every byte is pinned
 SLOW = (
     "matplotlib",
@@ -31,20 +38,19 @@ SLOW = (
 def listed_rooms() -> list[str]:
     """The first column of the table under "Rooms", in its order."""
     text = (ROOT / "docs" / "design.md").read_text().partition("## Rooms")[2].partition("\n## ")[0]
-    return re.findall(r"^\| `(\w+)\.py` \|", text, re.M)
+    return [room_of(name) for name in re.findall(r"^\| `([\w/]+\.py)` \|", text, re.M)]
 
 
 def imports(tree: ast.AST) -> set[str]:
-    """Modules of this package that a file imports, at its top, inside functions, or for types alone."""
-    found = set()
+    """Rooms that a file imports from, at its top, inside functions, or for types alone."""
+    named = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name.removeprefix("attire.") for alias in node.names if alias.name.startswith("attire.")}
-        elif isinstance(node, ast.ImportFrom) and node.module == "attire":
-            found |= {alias.name for alias in node.names if alias.name in SOURCES}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("attire."):
-            found.add(str(node.module).removeprefix("attire."))
-    return found
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            named |= {f"{node.module}.{alias.name}" for alias in node.names}
+    ours = {name.removeprefix("attire.") for name in named if name.startswith("attire.")}
+    return {name if name in ROOMS else name.rpartition(".")[0] for name in ours} & set(ROOMS)
 
 
 def calls(tree: ast.AST) -> list[ast.Call]:
@@ -53,6 +59,16 @@ def calls(tree: ast.AST) -> list[ast.Call]:
 
 def test_every_file_is_one_room_of_the_table() -> None:
     assert sorted(listed_rooms()) == sorted(ROOMS)
+
+
+@pytest.mark.parametrize(
+    ("text", "room"),
+    [("import attire.data", "data"), ("from attire import __version__, data", "data"),
+     ("from attire.data import Splits", "data"), ("from attire.cli import main", "cli"),
+     ("from attire.cli import options", "cli.options"), ("from attire.cli.options import PATH", "cli.options")],
+)  # fmt: skip
+def test_an_import_is_found_in_its_room(text: str, room: str) -> None:
+    assert imports(ast.parse(text)) == {room}
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -68,7 +84,7 @@ def test_imports_within_the_package_are_written_in_full(room: str) -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_has_a_name_of_its_own_and_says_what_it_is(room: str) -> None:
-    assert room not in ("utils", "util", "common", "helpers", "misc", "base", "manager")
+    assert room.rpartition(".")[2] not in ("utils", "util", "common", "helpers", "misc", "base", "manager")
     assert ast.get_docstring(ROOMS[room])
 
 
@@ -77,10 +93,21 @@ def readme_tree() -> str:
     return next((block for block in blocks if "attire/\n" in block), "").partition("attire/\n")[2]
 
 
+def readme_files() -> list[str]:
+    """Its files in its order, as paths inside the package; those of a folder stand indented under it."""
+    found, folder = [], ""
+    for indent, name in re.findall(r"^( {2,4})(\w+(?:\.py|\.html|/)) +\S", readme_tree(), re.M):
+        folder = folder if len(indent) > 2 else ""
+        if name.endswith("/"):
+            folder = name
+        else:
+            found.append(folder + name)
+    return found
+
+
 def test_the_readme_s_tree_names_every_file_and_no_other() -> None:
-    told = re.findall(r"^  (\w+\.(?:py|html)) +\S.*$", readme_tree(), re.M)
-    there = {path.name for path in (*PACKAGE.glob("*.py"), *PACKAGE.glob("*.html"))} - {"__init__.py"}
-    assert sorted(told) == sorted(there)
+    there = {*FILES, *(path.name for path in PACKAGE.glob("*.html"))} - {"__init__.py"}
+    assert sorted(readme_files()) == sorted(there)
 
 
 def test_the_readme_s_tree_names_every_folder_and_no_other() -> None:
@@ -96,8 +123,7 @@ def test_the_readme_s_tree_names_every_folder_and_no_other() -> None:
 
 def test_the_readme_s_tree_follows_the_design() -> None:
     """A newcomer who reads one finds the same rooms in the same order in the other."""
-    order = [name for name in re.findall(r"^  (\w+)\.py ", readme_tree(), re.M) if name != "__init__"]
-    assert order == listed_rooms()
+    assert [room_of(name) for name in readme_files() if name.endswith(".py")] == listed_rooms()
 
 
 def test_what_the_design_names_exists() -> None:

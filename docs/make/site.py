@@ -8,7 +8,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 import attire
-from attire.cli import FIELD_HELP, shown
+from attire.cli.options import FIELD_HELP, shown
 from attire.recipes import RECIPES
 
 NOTEBOOK = Path(__file__).parent.parent.parent / "examples" / "story.ipynb"
