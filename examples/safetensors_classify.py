@@ -8,12 +8,19 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+
+def read(path):
+    """28x28, light on black; Attire also cuts the garment out, which this does not."""
+    image = np.asarray(Image.open(path).convert("L").resize((28, 28)))
+    return 255 - image if np.median(image[[0, 0, -1, -1], [0, -1, 0, -1]]) > 127 else image
+
+
 with safe_open(sys.argv[1], "pt") as file:
     about = json.loads(file.metadata()["attire"])
     weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
 shape, blocks = about["architecture"], (2, 7, 14, 21, 28)  # the last convolution of each of VGG16's blocks
 end = blocks[int(shape["freeze_to"][-1]) - 1]
-images = np.stack([np.asarray(Image.open(path).convert("L").resize((28, 28))) for path in sys.argv[2:]])
+images = np.stack([read(path) for path in sys.argv[2:]])
 x = torch.from_numpy(images)[:, None].float() / 255
 x = torch.nn.functional.interpolate(x, (shape["image_size"],) * 2, mode="bilinear", antialias=shape["image_size"] < 28)
 mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
