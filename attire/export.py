@@ -45,6 +45,7 @@ TOLERANCE = 1e-4  # largest difference of a probability that fp32 may show
 DISTANCE_TOLERANCE = 1e-3  # relative: roots of a difference of squares; 5e-6 for `fast`, 1e-4 where 60 images trained
 CALIBRATION_IMAGES = 300  # of the training set: what NNCF takes by default
 LEAST = 2000  # images the gate runs
+PART = 250  # images answered between two signs of progress
 
 
 @dataclass(frozen=True)
@@ -152,13 +153,18 @@ def export(
     card = folder_of_bundle / "README.md"
     rejecter = classifier.rejecter if (kind, precision) == REJECTS else None
     facts |= {"reject": rejecter.about()} if rejecter else {}
-    expected = Expected(classifier.predict_proba(data.images), classifier.distances(data.images) if rejecter else None)
+    expected = Expected(
+        np.concatenate([classifier.predict_proba(part) for part in parts_of(data, "Bundle", watcher)]),
+        np.concatenate([classifier.distances(part) for part in parts_of(data, "Distances", watcher)])
+        if rejecter
+        else None,
+    )
     with tempfile.TemporaryDirectory(prefix="attire-export-") as folder:
         watcher.note("Export", f"{kind}, {precision}")
         with quiet():
             built, versions = BUILDERS[kind](WholeNetwork(classifier, rejecter=rejecter), precision, Path(folder))
         facts["runtime"] = versions
-        found = measure(Exported(built, kind, facts, READERS[kind][1](built, facts)), expected, data)
+        found = measure(Exported(built, kind, facts, READERS[kind][1](built, facts)), expected, data, watcher)
         watcher.note("Gate", str(found))
         judge(found, precision, max_drop, path)
         told = card.read_text(encoding="utf-8") if card.exists() else ""
@@ -200,10 +206,19 @@ class Expected:
     distances: NDArray[np.float32] | None = None
 
 
-def measure(exported: Exported, bundle: Expected, data: ImageDataset) -> Gate:
+def parts_of(data: ImageDataset, what: str, watcher: Watcher) -> Iterator[NDArray[np.uint8]]:
+    """The images (n, 28, 28), some at a time, each time told."""
+    for start in range(0, len(data), PART):
+        yield data.images[start : start + PART]
+        watcher.advance(what, min(start + PART, len(data)), len(data))
+
+
+def measure(exported: Exported, bundle: Expected, data: ImageDataset, watcher: Watcher | None = None) -> Gate:
     """Run the export in its own runtime over all images of `data`, against the bundle's answers."""
-    found, far = exported.answers(data.images)
-    expected = bundle.probabilities
+    answers = [exported.answers(part) for part in parts_of(data, "Export", watcher or Silent())]
+    found = np.concatenate([probabilities for probabilities, _ in answers])
+    distances = [distance for _, distance in answers if distance is not None]
+    far, expected = np.concatenate(distances) if distances else None, bundle.probabilities
     if found.shape != expected.shape or not np.isfinite(found).all():
         raise AttireError(exported.path, f"its answers are {found.shape}, expected {expected.shape} finite values")
     same = found.argmax(1) == expected.argmax(1)
