@@ -1,6 +1,6 @@
 """What happens to a batch of feature maps before a training step: random erasing, CutMix. Drawn from seed and step."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,10 +30,6 @@ class Target:
         """Of these rows of the batch alone."""
         others, soft, none = (None if value is None else value[rows] for value in (self.others, self.soft, self.none))
         return Target(self.labels[rows], others, self.share, soft, none)
-
-    def of_classes(self) -> "Target":
-        """Of rows that are all of the classes."""
-        return replace(self, none=None)
 
 
 def augment(x: Tensor, target: Target, recipe: Recipe, epoch: int, step: int) -> tuple[Tensor, Target]:

@@ -13,15 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-Grey = NDArray[np.uint8]
+from attire.photos import Grey, bounds, centred, stretched, within
+from attire.pictures import SIDE
+
 Floats = NDArray[np.floating[Any]]
 Rng = np.random.Generator
 
-SIDE = 28
 CANVAS = 112  # px a side, on which shapes are drawn before they are shrunk
 CLOTH = 20  # grey value above which a pixel is the garment's
 LEAST = 20  # pixels of a garment; less is left as it is
-GAIN = 4.0  # at most, as in `photos`
 
 
 def drawn(images: Grey) -> Grey:
@@ -53,7 +53,7 @@ def draw(image: Grey, rng: Rng) -> Grey:
         found = found * lit(rng, SIDE)
     if rng.random() < 0.4:
         found = ndimage.gaussian_filter(found, rng.uniform(0.2, 0.6)) * cloth
-    return stretched(found)
+    return centred(stretched(found))
 
 
 def turned(values: Floats, rng: Rng) -> Floats:
@@ -103,13 +103,6 @@ def lit(rng: Rng, side: int) -> Floats:
     """(side, 1) or (1, side): light that changes from one side to the other."""
     light = np.linspace(rng.uniform(0.5, 1), rng.uniform(0.5, 1), side)
     return light[:, None] if rng.random() < 0.5 else light[None]
-
-
-def stretched(values: Floats) -> Grey:
-    """The lightest pixel near 255, as `photos.prepare` leaves it."""
-    gain = min(GAIN, 255 / max(1.0, float(values.max())))
-    found: Grey = (values * gain).clip(0, 255).round().astype(np.uint8)
-    return found
 
 
 def estrange(image: Grey, rng: Rng) -> Grey:
@@ -188,12 +181,7 @@ def fitted(values: Floats) -> Grey | None:
     seen = values > 8
     if seen.sum() < LEAST:
         return None
-    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
-    part = values[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    scale = SIDE / max(part.shape)
-    height, width = (max(1, round(side * scale)) for side in part.shape)
-    small = Image.fromarray(part.astype(np.float32)).resize((width, height), Image.Resampling.BOX)
-    found = np.zeros((SIDE, SIDE))
-    top, left = (SIDE - height) // 2, (SIDE - width) // 2
-    found[top : top + height, left : left + width] = np.asarray(small)
-    return stretched(found)
+    left, top, right, bottom = bounds(seen)
+    part = Image.fromarray(values[top:bottom, left:right].astype(np.float32))
+    small = part.resize(within(*part.size, SIDE), Image.Resampling.BOX)
+    return centred(stretched(np.asarray(small, float)))

@@ -30,7 +30,7 @@ from attire.errors import AttireError, UsageError
 from attire.intervals import Interval, paired_difference, wilson
 from attire.reject import TENSORS, Rejecter, nearest, pooled
 from attire.runtimes import METADATA, NO_SEAL, READERS, SCHEMA, SUFFIXES, Exported, load_export, seal_bytes
-from attire.watching import Silent, Watcher
+from attire.watching import Silent, Watcher, in_parts
 
 FORMATS = tuple(SUFFIXES)
 PRECISIONS = {
@@ -153,12 +153,10 @@ def export(
     card = folder_of_bundle / "README.md"
     rejecter = classifier.rejecter if (kind, precision) == REJECTS else None
     facts |= {"reject": rejecter.about()} if rejecter else {}
-    expected = Expected(
-        np.concatenate([classifier.predict_proba(part) for part in parts_of(data, "Bundle", watcher)]),
-        np.concatenate([classifier.distances(part) for part in parts_of(data, "Distances", watcher)])
-        if rejecter
-        else None,
-    )
+    probabilities = [classifier.predict_proba(part) for part in in_parts(data.images, PART, "Bundle", watcher)]
+    seen = data.images if rejecter else data.images[:0]
+    far = [classifier.distances(part) for part in in_parts(seen, PART, "Distances", watcher)]
+    expected = Expected(np.concatenate(probabilities), np.concatenate(far) if rejecter else None)
     with tempfile.TemporaryDirectory(prefix="attire-export-") as folder:
         watcher.note("Export", f"{kind}, {precision}")
         with quiet():
@@ -206,16 +204,9 @@ class Expected:
     distances: NDArray[np.float32] | None = None
 
 
-def parts_of(data: ImageDataset, what: str, watcher: Watcher) -> Iterator[NDArray[np.uint8]]:
-    """The images (n, 28, 28), some at a time, each time told."""
-    for start in range(0, len(data), PART):
-        yield data.images[start : start + PART]
-        watcher.advance(what, min(start + PART, len(data)), len(data))
-
-
 def measure(exported: Exported, bundle: Expected, data: ImageDataset, watcher: Watcher | None = None) -> Gate:
     """Run the export in its own runtime over all images of `data`, against the bundle's answers."""
-    answers = [exported.answers(part) for part in parts_of(data, "Export", watcher or Silent())]
+    answers = [exported.answers(part) for part in in_parts(data.images, PART, "Export", watcher or Silent())]
     found = np.concatenate([probabilities for probabilities, _ in answers])
     distances = [distance for _, distance in answers if distance is not None]
     far, expected = np.concatenate(distances) if distances else None, bundle.probabilities

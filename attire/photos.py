@@ -3,6 +3,7 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -207,8 +208,16 @@ def fit(values: Floats, steps: Steps) -> Grey:
         from scipy import ndimage
 
         small = small + SHARPEN * (small - ndimage.gaussian_filter(small, 1.0, mode="nearest"))
-    if steps.stretch:
-        small = small * min(GAIN, max(1.0, 255 / max(1.0, float(small.max()))))
+    return centred(stretched(small) if steps.stretch else small)
+
+
+def stretched(values: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    """The lightest pixel near 255."""
+    return values * min(GAIN, max(1.0, 255 / max(1.0, float(values.max()))))
+
+
+def centred(small: NDArray[np.floating[Any]]) -> Grey:
+    """(28, 28) uint8 of (h, w), neither of them above 28, on black."""
     image = np.zeros((SIDE, SIDE), np.uint8)
     top, left = (SIDE - small.shape[0]) // 2, (SIDE - small.shape[1]) // 2
     image[top : top + small.shape[0], left : left + small.shape[1]] = small.clip(0, 255).round()

@@ -23,7 +23,7 @@ from attire.intervals import Interval, wilson
 from attire.report import page
 from attire.results import load_result
 from attire.runtimes import load_graph
-from attire.watching import Silent, Watcher
+from attire.watching import Silent, Watcher, in_parts
 
 CARD, REPORT, SAMPLES = "MODEL_CARD.md", "report.html", "samples.png"
 KEPT = (SAMPLES,)  # what lies beside the bundle and is not made of a run
@@ -75,11 +75,7 @@ def without_folders(command: str) -> str:
 
 
 def probabilities(model: Classifier, data: ImageDataset, what: str, watcher: Watcher) -> NDArray[np.float32]:
-    parts = []
-    for start in range(0, len(data), 1000):
-        parts.append(model.predict_proba(data.images[start : start + 1000]))
-        watcher.advance(what, min(start + 1000, len(data)), len(data))
-    return np.concatenate(parts)
+    return np.concatenate([model.predict_proba(part) for part in in_parts(data.images, 1000, what, watcher)])
 
 
 def compare(found: NDArray[np.float32], expected: NDArray[np.float32], data: ImageDataset) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from attire.errors import AttireError, UsageError, one_line
 from attire.evaluation import evaluate
 from attire.recipes import BACKENDS, MOST_VIEWS
 from attire.runtimes import Exported, format_of, load_export
-from attire.watching import Silent, Watcher
+from attire.watching import Silent, Watcher, in_parts
 
 
 def evaluate_bundle(
@@ -170,8 +170,4 @@ def evaluate_ensemble(
 
 def run_export(exported: Exported, data: ImageDataset, watcher: Watcher) -> NDArray[np.floating[Any]]:
     """Calibrated probabilities (n, K)."""
-    parts = []
-    for start in range(0, len(data), 1024):
-        parts.append(exported.predict_proba(data.images[start : start + 1024]))
-        watcher.advance("Images", min(start + 1024, len(data)), len(data))
-    return np.concatenate(parts)
+    return np.concatenate([exported.predict_proba(part) for part in in_parts(data.images, 1024, "Images", watcher)])

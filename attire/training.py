@@ -243,7 +243,7 @@ def loss_of(logits: Tensor, target: augment.Target, recipe: Recipe) -> Tensor:
     if target.none is not None:
         alike = -F.log_softmax(logits[target.none], 1).mean(1).sum()
         known = logits[~target.none]
-        rest = loss_of(known, target.part(~target.none).of_classes(), recipe) if len(known) else known.sum()
+        rest = loss_of(known, replace(target.part(~target.none), none=None), recipe) if len(known) else known.sum()
         return (len(known) * rest + alike) / len(logits)
     smoothing = recipe.label_smoothing
     loss = F.cross_entropy(logits, target.labels, label_smoothing=smoothing)

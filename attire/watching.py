@@ -1,6 +1,10 @@
 """Who is told how work goes: the terminal, a log, or nobody."""
 
+from collections.abc import Iterator
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from attire.intervals import Interval
 from attire.training import Epoch
@@ -23,6 +27,13 @@ class Watcher(Protocol):
 
     def close(self) -> None:
         """Nothing further is shown."""
+
+
+def in_parts(images: NDArray[np.uint8], size: int, stage: str, watcher: Watcher) -> Iterator[NDArray[np.uint8]]:
+    """Images (n, ...), so many at a time; the watcher is told of each part once the next one is asked for."""
+    for start in range(0, len(images), size):
+        yield images[start : start + size]
+        watcher.advance(stage, min(start + size, len(images)), len(images))
 
 
 class Silent:

@@ -18,9 +18,9 @@ from typing import Any
 
 import measuring
 import numpy as np
-from measuring import forget_peak, memory_line, peak_memory
+from measuring import forget_peak, memory_line, more_images, peak_memory
 
-from attire import data, features, files
+from attire import features, files
 
 ROWS, QUICK = 1_000_000, 2_000
 SIZE = 32  # px
@@ -30,15 +30,9 @@ PARTS = 10
 
 def make_images(path: Path, rows: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """(rows, 28, 28) uint8, mapped from a file."""
-    official = np.concatenate([data.load_dataset(part="train").images, data.load_dataset(part="test").images])
-    rng = np.random.default_rng(0)
     with path.open("wb") as file:
-        for start in range(0, rows, BLOCK):
-            chosen = np.arange(start, min(start + BLOCK, rows))
-            block = official[chosen % len(official)].astype(np.int16)
-            again = chosen >= len(official)
-            block[again] += rng.integers(-3, 4, (int(again.sum()), 28, 28), np.int16)
-            file.write(block.clip(0, 255).astype(np.uint8).tobytes())
+        for _, images in more_images(rows, BLOCK):
+            file.write(images.tobytes())
     return np.memmap(path, np.uint8, "r", shape=(rows, 28, 28))
 
 
