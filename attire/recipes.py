@@ -52,6 +52,7 @@ class Recipe:
     schedule: str = "cosine"  # cosine: warm-up over a tenth of the steps, then down to 0; constant
     weight_decay: float = 0.02
     label_smoothing: float = 0.05
+    jitter: float = 0.0  # probability that a feature map is moved by one place, see augment.py
     erase: float = 0.0  # probability that a rectangle of a feature map is erased
     cutmix: float = 0.0  # probability that a batch is mixed by CutMix
     distil: float = 0.7  # with a teacher: share of the loss that its answers make up
@@ -90,6 +91,7 @@ class Recipe:
         self._check("clip", math.isfinite(self.clip) and self.clip >= 0, "a number >= 0")
         self._check("distil", 0 < self.distil <= 1, "above 0, at most 1")
         self._check("soften", math.isfinite(self.soften) and self.soften > 0, "a number > 0")
+        self._check("jitter", 0 <= self.jitter <= 1, "a probability")
         self._check("erase", 0 <= self.erase <= 1, "a probability")
         self._check("cutmix", 0 <= self.cutmix <= 1, "a probability")
         plain = not (self.train_blocks or self.conv)
@@ -128,7 +130,7 @@ class Recipe:
         views += ", drawn" if self.drawn else ""
         views += ", strange shapes" if self.strange else ""
         frozen = f"{self.name}: frozen to {self.freeze_to}, {self.image_size} px{pool}{views}{trained}"
-        mixed = [name for name in ("erase", "cutmix") if getattr(self, name)]
+        mixed = [name for name in ("jitter", "erase", "cutmix") if getattr(self, name)]
         more = f", {' and '.join(mixed)}" if mixed else ""
         more += f", weights averaged {self.ema:g}" if self.ema else ""
         more += f", {self.test_views} views averaged for an answer" if self.test_views > 1 else ""

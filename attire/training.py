@@ -148,7 +148,7 @@ def run_epoch(
     order, mirrored = epoch_order(train, recipe, state.epoch, getattr(source, "stretch", None))
     steps = math.ceil(len(train) / recipe.batch_size)
     position = min(state.step * recipe.batch_size, len(order))  # the last batch may have been a smaller one
-    plan = ranks.shares(len(order), position, recipe.batch_size, whole=bool(recipe.erase or recipe.cutmix))
+    plan = ranks.shares(len(order), position, recipe.batch_size, whole=augment.is_drawn_for_batches(recipe))
     read = np.concatenate([np.arange(0), *(np.arange(share.read.start, share.read.stop) for share in plan)])
     views, left, device = None if mirrored is None else mirrored[read], len(read), next(classifier.parameters()).device
     start, saved = time.perf_counter() - state.seconds, time.perf_counter()

@@ -42,7 +42,7 @@ CASES: dict[str, Recipe] = {
     "few": replace(PLAIN, batch_size=1, epochs=1),
     "soft": replace(PLAIN, distil=0.6),
     "conv": CONV,
-    "mixed": replace(CONV, erase=0.5, cutmix=1.0, ema=0.9, clip=0.5),
+    "mixed": replace(CONV, jitter=0.5, erase=0.5, cutmix=1.0, ema=0.9, clip=0.5),
     "pairs": replace(CONV, batch_size=2, epochs=1),
     "tuned": replace(CONV, conv=(), hidden=(8,), train_blocks=1, batch_norm=True, probe_epochs=1, block_lr=0.5),
     "bf16": replace(CONV, precision="bf16", erase=0.5),

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from attire.augment import Target, augment, boxes, cutmix, erase
+from attire.augment import Target, augment, boxes, cutmix, erase, jitter
 from attire.recipes import FAST
 
 RECIPE = replace(FAST, erase=0.5, cutmix=1.0)
@@ -25,6 +25,37 @@ def test_the_same_step_is_augmented_the_same_and_another_is_not() -> None:
 
     assert torch.equal(made(3), made(3))
     assert not torch.equal(made(3), made(4))
+
+
+def test_maps_are_moved_by_one_place_in_every_direction_and_the_edge_comes_in() -> None:
+    picture = torch.arange(16.0).reshape(1, 4, 4)
+    maps = picture.repeat(400, 2, 1, 1)
+    jitter(maps, 1.0, np.random.default_rng(0))
+    inside = maps[:, 0, 1:3, 1:3]
+    moves = [int(value) for value in (5 - inside[:, 0, 0]).unique()]  # 4 a row down, 1 a place right
+    assert moves == [-5, -4, -3, -1, 0, 1, 3, 4, 5]
+    down = maps[(5 - inside[:, 0, 0]) == 4][0, 1]
+    assert torch.equal(down, picture[0, [0, 0, 1, 2]])
+    right = maps[(5 - inside[:, 0, 0]) == 1][0, 1]
+    assert torch.equal(right, picture[0][:, [0, 0, 1, 2]])
+
+
+def test_a_moved_map_is_the_map_of_the_moved_picture_but_for_its_edge() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
+    with torch.no_grad():
+        picture = torch.rand(1, 1, 16, 16)
+        maps = layer(picture).repeat(40, 1, 1, 1)
+        jitter(maps, 1.0, np.random.default_rng(0))
+        expected = layer(picture.roll((2, -2), (2, 3)))[0, :, 2:-2, 2:-2]
+    assert any(torch.allclose(found[:, 2:-2, 2:-2], expected) for found in maps)
+
+
+def test_half_of_the_maps_are_looked_at_for_moving() -> None:
+    maps = torch.arange(16.0).reshape(1, 1, 4, 4).repeat(900, 1, 1, 1)
+    before = maps.clone()
+    jitter(maps, 0.5, np.random.default_rng(0))
+    assert 350 < int((maps != before).flatten(1).any(1).sum()) < 450  # half, of which a ninth stay where they are
 
 
 def test_erasing_empties_one_rectangle_of_every_channel() -> None:

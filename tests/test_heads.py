@@ -128,6 +128,7 @@ def test_a_convolutional_classifier_takes_flat_rows() -> None:
         ({"train_blocks": 0, "probe_epochs": 0}, "--batch-norm: expected no"),
         ({"ema": 1.0}, "--ema: expected at least 0, below 1"),
         ({"erase": 1.5}, "--erase: expected a probability"),
+        ({"jitter": -0.5}, "--jitter: expected a probability"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_named(changes: dict[str, object], line: str) -> None:

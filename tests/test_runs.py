@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command import TINY as FLAGS
 from command import Done, attire
 
 from attire import features, load, recipes, runs
-from attire.data import FASHION_CLASSES, load_dataset, write_csv
+from attire.classifier import load_bundle
+from attire.data import FASHION_CLASSES, ImageDataset, load_dataset, write_csv
 from attire.errors import AttireError, Stopped
 from attire.results import load_result
 from attire.training import STOPS, read_checkpoint
@@ -67,6 +69,22 @@ def test_a_run_resumed_at_an_epoch_s_edge_ends_with_the_same_weights(real_csv: P
     resumed = runs.resume(again.folder)
     first, second = (run.bundle / "model.safetensors" for run in (whole, resumed))
     assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("more", [[], ["--train-blocks", "1", "--batch-norm", "--no-standardise", "--ema", "0.9"]])
+def test_on_cuda_a_run_is_made_and_its_bundle_answers_alike_on_the_cpu(
+    more: list[str], here: Path, small_csv: Path, synthetic: ImageDataset, weights: Path
+) -> None:
+    done = attire("train", "--data", small_csv, *FLAGS, *more, "--device", "cuda", "--out", "run")
+    assert done.status == 0, done
+    told = load_result(here / "run").environment
+    assert told["device"] == torch.cuda.get_device_name()
+    assert told["backend"] == "torch-cuda"
+    on_cuda, on_cpu = (
+        load_bundle(here / "run/model", name).predict_proba(synthetic.images) for name in ("cuda", "cpu")
+    )
+    assert np.allclose(on_cuda, on_cpu, atol=0.02)  # cuDNN's convolutions are TF32
 
 
 @pytest.mark.real

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.transforms import v2
 
-from attire import vgg
+from attire import features, vgg
 from attire.blocks import BLOCKS, feature_shape
 from attire.data import ImageDataset
 from attire.errors import AttireError
@@ -103,6 +103,19 @@ def test_bf16_stays_close_to_fp32(random_weights: Path, synthetic: ImageDataset)
     assert coarse.dtype == torch.float32
     error = ((exact - coarse).norm() / exact.norm()).item()
     assert 0 < error < 0.02
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 0.003), ("bf16", 0.02)])  # fp32: cuDNN's TF32, 10 bits
+def test_on_cuda_features_stay_close_to_the_cpu_s(
+    precision: str, most: float, random_weights: Path, synthetic: ImageDataset
+) -> None:
+    images, spec = synthetic.images[:40], features.FeatureSpec("block3", 32, 0, "", precision)
+    exact = vgg.Trunk(vgg.vgg16(random_weights, "block3", 0, nn.Sequential()), CPU, "fp32")
+    cuda = vgg.Trunk(vgg.vgg16(random_weights, "block3", 0, nn.Sequential()), torch.device("cuda"), precision)
+    assert cuda.features[0].weight.is_contiguous(memory_format=torch.channels_last)
+    expected, found = (features.compute(images, spec, trunk).astype(np.float32) for trunk in (exact, cuda))
+    assert 0 < np.linalg.norm(expected - found) / np.linalg.norm(expected) < most
 
 
 def test_the_classifier_is_linear_relu_dropout_then_linear() -> None:

@@ -38,6 +38,7 @@ FIELD_HELP = {
     "probe_epochs": "Of the epochs, those in which trained blocks wait for the classifier.",
     "block_lr": "Factor on the learning rate for each block below the classifier.",
     "conv": "Widths of 3x3 convolutions in front of the hidden layers, such as 256,512.",
+    "jitter": "Probability that a feature map is moved by one place.",
     "erase": "Probability that a rectangle of a feature map is erased.",
     "cutmix": "Probability that a batch is mixed by CutMix.",
     "distil": "With --teacher: share of the loss that its answers make up.",
