@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +26,7 @@ from attire import cluster as clusters
 from attire import devices, features, files, stages, training
 from attire.errors import AttireError, UsageError
 from attire.features import Features, FeatureSpec
+from attire.results import load_result
 from attire.samples import grey_png
 from attire.training import Epoch
 from attire.watching import Silent
@@ -60,7 +61,12 @@ def joined(two: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Cl
 @pytest.fixture
 def over(joined: "Cluster", monkeypatch: pytest.MonkeyPatch) -> "Cluster":
     """What `--cluster there` finds."""
-    monkeypatch.setattr(clusters, "connect", lambda address, workers=0: nullcontext(joined))
+
+    def found(address: str, workers: int = 0) -> AbstractContextManager["Cluster"]:
+        monkeypatch.setattr(joined, "workers", workers or 1)
+        return nullcontext(joined)
+
+    monkeypatch.setattr(clusters, "connect", found)
     return joined
 
 
@@ -249,6 +255,26 @@ def test_a_run_is_the_same_whether_it_is_trained_here_or_there(
     same = [(Path(run) / "model" / "model.safetensors").read_bytes() for run in ("there", "alone")]
     assert same[0] == same[1]
     assert sorted(path.name for path in here.iterdir()) == ["alone", "there"]
+
+
+@ray
+@pytest.mark.real
+def test_two_workers_train_together_what_one_process_does(
+    over: "Cluster", small_csv: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One on each node; without dropout, which each draws for its own rows."""
+    monkeypatch.setattr(devices, "choose_backend", lambda *_: "torch")
+    asked = ("train", "--data", small_csv, *TINY, "--dropout", "0", "--out")
+    there = attire(*asked, "two", "--cluster", "there", "--cluster-workers", "2")
+    assert there.status == 0, there
+    assert "epoch   3" in there.err
+    assert attire(*asked, "one").status == 0
+    found, expected = load_result(here / "two"), load_result(here / "one")
+    assert (found.environment["processes"], expected.environment.get("processes")) == (2, None)
+    assert len(found.history) == 3
+    for epoch, other in zip(found.history, expected.history, strict=True):
+        assert epoch["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+    assert found.predictions.probabilities == pytest.approx(expected.predictions.probabilities, abs=1e-4)
 
 
 OWN = """
