@@ -95,7 +95,8 @@ def shaded(values: Floats, cloth: NDArray[np.bool_], rng: Rng) -> Floats:
         shades: Floats = np.sort(rng.uniform(40, 255, count))
         if rng.random() < 0.3:
             shades = rng.permutation(shades)
-        return cloth * shades[np.digitize(smooth, ends)]
+        shades = shades[np.digitize(smooth, ends)]
+        return cloth * shades
     if way < 0.8:
         floor = rng.uniform(0, 120)
         light = (values.clip(0) / max(1.0, float(values.max()))) ** rng.uniform(0.4, 2.2)
@@ -210,4 +211,4 @@ def around(x: float, y: float, angles: Floats, radii: Floats, stretch: float = 1
 def fitted(values: Floats) -> Grey | None:
     """(28, 28) as predictions see it; None where next to nothing is."""
     seen = values > 8
-    return rendered(values, seen, STEPS)[1] if seen.sum() >= LEAST else None
+    return rendered(values.astype(float), seen, STEPS)[1] if seen.sum() >= LEAST else None

@@ -118,10 +118,10 @@ def rendered(values: Floats, mask: Mask, steps: Steps) -> tuple[Box, Grey]:
         values = without_lines(values, line, steps)
     if steps.clear:
         values = cleared(values, mask)
-    inside = box[1], box[3], box[0], box[2]
-    part, cloth = (found[inside[0] : inside[1], inside[2] : inside[3]] for found in (values, mask))
+    inside = slice(box[1], box[3]), slice(box[0], box[2])
+    part = values[inside]
     if steps.lift and steps.stretch:
-        part = lifted(part, cloth)
+        part = lifted(part, mask[inside])
     return box, fit(part, steps)
 
 
