@@ -44,8 +44,8 @@ def release(run: Path, out: Path, watcher: Watcher | None = None, data: ImageDat
     files.check_writable(out.parent)
     watcher, data = watcher or Silent(), data or load_dataset(part="test")
     result, whole = load_result(run), load_bundle(run, "cpu")
-    told_of = {name: without_places(getattr(result, name)) for name in ("config", "data")}
-    result = replace(result, command=without_folders(result.command), **told_of)
+    config, told_of = without_places(result.config), without_places(result.data)
+    result = replace(result, command=without_folders(result.command), config=config, data=told_of)
     if data.classes != whole.classes:
         raise AttireError(data.source, "its classes are not the bundle's")
     expected = probabilities(whole, data, "Bundle", watcher)
