@@ -51,12 +51,17 @@ docs: $(READY)
 dist: $(READY)
 	@$(BIN)/python -m build --quiet --no-isolation && ls dist
 
+# What ships: recipe fast, wider, also trained on drawings and strange shapes, and taught by two seeds of fast.
 RECIPE ?= fast
+SHIPS ?= --drawn --strange --hidden 768 --epochs 36
+TEACHERS := 0 1
 RELEASED := runs/release-$(shell date +%Y%m%d-%H%M%S)
 
 release-model: $(READY)
-	@$(BIN)/attire train --recipe $(RECIPE) --out $(RELEASED) $(ARGS)
-	@$(BIN)/attire release $(RELEASED) --out attire/shipped
+	@$(BIN)/attire train --recipe fast --seeds $(words $(TEACHERS)) --out $(RELEASED)/teachers
+	@$(BIN)/attire train --recipe $(RECIPE) $(SHIPS) $(TEACHERS:%=--teacher $(RELEASED)/teachers/seed-%) \
+		--out $(RELEASED)/ships $(ARGS)
+	@$(BIN)/attire release $(RELEASED)/ships --out attire/shipped
 
 BUNDLE ?= runs/1/model
 

@@ -138,7 +138,8 @@ class Classifier:
         """
         if self.rejecter is None:
             raise AttireError("bundle", CANNOT_REJECT, do=TRAIN_AGAIN)
-        parts = [self.rejecter.distances(x) for x in self._features(as_images(images))]
+        found = self._answers(as_images(images))
+        parts = [self.rejecter.distances(x, self._probabilities(logits)) for x, logits in found]
         return np.concatenate([np.empty(0, np.float32), *parts])
 
     def nearest(self, images: ArrayLike, count: int = neighbours.NEAREST) -> list[tuple[Neighbour, ...]]:
@@ -164,8 +165,9 @@ class Classifier:
             images, single = images[None], True
         found: list[Prediction] = []
         for x, logits in self._answers(as_images(images)):
-            distances = [None] * len(x) if self.rejecter is None else self.rejecter.distances(x).tolist()
-            found += map(self.ranked, self._probabilities(logits), distances)
+            sure = self._probabilities(logits)
+            distances = [None] * len(x) if self.rejecter is None else self.rejecter.distances(x, sure).tolist()
+            found += map(self.ranked, sure, distances)
         return found[0] if single else found
 
     def ranked(self, probabilities: NDArray[np.floating[Any]], distance: float | None = None) -> Prediction:

@@ -1,9 +1,10 @@
 """Pictures that training makes for itself: a garment as a drawing would show it, and shapes that are no garment.
 
-Photographs and drawings reach a model cut out, flat and stretched to full contrast (`photos.prepare`), as no training
-image is. Classifiers that also learn to answer "each class alike" for other things are rarely sure of what they were
-never shown (outlier exposure, Hendrycks et al. 2019); here the other things are made of random shapes and of the
-garments' own pieces, so that no further data is needed. What is drawn depends on the image alone.
+Photographs and drawings reach a model cut out, flat and stretched to full contrast (`photos.prepare`), as no
+training image is; so what is drawn here goes through the same steps. Classifiers that also learn to answer "each class
+alike" for other things are rarely sure of what they were never shown (outlier exposure, Hendrycks et al. 2019); here
+the other things are made of random shapes and of the garments' own pieces, so that no further data is needed. What is
+drawn depends on the image alone.
 """
 
 import hashlib
@@ -13,19 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from attire.photos import Grey, bounds, centred, stretched, within
+from attire.photos import Grey, Steps, rendered
 from attire.pictures import SIDE
 
 Floats = NDArray[np.floating[Any]]
 Rng = np.random.Generator
 
+VERSION = 2  # of what is drawn: part of the views' names, and so of the cache key; see `features.DRAWN`
 CANVAS = 112  # px a side, on which shapes are drawn before they are shrunk
+SHEET = 84  # px a side, on which garments are drawn
 CLOTH = 20  # grey value above which a pixel is the garment's
 LEAST = 20  # pixels of a garment; less is left as it is
+STEPS = Steps()
 
 
 def drawn(images: Grey) -> Grey:
-    """Each of (n, 28, 28) in another manner: turned a little, in one to three shades, lined, lit from a side."""
+    """Each of (n, 28, 28) in another manner: turned, wider, flared, in one to three shades, lined, lit from a side."""
     return np.stack([draw(image, generator(image, b"drawn")) for image in images])
 
 
@@ -42,29 +46,38 @@ def generator(image: Grey, kind: bytes) -> Rng:
 def draw(image: Grey, rng: Rng) -> Grey:
     from scipy import ndimage  # here and below: whoever only reads a cache does not wait for it
 
-    values = turned(image.astype(float), rng) if rng.random() < 0.7 else image.astype(float)
+    values = enlarged(image, rng)
     cloth = values > CLOTH
-    if rng.random() < 0.5:
+    if cloth.any():  # higher up the gap between a sleeve and the body stays
+        cloth = values > max(CLOTH, rng.uniform(0.1, 0.45) * float(np.median(values[cloth])))
+    if rng.random() < 0.35:
         cloth = ndimage.binary_fill_holes(cloth)
-    if cloth.sum() < LEAST:
+    if cloth.sum() < LEAST * (SHEET / SIDE) ** 2:
         return image
-    found = lined(shaded(values, cloth, rng), values, cloth, rng)
+    found = shaded(values, cloth, rng)
+    if rng.random() < 0.25:
+        found = banded(found, cloth, rng)
+    found = lined(found, values, cloth, rng)
     if rng.random() < 0.3:
-        found = found * lit(rng, SIDE)
-    if rng.random() < 0.4:
-        found = ndimage.gaussian_filter(found, rng.uniform(0.2, 0.6)) * cloth
-    return centred(stretched(found))
+        found = found * lit(rng, SHEET)
+    return rendered(found.clip(0, 255), cloth, STEPS)[1]
 
 
-def turned(values: Floats, rng: Rng) -> Floats:
-    """By a few degrees, sheared, a little narrower or wider, moved by less than a pixel."""
+def enlarged(image: Grey, rng: Rng) -> Floats:
+    """(SHEET, SHEET): turned by some degrees, sheared, narrower or wider, sometimes flared to the bottom or top."""
     from scipy import ndimage
 
-    angle, scale, shear = np.deg2rad(rng.normal(0, 6)), rng.uniform(0.88, 1.08, 2), rng.normal(0, 0.06)
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    matrix = turn @ np.array([[1, shear], [0, 1]]) @ np.diag(1 / scale)
-    middle = np.full(2, (SIDE - 1) / 2)
-    found: Floats = ndimage.affine_transform(values, matrix, middle - matrix @ middle + rng.normal(0, 0.5, 2), order=1)
+    angle, shear, shift = np.deg2rad(rng.normal(0, 8)), rng.normal(0, 0.06), rng.normal(0, 0.5, 2)
+    wide = np.exp(rng.uniform(-0.3, 0.5)) if rng.random() < 0.6 else rng.uniform(0.9, 1.1)
+    flare = rng.uniform(-0.2, 0.5) if rng.random() < 0.35 else 0.0
+    zoom = 1.25 * max(1.0, wide * (1 + abs(flare) / 2))  # so that nothing leaves the sheet
+    across = np.linspace(-0.5, 0.5, SHEET) * SIDE * zoom  # of 28 px, from the middle
+    down, right = np.meshgrid(across, across, indexing="ij")
+    down, right = np.cos(angle) * down - np.sin(angle) * right, np.sin(angle) * down + np.cos(angle) * right
+    right = (right + shear * down) / (wide * (1 + flare * (down / SIDE).clip(-0.5, 0.5)))
+    middle = (SIDE - 1) / 2 + shift
+    large = ndimage.map_coordinates(image.astype(np.float32), [down + middle[0], right + middle[1]], order=1)
+    found: Floats = ndimage.gaussian_filter(large, rng.uniform(0.6, 1.4))
     return found
 
 
@@ -73,13 +86,16 @@ def shaded(values: Floats, cloth: NDArray[np.bool_], rng: Rng) -> Floats:
     from scipy import ndimage
 
     way = rng.random()
-    if way < 0.3:
-        return cloth * rng.uniform(90, 255)
+    if way < 0.35:
+        return cloth * rng.uniform(25, 255)
     if way < 0.6:
         count = int(rng.integers(2, 4))
         ends = np.quantile(values[cloth], np.linspace(0, 1, count + 1)[1:-1])
-        smooth = ndimage.gaussian_filter(values, rng.uniform(0.4, 1.2))
-        shades: Floats = np.sort(rng.uniform(60, 255, count))[np.digitize(smooth, ends)]
+        smooth = ndimage.gaussian_filter(values, rng.uniform(0.8, 3))
+        shades: Floats = np.sort(rng.uniform(40, 255, count))
+        if rng.random() < 0.3:
+            shades = rng.permutation(shades)
+        shades = shades[np.digitize(smooth, ends)]
         return cloth * shades
     if way < 0.8:
         floor = rng.uniform(0, 120)
@@ -88,15 +104,29 @@ def shaded(values: Floats, cloth: NDArray[np.bool_], rng: Rng) -> Floats:
     return values
 
 
+def banded(found: Floats, cloth: NDArray[np.bool_], rng: Rng) -> Floats:
+    """With a sole, a hem or a waistband: a strip at the bottom, or at the top, in a shade of its own."""
+    rows = np.flatnonzero(cloth.any(1))
+    high = max(1, round(len(rows) * rng.uniform(0.06, 0.22)))
+    strip = rows[-high:] if rng.random() < 0.7 else rows[:high]
+    found = found.copy()
+    found[strip] = cloth[strip] * rng.uniform(40, 255)
+    return found
+
+
 def lined(found: Floats, values: Floats, cloth: NDArray[np.bool_], rng: Rng) -> Floats:
-    """Dark lines where the garment changes, in a third of the pictures."""
+    """With an outline in half of the pictures, thin or thick, dark on white as pens are; with seams in a third."""
     from scipy import ndimage
 
-    if rng.random() >= 0.35:
-        return found
-    edges = ndimage.gaussian_gradient_magnitude(values, 0.6)
-    lines = cloth & (edges > rng.uniform(0.35, 0.6) * max(1.0, float(edges[cloth].max())))
-    return np.where(lines, found * rng.uniform(0, 0.6), found)
+    pen = rng.uniform(180, 255)
+    if rng.random() < 0.35:
+        edges = ndimage.gaussian_gradient_magnitude(values, 1.5)
+        seams = cloth & (edges > rng.uniform(0.35, 0.6) * max(1.0, float(edges[cloth].max())))
+        found = np.where(seams, pen if rng.random() < 0.7 else rng.uniform(0, 40), found)
+    if rng.random() < 0.5:
+        inner = ndimage.binary_erosion(cloth, iterations=int(rng.integers(1, 4)))
+        found = np.where(cloth & ~inner, pen, found)
+    return found
 
 
 def lit(rng: Rng, side: int) -> Floats:
@@ -107,21 +137,23 @@ def lit(rng: Rng, side: int) -> Floats:
 
 def estrange(image: Grey, rng: Rng) -> Grey:
     for _ in range(8):
-        found = fitted(pieces(image, rng) if rng.random() < 0.25 else shapes(image, rng))
-        if found is not None:
-            return found
+        found = pieces(image, rng) if rng.random() < 0.25 else shapes(image, rng)
+        if (found > 8).any():  # with pens' lines as garments have them: those are no sign of cloth
+            found = lined(found, found, found > 8, rng)
+        if (small := fitted(found)) is not None:
+            return small
     return 255 - image  # never seen: eight empty canvases in a row
 
 
 def pieces(image: Grey, rng: Rng) -> Floats:
-    """(56, 56): its quarters or sixteenths, each turned, in another order."""
+    """(84, 84): its quarters or sixteenths, each turned, in another order."""
     count = int(rng.choice([2, 4]))
     step = SIDE // count
     corners = [(i * step, j * step) for i in range(count) for j in range(count)]
     parts = [np.rot90(image[i : i + step, j : j + step], int(rng.integers(4))) for i, j in corners]
     order = rng.permutation(len(parts))
     rows = [[parts[order[i * count + j]] for j in range(count)] for i in range(count)]
-    return np.kron(np.block(rows), np.ones((2, 2)))
+    return np.kron(np.block(rows), np.ones((3, 3)))
 
 
 def shapes(image: Grey, rng: Rng) -> Floats:
@@ -177,11 +209,6 @@ def around(x: float, y: float, angles: Floats, radii: Floats, stretch: float = 1
 
 
 def fitted(values: Floats) -> Grey | None:
-    """(28, 28): cut to what is not black, its longer side 28, centred and stretched; None where next to nothing is."""
+    """(28, 28) as predictions see it; None where next to nothing is."""
     seen = values > 8
-    if seen.sum() < LEAST:
-        return None
-    left, top, right, bottom = bounds(seen)
-    part = Image.fromarray(values[top:bottom, left:right].astype(np.float32))
-    small = part.resize(within(*part.size, SIDE), Image.Resampling.BOX)
-    return centred(stretched(np.asarray(small, float)))
+    return rendered(values.astype(float), seen, STEPS)[1] if seen.sum() >= LEAST else None

@@ -28,7 +28,7 @@ from attire.classifier import Classifier, load_bundle
 from attire.data import ImageDataset, load_dataset
 from attire.errors import AttireError, UsageError
 from attire.intervals import Interval, paired_difference, wilson
-from attire.reject import TENSORS, Rejecter, nearest, pooled
+from attire.reject import TENSORS, Rejecter, doubted, nearest, pooled
 from attire.runtimes import METADATA, NO_SEAL, READERS, SCHEMA, SUFFIXES, Exported, load_export, seal_bytes
 from attire.watching import Silent, Watcher, in_parts
 
@@ -84,6 +84,7 @@ class WholeNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.reject: nn.Module | None = None
+        self.doubt = rejecter.doubt if rejecter else 0.0
         if rejecter is not None:
             self.reject = nn.Module()
             for name in TENSORS:
@@ -110,7 +111,8 @@ class WholeNetwork(nn.Module):
         if self.reject is None:
             return probabilities
         centre, means, whiten = (getattr(self.reject, name) for name in TENSORS)
-        return probabilities, nearest(pooled(x, len(centre)), centre, whiten, means)
+        far = nearest(pooled(x, len(centre)), centre, whiten, means)
+        return probabilities, doubted(far, probabilities, self.doubt)
 
 
 def seen(grey: Tensor, view: str) -> Tensor:

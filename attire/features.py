@@ -25,7 +25,7 @@ PIXEL_BYTES = 800  # that a pass holds for each of them: 617 measured, block3 at
 RESIDENT_BYTES = 64 * 2**20  # mapped pages kept resident while rows are gathered at random
 AROUND = 64 * 2**10  # bytes that Linux maps around a byte that is touched, where they are in its page cache
 VIEWS = ("plain", "flip", "negative")  # as it is, mirrored, black on white
-DRAWN, STRANGE = "drawn", "strange"  # see drawings.py
+DRAWN, STRANGE = (f"{name}{drawings.VERSION}" for name in ("drawn", "strange"))  # see drawings.py
 SHIFTS = ((0, -2), (0, 2), (-2, 0), (2, 0), (-1, -1), (1, 1), (-1, 1), (1, -1))  # (down, right), of 28 px
 
 Trunk = Callable[[Tensor], Tensor]  # (n, 3, S, S) normalised pictures to (n, D) float features
@@ -248,8 +248,8 @@ def compute(images: NDArray[np.uint8], spec: FeatureSpec, trunk: Trunk) -> NDArr
 
 
 def seen(images: NDArray[np.uint8], view: str) -> NDArray[np.uint8]:
-    """Images (n, H, W) of a view: one of VIEWS, or "shift+1-2", moved down and right, black filled in; "drawn" and
-    "strange" are those of `drawings`, of 28x28 pictures.
+    """Images (n, H, W) of a view: one of VIEWS, or "shift+1-2", moved down and right, black filled in; DRAWN and
+    STRANGE are those of `drawings`, of 28x28 pictures.
 
     "... flip" mirrors what was shifted or drawn.
     """

@@ -1,8 +1,8 @@
 """Reject: how far a picture lies from the training images, and from where on it is none of the classes."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,10 +38,12 @@ class Rejecter:
 
     A feature map is averaged over its places, one value a channel, and its square root taken: activations after a
     ReLU are skewed, and under the root their spread depends less on their size (Bartlett 1936). All classes share one
-    covariance. Plain products and sums, so that it can be exported with the network.
+    covariance. A classifier that was trained on strange shapes as well is unsure of what is no garment: `doubt` is
+    added for each unit of -ln of its largest probability. Plain products and sums, so that it can be exported with the
+    network.
 
     centre: (C,); whiten: (C, C), maps centred values to unit covariance; means: (K, C), whitened; rows: how many the
-    threshold was set on; rate: the share of those that it turns away.
+    threshold was set on; rate: the share of those that it turns away; doubt: 0 where probabilities do not count.
     """
 
     centre: Tensor
@@ -50,11 +52,18 @@ class Rejecter:
     threshold: float
     rows: int
     rate: float = FALSE_REJECTS
+    doubt: float = 0.0
 
-    def distances(self, features: Tensor) -> NDArray[np.float32]:
-        """(n,) float32, 0 at a class's mean, about the square root of C for a garment; features: (n, D) in C, H, W."""
+    def distances(self, features: Tensor, probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(n,) float32, 0 at a class's mean, about the square root of C for a garment, and farther by what the answer's
+        doubt adds; features: (n, D) in C, H, W; probabilities: (n, K), calibrated."""
+        return self.of(pooled(features.cpu(), len(self.centre)), torch.from_numpy(probabilities))
+
+    def of(self, x: Tensor, probabilities: Tensor) -> NDArray[np.float32]:
+        """The same of pooled rows (n, C)."""
         with torch.inference_mode():
-            return nearest(pooled(features.cpu(), len(self.centre)), self.centre, self.whiten, self.means).numpy()
+            found = nearest(x, self.centre, self.whiten, self.means)
+            return doubted(found, probabilities, self.doubt).numpy()
 
     def tensors(self) -> dict[str, Tensor]:
         """What a bundle stores, by name."""
@@ -62,7 +71,8 @@ class Rejecter:
 
     def about(self) -> dict[str, Any]:
         """What `model.json` says of it."""
-        return {"threshold": self.threshold, "rows": self.rows, "rate": self.rate}
+        told = {"threshold": self.threshold, "rows": self.rows, "rate": self.rate}
+        return {**told, "doubt": self.doubt} if self.doubt else told
 
 
 def restore(tensors: dict[str, Tensor], about: dict[str, Any], channels: int, where: Any) -> Rejecter:
@@ -76,12 +86,13 @@ def restore(tensors: dict[str, Tensor], about: dict[str, Any], channels: int, wh
         raise AttireError(where, "reject: no class means, or values that are not finite", do="use a fresh copy")
     try:
         threshold, rows, rate = float(about["threshold"]), int(about["rows"]), float(about["rate"])
-        if not (0 <= threshold < math.inf and 0 < rate < 1):
-            raise ValueError(f"threshold {threshold}, rate {rate}")
+        doubt = float(about.get("doubt", 0.0))
+        if not (0 <= threshold < math.inf and 0 < rate < 1 and 0 <= doubt < math.inf):
+            raise ValueError(f"threshold {threshold}, rate {rate}, doubt {doubt}")
     except (KeyError, TypeError, ValueError) as error:
         told = f"{type(error).__name__} {error}"[:80]
         raise AttireError(where, "reject: not what a bundle holds", told, "use a fresh copy") from error
-    return Rejecter(centre, whiten, means, threshold, rows, rate)
+    return Rejecter(centre, whiten, means, threshold, rows, rate, doubt)
 
 
 def pooled(features: Tensor, channels: int) -> Tensor:
@@ -94,6 +105,11 @@ def nearest(x: Tensor, centre: Tensor, whiten: Tensor, means: Tensor) -> Tensor:
     z = (x - centre) @ whiten
     squares = z.square().sum(1, keepdim=True) - 2 * z @ means.T + means.square().sum(1)  # (n, K)
     return squares.amin(1).clamp_min(0).sqrt()
+
+
+def doubted(distances: Tensor, probabilities: Tensor, doubt: float) -> Tensor:
+    """Distances (n,) with what the largest of the probabilities (n, K) adds."""
+    return distances - doubt * probabilities.amax(1).log() if doubt else distances
 
 
 def fit_classes(x: Tensor, labels: Tensor, shrinkage: float = SHRINKAGE) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,27 +162,49 @@ def pooled_rows(source: Source, rows: Rows, channels: int, view: int = 0) -> Ten
     return torch.cat(parts) if parts else torch.empty(0, channels)
 
 
-def fit(
-    source: Source, labels: NDArray[np.int64], rows: tuple[Rows, Rows], channels: int, views: Sequence[int]
-) -> Rejecter | None:
-    """A Rejecter from `share_rows`' two parts; None where there are too few rows for a threshold.
+@dataclass(frozen=True)
+class Fitting:
+    """What a Rejecter is fitted to besides its rows: the numbers of the views to fit on, and of those that the
+    threshold is set on; whether the largest probability counts; and calibrated probabilities (n, K) of rows in a view.
 
-    views: the numbers of those of the rows to fit on that count. Without mirrored ones a quarter of mirrored garments
-    were turned away, nearly all of them shoes; without drawn ones 27 instead of 20 of 33 clear garments in photographs
-    and drawings (docs/log.md).
+    Without mirrored views a quarter of mirrored garments were turned away, nearly all of them shoes; without drawn ones
+    27 instead of 20 of 33 clear garments in photographs and drawings (docs/log.md).
     """
+
+    views: Sequence[int]
+    held: Sequence[int]
+    doubts: bool
+    answers: Callable[[Rows, int], NDArray[np.float32]]
+
+
+def fit(
+    source: Source, labels: NDArray[np.int64], rows: tuple[Rows, Rows], channels: int, how: Fitting
+) -> Rejecter | None:
+    """A Rejecter from `share_rows`' two parts; None where there are too few rows for a threshold."""
     fitted, held = rows
     if not len(fitted):
         return None
-    parts = [pooled_rows(source, fitted, channels, view) for view in views]
-    centre, whiten, means = fit_classes(torch.cat(parts), torch.from_numpy(np.tile(labels[fitted], len(parts))))
-    distances = nearest(pooled_rows(source, held, channels), centre, whiten, means).numpy()
-    threshold = find_threshold(distances)
-    return None if threshold is None else Rejecter(centre, whiten, means, threshold, len(held))
+    parts = [pooled_rows(source, fitted, channels, view) for view in how.views]
+    told = fit_classes(torch.cat(parts), torch.from_numpy(np.tile(labels[fitted], len(parts))))
+    x = torch.cat([pooled_rows(source, held, channels, view) for view in how.held])
+    sure, doubt = torch.ones(len(x), 1), 0.0
+    if how.doubts and len(held):
+        sure = torch.from_numpy(np.concatenate([how.answers(held, view) for view in how.held]))
+        doubt = find_doubt(nearest(x, *told), sure)
+    rejecter = Rejecter(*told, 0.0, len(x), doubt=doubt)
+    threshold = find_threshold(rejecter.of(x, sure))
+    return None if threshold is None else replace(rejecter, threshold=threshold)
 
 
-def measure(rejecter: Rejecter, source: Source, rows: Rows) -> dict[str, Any]:
-    """How many of these rows, garments all, are turned away: the "reject" block of metrics.json."""
+def find_doubt(distances: Tensor, probabilities: Tensor) -> float:
+    """The weight that lets distance (n,) and -ln of the largest probability spread alike among garments."""
+    surprise = probabilities.amax(1).log()
+    return float(distances.std() / surprise.std().clamp_min(1e-3))
+
+
+def measure(rejecter: Rejecter, source: Source, rows: Rows, probabilities: NDArray[np.floating[Any]]) -> dict[str, Any]:
+    """How many of these rows, garments all, are turned away, answered with these probabilities (n, K): the "reject"
+    block of metrics.json."""
     x = pooled_rows(source, rows, len(rejecter.centre))
-    found = nearest(x, rejecter.centre, rejecter.whiten, rejecter.means).numpy() > rejecter.threshold
+    found = rejecter.of(x, torch.from_numpy(probabilities.astype(np.float32))) > rejecter.threshold
     return {**rejecter.about(), "test": wilson(int(found.sum()), len(found)).to_json()}

@@ -3,7 +3,7 @@
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +44,8 @@ def release(run: Path, out: Path, watcher: Watcher | None = None, data: ImageDat
     files.check_writable(out.parent)
     watcher, data = watcher or Silent(), data or load_dataset(part="test")
     result, whole = load_result(run), load_bundle(run, "cpu")
-    result = replace(result, command=without_folders(result.command))
+    config, told_of = without_places(result.config), without_places(result.data)
+    result = replace(result, command=without_folders(result.command), config=config, data=told_of)
     if data.classes != whole.classes:
         raise AttireError(data.source, "its classes are not the bundle's")
     expected = probabilities(whole, data, "Bundle", watcher)
@@ -72,6 +73,15 @@ def release(run: Path, out: Path, watcher: Watcher | None = None, data: ImageDat
 def without_folders(command: str) -> str:
     """A command line whose paths are names alone: where things lay on one machine is nobody else's business."""
     return shlex.join(Path(word).name if "/" in word else word for word in shlex.split(command))
+
+
+def without_places(told: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's config or data, its teachers named by their runs alone."""
+    teacher = told.get("teacher")
+    if not teacher:
+        return dict(told)
+    names = [path.parent.name if path.name == "model" else path.name for path in map(Path, teacher["bundles"])]
+    return {**told, "teacher": {**teacher, "bundles": names}}
 
 
 def probabilities(model: Classifier, data: ImageDataset, what: str, watcher: Watcher) -> NDArray[np.float32]:

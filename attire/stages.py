@@ -108,6 +108,7 @@ class Answers:
 
 
 Source = CachedSource | OnTheFlySource
+Answering = Callable[[training.Rows, int], NDArray[np.float32]]  # rows and a view's number to probabilities (n, K)
 Sources = tuple[Source, Source]  # of the training data and of the test data; one and the same after a split
 
 
@@ -307,7 +308,7 @@ class Stage:
         test_labels = self.splits.test_data.labels[self.splits.test_rows]
         skewed = self.skew(head, sources[0])
         behind = [TunedSource(s, head) if isinstance(head, heads.TunedHead) else s for s in sources]
-        rejecter = self.rejecter(behind[0])
+        rejecter = self.rejecter(behind[0], partial(self.sure, head, sources[0], temperature))
         return Found(
             temperature,
             test=evaluate(tested, test_labels, classes),
@@ -315,7 +316,7 @@ class Stage:
             val=val,
             probabilities=tested,
             rejecter=rejecter,
-            reject=reject.measure(rejecter, behind[1], self.splits.test_rows) if rejecter else None,
+            reject=reject.measure(rejecter, behind[1], self.splits.test_rows, tested) if rejecter else None,
             neighbours=self.neighbours(head, sources[0]),
             skew=skewed,
         )
@@ -363,15 +364,23 @@ class Stage:
                 parts = [source.standardise.undo(x) for x in found]
         return neighbours.fit(torch.cat(parts), data.images[rows], data.labels[rows])
 
-    def rejecter(self, source: "Source | TunedSource") -> Rejecter | None:
+    def sure(
+        self, head: nn.Module, source: Source, temperature: float, rows: training.Rows, view: int
+    ) -> NDArray[np.float32]:
+        """Calibrated probabilities (n, K) of these rows in this view, averaged with the mirrored one as answers are."""
+        names = source.names
+        both = [view, *(i for i, name in enumerate(names) if name == features.mirrored(names[view]))]
+        found = training.predict_logits(head, source, rows, 1024, both[: self.architecture.test_views])
+        return np.asarray(calibration.softmax(found.numpy(), temperature), np.float32)
+
+    def rejecter(self, source: "Source | TunedSource", answers: Answering) -> Rejecter | None:
         """From training rows alone; its threshold from validation rows, or from a part of the training rows."""
         rows = reject.share_rows(self.train, self.val, self.recipe.split_seed)
-        channels = CHANNELS[self.architecture.end]
-        names = self.training_views()
-        views = [
-            number for number, name in enumerate(names) if name in ("plain", "flip") or name.startswith(features.DRAWN)
-        ]
-        return reject.fit(source, self.splits.data.labels, rows, channels, views)
+        names, held = self.training_views(), ("plain", features.DRAWN)
+        views = [i for i, name in enumerate(names) if name.removesuffix(" flip") in (*held, "flip")]
+        plain = [i for i, name in enumerate(names) if name in held]
+        how = reject.Fitting(views, plain, self.recipe.strange, answers)
+        return reject.fit(source, self.splits.data.labels, rows, CHANNELS[self.architecture.end], how)
 
     def result(
         self, folder: Path, found: Found, history: list[training.Epoch], seconds: dict[str, float], claimed: float

@@ -10,7 +10,7 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from attire import files
+from attire import features, files
 from attire.bundles import ABOUT, find_bundle
 from attire.classifier import Classifier, load_bundle
 from attire.data import ImageDataset, Splits
@@ -56,7 +56,8 @@ def targets(
     recorded: Mapping[str, Any] | None = None,
 ) -> tuple[NDArray[np.float32], dict[str, Any]]:
     """What the teacher answers for each view of each image, (V, N, K), softened by the recipe's temperature; and what
-    `data.json` records of it.
+    `data.json` records of it. Of a drawn view it is asked for the picture that was drawn: a drawing shows the same
+    garment, and no teacher has seen one. What is none of the classes is each of them alike.
 
     Computed once, from cached features, and kept in `folder`: who goes on with a run learns from the very same
     numbers. recorded: what an earlier start of the run recorded. Raises AttireError where a bundle is not the one that
@@ -66,13 +67,21 @@ def targets(
     path, shape = folder / FILE, (len(views), len(data), len(data.classes))
     if (found := kept(path, shape)) is None:
         taught = members(teacher, splits, recipe)
-        found = np.stack([answers(taught, data, view, watcher) for view in views])
+        asked = dict.fromkeys(shown(view) for view in views if view != features.STRANGE)
+        told = {view: answers(taught, data, view, watcher) for view in asked}
+        told[features.STRANGE] = np.full(shape[1:], 1 / shape[2], np.float32)
+        found = np.stack([told[shown(view)] for view in views])
         with files.sealed(path) as file:
             np.lib.format.write_array(cast(IO[bytes], file), found, allow_pickle=False)
     digest = files.sha256(found.tobytes())
     if recorded and recorded.get("targets") != digest:
         raise AttireError(path, "lost, and made again it is not what the run began with", do="start a new run")
     return soften(found, recipe.soften), {**teacher.to_json(), "targets": digest}
+
+
+def shown(view: str) -> str:
+    """The view of the picture that this one was drawn from; of others the view itself."""
+    return {features.DRAWN: "plain", features.mirrored(features.DRAWN): "flip"}.get(view, view)
 
 
 def kept(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32] | None:

@@ -279,8 +279,16 @@ def epoch_order(
     if not np.array_equal(np.sort(order), np.sort(train)):
         raise AttireError("training", "an epoch's order does not hold each row once")
     if recipe.shifts or recipe.drawn or recipe.strange:
-        return order, rng.integers(0, recipe.training_views, len(order))
+        return order, drawn_views(rng, recipe, len(order))
     return order, rng.random(len(order)) < 0.5 if recipe.flips else None
+
+
+def drawn_views(rng: np.random.Generator, recipe: Recipe, count: int) -> Views:
+    """The numbers of `count` views. Beside drawn and strange ones each of the pictures' own counts twice: with as many
+    of each, 24 epochs came to 95.0 % of validation rows, where 15 of `fast` come to 95.6 % (docs/log.md)."""
+    views, own = recipe.training_views, (1 + recipe.flips) * (1 + recipe.shifts)
+    found = rng.integers(0, views + (own if recipe.drawn or recipe.strange else 0), count)
+    return np.where(found < views, found, found - views)
 
 
 def shuffled_stretches(train: Rows, rng: np.random.Generator, length: int, window: int) -> Rows:

@@ -196,6 +196,11 @@ def report(classifier: Classifier, test: ImageDataset) -> None:
         line(f"test garments, {name}", altered(test.images[:ALTERED_ROWS], name))
 
 
+def certain(rows: NDArray[np.int64], view: int) -> NDArray[np.float32]:
+    """Probabilities (n, 1) for a distance that no answer's doubt adds to."""
+    return np.ones((len(rows), 1), np.float32)
+
+
 def hold_out(
     classifier: Classifier,
     training: tuple[ImageDataset, CachedSource],
@@ -208,11 +213,12 @@ def hold_out(
     for pair in PAIRS:
         known = tuple(part[~np.isin(data.labels[part], pair)] for part in rows)
         channels = CHANNELS[classifier.architecture.freeze_to]
-        rejecter = reject.fit(source, data.labels, (known[0], known[1]), channels, range(len(source.views)))
+        how = reject.Fitting(range(len(source.views)), (0,), False, certain)
+        rejecter = reject.fit(source, data.labels, (known[0], known[1]), channels, how)
         assert rejecter is not None
         for name, inside in ((" and ".join(data.classes[c] for c in pair), True), ("  the eight others", False)):
             chosen = np.flatnonzero(np.isin(test.labels, pair) == inside)
-            told = reject.measure(rejecter, tested, chosen)["test"]
+            told = reject.measure(rejecter, tested, chosen, certain(chosen, 0))["test"]
             share = wilson(round(told["value"] * told["n"]), told["n"])
             print(f"{name:40}{share.percent()}", flush=True)
 

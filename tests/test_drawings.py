@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from attire import drawings, features, training
 from attire.augment import Target
 from attire.errors import UsageError
+from attire.photos import rendered
 from attire.recipes import FAST, Recipe
 from attire.training import epoch_order, loss_of
 
@@ -41,12 +42,27 @@ def test_what_is_drawn_depends_on_the_image_alone(
 
 
 def test_a_drawing_keeps_the_garments_place_and_a_strange_shape_does_not(garments: np.ndarray) -> None:
-    def overlap(found: np.ndarray) -> float:
-        ours, theirs = garments > drawings.CLOTH, found > drawings.CLOTH
+    def overlap(found: np.ndarray, whole: np.ndarray) -> float:
+        ours, theirs = whole > drawings.CLOTH, found > drawings.CLOTH
         return float(np.median((ours & theirs).sum((1, 2)) / (ours | theirs).sum((1, 2))))
 
-    assert overlap(drawings.drawn(garments)) > 0.75
-    assert overlap(drawings.strange(garments)) < 0.6
+    whole = np.stack([rendered(image.astype(float), image > 8, drawings.STEPS)[1] for image in garments])
+    assert overlap(drawings.drawn(garments), whole) > 0.7
+    assert overlap(drawings.strange(garments), whole) < 0.6
+
+
+def test_what_is_drawn_is_wider_or_narrower_and_fills_the_picture(garments: np.ndarray) -> None:
+    found = drawings.drawn(np.concatenate([garments + np.uint8(i) * (garments > 0) for i in range(4)]))
+    high, wide = (found.any(axis).sum(1) for axis in (2, 1))
+    assert (np.maximum(high, wide) == 28).mean() > 0.95
+    shapes = wide / high
+    assert shapes.std() > 0.1
+
+
+def test_views_change_their_name_with_what_is_drawn() -> None:
+    """Cached features of another drawing would be taken for those of this one."""
+    assert str(drawings.VERSION) in features.DRAWN
+    assert str(drawings.VERSION) in features.STRANGE
 
 
 @pytest.mark.parametrize("level", [0, 255, 10])
@@ -58,15 +74,17 @@ def test_an_image_without_a_garment_is_drawn_without_fault(level: int) -> None:
 
 def test_views_are_numbered_with_the_strange_one_last(garments: np.ndarray) -> None:
     names = features.view_names(True, 1, True, True)
-    assert names == ("plain", "flip", "shift+0-2", "shift+0-2 flip", "drawn", "drawn flip", "strange")
+    ours = (features.DRAWN, f"{features.DRAWN} flip", features.STRANGE)
+    assert names == ("plain", "flip", "shift+0-2", "shift+0-2 flip", *ours)
     recipe = Recipe(shifts=1, drawn=True, strange=True)
     assert recipe.training_views == len(names)
-    drawn, mirrored = features.seen(garments, "drawn"), features.seen(garments, "drawn flip")
+    drawn, mirrored = (features.seen(garments, name) for name in ours[:2])
     assert np.array_equal(mirrored, drawn[:, :, ::-1])
-    assert np.array_equal(features.seen(garments, "strange"), drawings.strange(garments))
+    assert np.array_equal(features.seen(garments, features.STRANGE), drawings.strange(garments))
     _, views = epoch_order(np.arange(3000), recipe, 0)
     assert views is not None
-    assert np.abs(np.bincount(views, minlength=7) / 3000 - 1 / 7).max() < 0.03
+    shares = np.bincount(views, minlength=7) / 3000
+    assert np.abs(shares - np.array([2, 2, 2, 2, 1, 1, 1]) / 11).max() < 0.03  # a picture's own views count twice
 
 
 def test_rows_that_are_none_of_the_classes_are_to_be_answered_with_each_alike() -> None:

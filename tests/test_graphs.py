@@ -55,6 +55,22 @@ def test_the_graph_answers_as_the_bundle_and_holds_no_weights(graphed: Path, syn
     assert graph.predict(synthetic.images[:0]) == []
 
 
+def test_doubt_counts_in_the_graph_as_in_the_bundle(
+    rejecting: Classifier, synthetic: ImageDataset, tmp_path: Path
+) -> None:
+    assert rejecting.rejecter is not None
+    plain = rejecting.distances(synthetic.images)
+    rejecting.rejecter = replace(rejecting.rejecter, doubt=5.0)
+    far = rejecting.distances(synthetic.images)
+    rejecting.rejecter = replace(rejecting.rejecter, threshold=float(np.sort(far)[29:31].mean()))
+    rejecting.save(tmp_path)
+    write_graph(tmp_path, synthetic)
+    found = load_graph(tmp_path).predict(synthetic.images)
+    assert np.allclose([x.distance or 0 for x in found], far, rtol=1e-3)
+    assert not np.allclose(far, plain, rtol=1e-3)
+    assert sum(bool(x.rejected) for x in found) == 30
+
+
 def test_a_graph_holds_the_views_that_its_bundle_averages(
     rejecting: Classifier, synthetic: ImageDataset, tmp_path: Path
 ) -> None:

@@ -22,7 +22,17 @@ from attire.cli import cli
 from attire.data import ImageDataset, load_dataset, write_csv
 from attire.errors import AttireError
 from attire.recipes import Recipe
-from attire.reject import PREFIX, Rejecter, find_threshold, fit_classes, nearest, pooled, restore, share_rows
+from attire.reject import (
+    PREFIX,
+    Rejecter,
+    find_doubt,
+    find_threshold,
+    fit_classes,
+    nearest,
+    pooled,
+    restore,
+    share_rows,
+)
 from attire.sources import Standardiser
 
 
@@ -238,6 +248,44 @@ def test_probabilities_are_the_same_with_and_without(
     classifier.rejecter = rejecter
     assert np.array_equal(classifier.predict_proba(synthetic.images), before)
     assert [found.probability for found in classifier.predict(synthetic.images)] == before.max(1).tolist()
+
+
+def test_what_is_answered_in_doubt_is_farther(
+    classifier: Classifier, rejecter: Rejecter, tmp_path: Path, synthetic: ImageDataset
+) -> None:
+    classifier.rejecter = rejecter
+    plain, sure = classifier.distances(synthetic.images), classifier.predict_proba(synthetic.images).max(1)
+    classifier.rejecter = replace(rejecter, doubt=2.5)
+    assert np.allclose(classifier.distances(synthetic.images), plain - 2.5 * np.log(sure), atol=1e-4)
+    assert np.allclose(
+        [one.distance for one in classifier.predict(synthetic.images)], plain - 2.5 * np.log(sure), atol=1e-4
+    )
+    classifier.save(tmp_path / "model")
+    loaded = load_bundle(tmp_path / "model", "cpu")
+    assert loaded.rejecter is not None
+    assert loaded.rejecter.doubt == 2.5
+
+
+def test_distance_and_doubt_spread_alike_among_garments() -> None:
+    rng = np.random.default_rng(0)
+    distances = torch.from_numpy(rng.normal(15, 2, 500)).float()
+    sure = torch.from_numpy(np.exp(-rng.exponential(0.1, (500, 1)))).float()
+    doubt = find_doubt(distances, sure)
+    assert (doubt * sure.amax(1).log()).std().item() == pytest.approx(2, rel=0.1)
+    assert np.isfinite(find_doubt(distances, torch.ones(500, 1)))
+
+
+@pytest.mark.filterwarnings("ignore:the first loss")  # of a random trunk's features of strange shapes
+def test_doubt_counts_where_strange_shapes_were_trained_on(
+    weights: Path, many_csv: Path, tiny: Recipe, tmp_path: Path
+) -> None:
+    plain = trained(many_csv, tiny, tmp_path / "plain").rejecter
+    strange = trained(many_csv, replace(tiny, drawn=True, strange=True), tmp_path / "strange").rejecter
+    assert plain is not None
+    assert strange is not None
+    assert plain.doubt == 0
+    assert strange.doubt > 0
+    assert (plain.rows, strange.rows) == (20, 40)  # the threshold is set on drawn views as well
 
 
 def test_a_verdict_is_a_distance_above_the_threshold(

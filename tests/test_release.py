@@ -56,6 +56,13 @@ def test_a_released_bundle_is_complete_and_says_what_is_true(
     assert check_release(out, ImageDataset(synthetic.images, 9 - synthetic.labels, synthetic.classes, "x")) != []
 
 
+def test_where_teachers_lay_is_nobody_elses_business() -> None:
+    told = {"rows": 3, "teacher": {"bundles": ["/home/ann/runs/seed-0/model", "/mnt/b"], "digests": ["1", "2"]}}
+    found = release.without_places(told)
+    assert found == {"rows": 3, "teacher": {"bundles": ["seed-0", "b"], "digests": ["1", "2"]}}
+    assert release.without_places({"teacher": None, "rows": 3}) == {"teacher": None, "rows": 3}
+
+
 def test_what_is_replaced_is_a_bundle_and_samples_stay(
     run: Path, synthetic: ImageDataset, tmp_path: Path, onnx: None
 ) -> None:

@@ -13,7 +13,7 @@ from attire import files, runs, teacher, training
 from attire.classifier import Classifier, load_bundle
 from attire.data import ImageDataset, Splits
 from attire.errors import AttireError, AttireWarning, Stopped
-from attire.features import seen
+from attire.features import DRAWN, STRANGE, seen, view_names
 from attire.recipes import FAST, Recipe
 from attire.watching import Silent
 
@@ -58,6 +58,20 @@ def test_each_view_of_each_image_has_the_mean_of_the_members_answers(
     assert np.allclose(softer.sum(-1), 1)
     assert (softer.max(-1) < found.max(-1)).all()
     assert (softer.argmax(-1) == found.argmax(-1)).all()
+
+
+def test_of_a_drawing_a_teacher_is_asked_for_what_was_drawn(
+    taught: Path, synthetic: ImageDataset, tiny: Recipe, tmp_path: Path
+) -> None:
+    chosen = teacher.choose([taught])
+    assert chosen is not None
+    views = view_names(True, 0, True, True)
+    found, _ = teacher.targets(chosen, split(synthetic), views, tiny, tmp_path, Silent())
+    by_view = dict(zip(views, found, strict=True))
+    assert np.array_equal(by_view[DRAWN], by_view["plain"])
+    assert np.array_equal(by_view[f"{DRAWN} flip"], by_view["flip"])
+    assert not np.array_equal(by_view["flip"], by_view["plain"])
+    assert np.allclose(by_view[STRANGE], 0.1)
 
 
 def test_what_is_kept_is_used_and_what_is_damaged_is_made_again(
