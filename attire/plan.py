@@ -1,6 +1,6 @@
 """The plan past our machines: hours, dollars and what binds, for images and devices that nobody here has.
 
-Arithmetic alone, no torch. Rates of `cpu2` and `cpu2-old` are measured and held against benchmarks/results by
+Arithmetic alone, no torch. Rates of `cpu2` and `cpu2-old` are measured and held against benchmarks/results/plan by
 tests/test_plan.py; whatever else is assumed says so in `Device.source`. See docs/scale.md.
 """
 
@@ -21,7 +21,7 @@ LINE_BYTES = 117  # of a manifest, for each shard
 ROW_BYTES = 784  # of a picture made ready
 ORDER_BYTES = 48  # a row and process at the most while an epoch's order is drawn; a test counts them
 ANSWER_BYTES = 60  # a row of answers, compressed
-HASH = 1.58e9  # bytes a second of SHA-256, one core: "CSV, from its copy" in benchmarks/results/stages.json
+HASH = 1.58e9  # bytes a second of SHA-256, one core: "CSV, from its copy" in benchmarks/results/plan/stages.json
 STEP_SECONDS = 100e-6  # that one all-reduce waits besides its bytes: assumed
 TASKS = 1000.0  # shards a second that one driver hands out: assumed
 REQUESTS = 3500.0  # writes a second under one prefix of S3: Amazon's documentation
@@ -100,7 +100,7 @@ class Input:
     rate: float
 
 
-# Rates: benchmarks/results/decoding.json, one core of cpu2.
+# Rates: benchmarks/results/plan/decoding.json, one core of cpu2.
 INPUTS = {"rows": Input(ROW_BYTES, 0), "png": Input(507, 4800), "photo": Input(100e3, 13)}
 
 

@@ -3,7 +3,7 @@
     python benchmarks/decoding.py
 
 Two kinds: official test images as 28x28 PNG, taken as they are, and JPEG photographs of 640x480, on which the garment
-is looked for. Writes results/decoding.json, which `attire plan` is held against.
+is looked for. Writes results/plan/decoding.json, which `attire plan` is held against.
 """
 
 import io
@@ -51,7 +51,7 @@ def main() -> None:
         print(f"{kind:6} {told(rate)} a second and core")
     about = {**environment(torch.device("cpu")), "load": os.getloadavg()[0]}
     result = {"schema": 1, "command": "python benchmarks/decoding.py", "environment": about, "kinds": lines}
-    files.write_json(RESULTS / "decoding.json", result)
+    files.write_json(RESULTS / "plan" / "decoding.json", result)
 
 
 if __name__ == "__main__":

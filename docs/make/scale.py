@@ -25,7 +25,7 @@ def printed(command: str) -> str:
 
 def points() -> Iterator[tuple[str, float, float]]:
     """(what, measured, predicted), in seconds."""
-    results = ROOT / "benchmarks" / "results"
+    results = ROOT / "benchmarks" / "results" / "plan"
     found: Any = {line["name"]: line for line in json.loads((results / "stages.json").read_text())["stages"]}
     device, older = plan.DEVICES["cpu2"], plan.DEVICES["cpu2-old"]
     for freeze_to, size in (("block3", 32), ("block3", 64), ("block5", 224)):
@@ -40,7 +40,7 @@ def points() -> Iterator[tuple[str, float, float]]:
     line, flop = found["prediction, 256 images a call"], plan.flop_per_image("block3", 32)
     predicted = plan.extraction_seconds(line["rows"], flop, device, "fp32")
     yield f"cpu2, answers, {line['rows']:,} images", line["seconds"]["median"], predicted
-    rates = [json.loads(line) for line in (results / "peers" / "rates.jsonl").read_text().splitlines()]
+    rates = [json.loads(line) for line in (results / "rates.jsonl").read_text().splitlines()]
     kinds = {"torch": "fp32", "openvino": "bf16", "openvino-int8": "int8"}
     for rate in rates:
         if (kind := rate.get("what", "").removeprefix("Attire, extraction, ")) in kinds:
