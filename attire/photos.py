@@ -87,13 +87,14 @@ def prepare(source: str | Path | bytes, name: str = "picture", steps: Steps | No
     """
     steps = steps or Steps()
     picture = decode_colour(source, name)
-    original = filled(picture)
+    paper = paper_of(picture)
+    original = filled(picture, paper)
     if original.size == (SIDE, SIDE) and is_grey(original):
         return as_it_is(original)
     small = shrunk(original)
     colours = np.asarray(small, np.float64)  # (h, w, 3), 0 to 255
     cut = opaque(picture, small.size) if steps.cut_out else None
-    flat, rough = background(colours, steps) if cut is None else (paper_of(picture), 0.0)
+    flat, rough = background(colours, steps) if cut is None else (paper, 0.0)
     ground = np.broadcast_to(flat, colours.shape)
     mask = without_specks(differing(colours, ground, rough) if cut is None else cut, steps.specks)
     light = steps.polarity and is_lighter(colours[mask], ground[mask])
@@ -125,16 +126,18 @@ def rendered(values: Floats, mask: Mask, steps: Steps) -> tuple[Box, Grey]:
     return box, fit(part, steps)
 
 
-def filled(picture: Image.Image) -> Image.Image:
-    """RGB, what is transparent filled with white, or with black where the rest is nearly white."""
+def filled(picture: Image.Image, paper: Floats) -> Image.Image:
+    """RGB, what is transparent filled with paper of this colour (3,)."""
     if picture.mode != "RGBA":
         return picture.convert("RGB")
-    paper = Image.new("RGBA", picture.size, (*map(int, paper_of(picture)), 255))
-    return Image.alpha_composite(paper, picture).convert("RGB")
+    sheet = Image.new("RGBA", picture.size, (*map(int, paper), 255))
+    return Image.alpha_composite(sheet, picture).convert("RGB")
 
 
 def paper_of(picture: Image.Image) -> Floats:
     """(3,): white, or black where what is opaque of an RGBA picture is nearly white."""
+    if picture.mode != "RGBA":
+        return np.full(3, 255.0)
     solid = picture.getchannel("A").point(lambda level: 255 if level > 127 else 0)
     histogram = picture.convert("L").histogram(solid)
     mean = sum(level * count for level, count in enumerate(histogram)) / max(1, sum(histogram))
