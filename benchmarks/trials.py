@@ -1,11 +1,12 @@
 """A recipe's variants on validation rows: how settings are chosen. The test set is not read.
 
     python benchmarks/trials.py fast "hidden=(1024,)" "batch_size=512 lr=2e-3"
-    python benchmarks/trials.py best --rows 15000 "epochs=8" "epochs=8 image_size=48"
+    python benchmarks/trials.py best --rows 30000 --rest "epochs=8" "epochs=8 image_size=48"
 
 Each variant is a line of changes to the recipe's fields. It is trained from cached features on the rows that
-`attire train` trains on (--rows: the first so many of them) and scored on its validation rows: one view, then the mean
-over the views that the variant averages, or over both the plain and the mirrored one.
+`attire train` trains on (--rows: the first so many of them) and scored on its validation rows, with --rest also on
+those of the training rows that it did not see, so that smaller differences show: one view, then the mean over the views
+that the variant averages, or over both the plain and the mirrored one.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import measuring
+import numpy as np
 
 from attire import devices, features, files, memory, recipes, training
 from attire.intervals import wilson
@@ -38,26 +40,29 @@ def changed(recipe: Recipe, text: str) -> Recipe:
     return recipes.from_json({**recipe.to_json(), **changes})
 
 
-def trial(recipe: Recipe, rows: int | None) -> None:
+def trial(recipe: Recipe, rows: int | None, rest: bool) -> None:
     stage = Stage(recipe, DataChoice(), devices.choose_device("cpu"), Progress())
     memory.keep_freed()
-    stage.train = stage.train[:rows]
+    unseen = stage.train[rows:] if rest and rows else stage.train[:0]
+    stage.train, scored = stage.train[:rows], np.concatenate([stage.val, unseen])
     source = stage.train_features()
     source.standardise = stage.measured(source)
     began, busy = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory(dir=files.cache_dir()) as folder:
         head, _ = stage.fit(source, Path(folder) / "run")
     took, cpu = time.perf_counter() - began, time.process_time() - busy
-    labels, told = stage.splits.data.labels[stage.val], []
+    labels, told = stage.splits.data.labels[scored], []
     shown = [("one view", [0])]
     for count in sorted({recipe.test_views, 2 if recipe.flips else 1} - {1}):
         names = features.answer_views(count)
         if set(names) <= set(source.names):
             shown.append((f"{count} views", [source.names.index(name) for name in names]))
     for what, views in shown:
-        logits = training.predict_logits(head, source, stage.val, 1024, views).numpy()
+        logits = training.predict_logits(head, source, scored, 1024, views).numpy()
         right = int((logits.argmax(1) == labels).sum())
-        told.append(f"{what} {100 * right / len(labels):.2f} % ({wilson(right, len(labels)).span()})")
+        told.append(
+            f"{what} {100 * right / len(labels):.2f} % ({wilson(right, len(labels)).span()}, n = {len(labels):,})"
+        )
     print(f"  {', '.join(told)}; {took:.0f} s, {cpu:.0f} s of processor time", flush=True)
 
 
@@ -66,6 +71,7 @@ def main() -> None:
     parser.add_argument("recipe", choices=sorted(recipes.RECIPES))
     parser.add_argument("changes", nargs="*", default=[""])
     parser.add_argument("--rows", type=int)
+    parser.add_argument("--rest", action="store_true")
     parser.add_argument("--seeds", type=int, default=1)
     given = parser.parse_intermixed_args()
     print(measuring.environment())
@@ -73,7 +79,7 @@ def main() -> None:
         for seed in range(given.seeds):
             recipe = replace(changed(recipes.named(given.recipe), text), seed=seed)
             print(f"{given.recipe} {text or 'as it is'}, seed {seed}", flush=True)
-            trial(recipe, given.rows)
+            trial(recipe, given.rows, given.rest)
 
 
 if __name__ == "__main__":
