@@ -163,8 +163,8 @@ CLASSIC = Recipe(
     split_seed=42,
 )
 FAST = Recipe()
-# The most out of what VGG16 knows, none of it trained. Not yet measured over three seeds: the settings come from single
-# trials, see docs/results.md.
+# The most out of what VGG16 knows, none of it trained: a map of 8x8 and a classifier that convolves it. Shifts, CutMix
+# and training block3 on gained nothing in as much time (docs/log.md).
 FROZEN_BEST = Recipe(
     name="frozen-best",
     image_size=64,
