@@ -90,6 +90,8 @@ def take(runs: Sequence[Path], path: Path) -> None:
         result = load_result(run)
         if result.data["test"]["digest"] != official:
             raise SystemExit(f"error: {run} was not tested on the official test set")
+        if result.data.get("teacher"):
+            raise SystemExit(f"error: {run} was taught: what it cost is its teachers' cost too")
         new = summary(result)
         same = ("recipe", "backend", "epochs", "seed", "processor")
         kept = [old for old in kept if any(old[key] != new[key] for key in same)] + [new]
@@ -105,9 +107,14 @@ def lines(runs: Sequence[Mapping[str, Any]]) -> Iterator[Line]:
         trunk = f", {backend}" if backend not in ("torch", "torch-winograd") else ""
         later = [run["seconds"]["total"] / 60 for run in group if run["cached"]]
         how = f"{epochs} epochs" + (f"; a further seed {statistics.median(later):.1f} min" if later else "")
+        if len(later) == len(group):
+            how = f"{epochs} epochs; features were cached before and are not counted"
         minutes = statistics.median(run["seconds"]["total"] for run in fresh) / 60
         accuracies = tuple(100 * run["correct"] / run["n"] for run in group)
-        yield Line(f"`{recipe}`{trunk}", accuracies, minutes, how, f"{processor}, torch {group[0]['torch']}")
+        name, *taught = recipe.partition(",")
+        yield Line(
+            f"`{name}`{''.join(taught)}{trunk}", accuracies, minutes, how, f"{processor}, torch {group[0]['torch']}"
+        )
 
 
 def script_minutes(peers: performance.Lines) -> float:
