@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load
 
-from attire import export, files, runtimes
+from attire import export, files, norms, runtimes
 from attire.bundles import ABOUT, GRAPH, WEIGHTS
 from attire.classifier import load_bundle
 from attire.data import ImageDataset
@@ -31,6 +31,7 @@ def write_graph(folder: Path, data: ImageDataset) -> Gate:
     rejecter, path = classifier.rejecter, folder / GRAPH
     distances = classifier.distances(data.images) if rejecter else None
     expected = Expected(classifier.predict_proba(data.images), distances)
+    norms.scale_only(classifier.model)
     facts = {**export.describe(folder, classifier, "onnx", "fp32"), "reject": rejecter.about() if rejecter else None}
     with tempfile.TemporaryDirectory(prefix="attire-graph-") as made, export.quiet():
         built, facts["runtime"] = export.build_onnx(WholeNetwork(classifier, rejecter=rejecter), "fp32", Path(made))

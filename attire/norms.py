@@ -24,6 +24,30 @@ class BatchNorm(nn.BatchNorm2d):
         return found
 
 
+class Scaled(nn.Module):
+    """What a trained batch normalisation computes, (b, C, H, W) to the same: exporters leave it beside the convolution,
+    where they fold batch normalisation into weights that are then not the bundle's any more."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+        scale = (norm.weight * (variance + norm.eps).rsqrt()).detach()
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", (norm.bias - mean * scale).detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * along(self.scale) + along(self.shift)
+
+
+def scale_only(model: nn.Module) -> None:
+    """Put a `Scaled` in the place of each batch normalisation."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.BatchNorm2d):
+            model.set_submodule(name, Scaled(layer))
+
+
 class Normalised(torch.autograd.Function):
     """Maps (b, C, H, W), of which b may be 0, normalised; mean and unbiased variance (C,) over all processes."""
 

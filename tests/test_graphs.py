@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from attire.classifier import Classifier, load_bundle
-from attire.data import ImageDataset
+from attire import vgg
+from attire.classifier import Architecture, Classifier, load_bundle
+from attire.data import FASHION_CLASSES, ImageDataset
 from attire.errors import AttireError
 from attire.export import export
 from attire.graphs import write_graph
@@ -53,6 +54,26 @@ def test_the_graph_answers_as_the_bundle_and_holds_no_weights(graphed: Path, syn
     assert np.allclose([x.distance or 0 for x in found], [x.distance or 0 for x in expected], rtol=1e-3)
     assert (graphed / "network.onnx").stat().st_size < 0.2 * (graphed / "model.safetensors").stat().st_size
     assert graph.predict(synthetic.images[:0]) == []
+
+
+def test_a_convolutional_classifier_has_a_graph_of_the_bundles_own_weights(
+    weights: Path, synthetic: ImageDataset, tmp_path: Path
+) -> None:
+    """The exporter folds batch normalisation into the convolution before it, where it finds one."""
+    architecture = Architecture("block2", 16, 0, (), 0.0, conv=(16, 16))
+    head = architecture.build(10)
+    for layer in head:
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            for moment in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+                torch.nn.init.uniform_(moment, 0.5, 1.5)
+    torch.nn.init.normal_(head[-1].weight)  # answers that differ
+    found = Classifier(vgg.vgg16(weights, "block2", 0, head), architecture, FASHION_CLASSES)
+    found.save(tmp_path / "bundle")
+    bundle = load_bundle(tmp_path / "bundle", "cpu")
+    write_graph(tmp_path / "bundle", synthetic)
+    expected = bundle.predict_proba(synthetic.images)
+    assert np.ptp(expected, axis=0).max() > 0.01
+    assert np.allclose(load_graph(tmp_path / "bundle").predict_proba(synthetic.images), expected, atol=1e-4)
 
 
 def test_doubt_counts_in_the_graph_as_in_the_bundle(
