@@ -60,6 +60,7 @@ def test_a_convolutional_classifier_has_a_graph_of_the_bundles_own_weights(
     weights: Path, synthetic: ImageDataset, tmp_path: Path
 ) -> None:
     """The exporter folds batch normalisation into the convolution before it, where it finds one."""
+    torch.manual_seed(0)
     architecture = Architecture("block2", 16, 0, (), 0.0, conv=(16, 16))
     head = architecture.build(10)
     for name, value in head.state_dict().items():
