@@ -3,6 +3,7 @@
     python benchmarks/claim.py seed-0 seed-1 seed-2 split-42 split-43 leak-10 leak-1000 break
     python benchmarks/claim.py wrong --run runs/1 --run runs/2       test images that all of these get wrong
     python benchmarks/claim.py noise --audit audit                   after: attire audit --run runs/1
+    python benchmarks/claim.py others                                classifiers without VGG16
     python benchmarks/claim_page.py                                  docs/claim.md and its pictures
 
 Each part trains the recipe's classifier on cached features (--recipe, --epochs) and adds what it found to
@@ -22,10 +23,16 @@ import measuring
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.decomposition import PCA
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
 from torch import Tensor, nn
 
 from attire import augment, devices, files, heads, memory, training
-from attire.data import OFFICIAL, load_dataset, split_indices
+from attire.data import OFFICIAL, ImageDataset, load_dataset, split_indices
 from attire.evaluation import one_vs_rest
 from attire.recipes import Recipe, named
 from attire.results import load_result
@@ -184,6 +191,51 @@ def wrong(runs: list[Path]) -> dict[str, Any]:
     return found
 
 
+def others() -> dict[str, Any]:
+    """The test rows that classifiers of other kinds get wrong, each fitted to the pixels of the 60,000 images."""
+    train, test = load_dataset(part="train"), load_dataset(part="test")
+    x, held = (data.images.reshape(len(data), -1) / np.float32(255) for data in (train, test))
+    found = {}
+    fitted = {
+        "support vectors": make_pipeline(StandardScaler(), PCA(80, random_state=0), SVC(C=10)),
+        "boosted trees": HistGradientBoostingClassifier(max_iter=200, random_state=0),
+        "nearest neighbours": KNeighborsClassifier(5, weights="distance"),
+    }
+    for name, model in fitted.items():
+        found[name] = model.fit(x, train.labels).predict(held)
+        print(f"{name}: {100 * (found[name] == test.labels).mean():.2f} %", flush=True)
+    found["a small network"] = small_network(train, test)
+    print(f"a small network: {100 * (found['a small network'] == test.labels).mean():.2f} %", flush=True)
+    wrong = {name: np.flatnonzero(answers != test.labels) for name, answers in found.items()}
+    return {name: {str(row): int(found[name][row]) for row in rows} for name, rows in wrong.items()}
+
+
+def small_network(train: ImageDataset, test: ImageDataset, epochs: int = 15) -> Rows:
+    """Answers of a network of four convolutions on the pixels, from scratch: Adam, one cycle, mirrored at random."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for given, width, pool in ((1, 64, False), (64, 64, True), (64, 128, False), (128, 128, True)):
+        layers += [nn.Conv2d(given, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if pool else []
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.5), nn.Linear(128 * 49, 256), nn.ReLU(), nn.Linear(256, 10))
+    net = net.to(memory_format=torch.channels_last)
+    x, held = (torch.from_numpy(data.images)[:, None].float() / 255 for data in (train, test))
+    y, batch = torch.from_numpy(train.labels), 256
+    optimiser = torch.optim.AdamW(net.parameters(), weight_decay=0.02)
+    steps = -(-len(x) // batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, epochs * steps)
+    for _ in range(epochs):
+        for rows in torch.split(torch.randperm(len(x)), batch):
+            given = torch.where(torch.rand(len(rows), 1, 1, 1) < 0.5, x[rows].flip(3), x[rows])
+            optimiser.zero_grad(set_to_none=True)
+            torch.autograd.backward(nn.functional.cross_entropy(net(given), y[rows], label_smoothing=0.05))
+            optimiser.step()
+            schedule.step()
+    net.eval()
+    with torch.inference_mode():
+        return torch.cat([net(part).argmax(1) for part in held.split(1000)]).numpy()
+
+
 def noise(audit: Path) -> dict[str, Any]:
     """The test rows whose label `attire audit` finds suspect."""
     with (audit / "suspects.csv").open(newline="") as file:
@@ -200,7 +252,7 @@ def keep(recipe: str, name: str, value: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", help="seed-N, split-N, leak-N, break, wrong, noise")
+    parser.add_argument("parts", nargs="+", help="seed-N, split-N, leak-N, break, wrong, noise, others")
     parser.add_argument("--recipe", default="fast")
     parser.add_argument("--epochs", type=int, help="fewer than the recipe's")
     parser.add_argument("--backend", default="torch", help="of the frozen trunk: that whose features are cached")
@@ -214,6 +266,9 @@ def main() -> None:
         kind, _, number = part.partition("-")
         if kind in ("wrong", "noise"):
             keep(given.recipe, kind, wrong(given.run) if kind == "wrong" else noise(given.audit))
+            continue
+        if kind == "others":
+            keep(given.recipe, kind, others())
             continue
         bench, began = bench or Bench(recipe), time.perf_counter()
         known = {"seed": epochs, "split": split, "leak": leak}

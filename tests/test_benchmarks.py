@@ -175,6 +175,15 @@ def test_what_all_get_wrong_and_what_labels_allow_stand_in_the_document(claim_pa
     assert max(len(line) for line in text.splitlines() if line[:1] not in "|-") <= 120
 
 
+def test_other_kinds_and_what_was_seen_count_among_the_images_that_all_get_wrong(claim_page: Any) -> None:
+    first = {**CLAIM, "others": {"trees": {"2": 1, "9": 1}, "neighbours": {"2": 5}}}
+    looked = {"by": "by two judges", "wrong": [2], "arguable": [70], "fits": [5]}
+    text = " ".join(claim_page.text({"recipes": {"fast": first}, "looked": looked}).split())
+    assert "get wrong: 2 (trees), 1 (neighbours). Of the 1 images **1 are wrong in all of these too**." in text
+    assert "| the 1 that all get wrong | 1 | 0 | 0 | | the 2 suspects | 1 | 1 | 0 |" in text
+    assert "So 0 of the mistakes that all of them make are plain failures, and 1 lie where" in text
+
+
 def test_the_recipe_of_the_claim_stands_first_and_mistakes_are_shared_over_recipes(claim_page: Any) -> None:
     classic = {"seed-0": {**seed([2, 3, 7], 920, 930), "backend": "openvino-int8"}}
     results = {"recipes": {"fast": CLAIM, "classic": classic}}
