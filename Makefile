@@ -13,7 +13,7 @@ help:
 	@echo "make docs    the documentation as a site: site/index.html"
 	@echo "make dist    source distribution and wheel: dist/"
 	@echo "make bench-all  docs/performance.md measured anew, on a quiet machine: two hours; BUNDLE=runs/1/model"
-	@echo "make release-model  attire/shipped made again: trained, proved in 16 bits; RECIPE=fast"
+	@echo "make release-model  attire/shipped made again: trained, proved in 16 bits; RECIPE=frozen-best"
 	@echo "make faults  every input/output call of every command killed and failed in turn, hours, goes on where it stopped; FAULTS=train for one"
 	@echo "make lock    locked.txt anew: constraints.txt with the digest of every file that the index serves"
 	@echo "make audit   known vulnerabilities of what locked.txt names; needs a service that knows them"
@@ -51,16 +51,13 @@ docs: $(READY)
 dist: $(READY)
 	@$(BIN)/python -m build --quiet --no-isolation && ls dist
 
-# What ships: recipe fast, wider, also trained on drawings and strange shapes, and taught by two seeds of fast.
-RECIPE ?= fast
-SHIPS ?= --drawn --strange --hidden 768 --epochs 36
-TEACHERS := 0 1
+# What ships: recipe frozen-best, also trained on drawings and strange shapes.
+RECIPE ?= frozen-best
+SHIPS ?= --drawn --strange --epochs 20
 RELEASED := runs/release-$(shell date +%Y%m%d-%H%M%S)
 
 release-model: $(READY)
-	@$(BIN)/attire train --recipe fast --seeds $(words $(TEACHERS)) --out $(RELEASED)/teachers
-	@$(BIN)/attire train --recipe $(RECIPE) $(SHIPS) $(TEACHERS:%=--teacher $(RELEASED)/teachers/seed-%) \
-		--out $(RELEASED)/ships $(ARGS)
+	@$(BIN)/attire train --recipe $(RECIPE) $(SHIPS) --out $(RELEASED)/ships $(ARGS)
 	@$(BIN)/attire release $(RELEASED)/ships --out attire/shipped
 
 BUNDLE ?= runs/1/model
