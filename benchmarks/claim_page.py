@@ -23,19 +23,7 @@ from attire.recipes import named
 DOCS = Path(__file__).parent.parent / "docs"
 CLAIMED, PERMITTED = 0.98, 200  # of 10,000
 BATCHES = (32, 256)  # of the classic protocol, and of recipe `fast`
-PARTS = (
-    "seed-0",
-    "seed-1",
-    "seed-2",
-    "split-42",
-    "split-43",
-    "leak-10",
-    "leak-1000",
-    "break",
-    "wrong",
-    "noise",
-    "others",
-)
+PARTS = ("seed-0", "seed-1", "seed-2", "split-42", "split-43", "leak-10", "leak-1000", "break")
 SHOWN = 60  # images on the sheet
 Found = Mapping[str, Any]
 
