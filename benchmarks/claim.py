@@ -116,6 +116,11 @@ def share(right: NDArray[np.bool_]) -> dict[str, int]:
     return {"correct": int(right.sum()), "n": len(right)}
 
 
+def mistakes(answers: Rows, labels: Rows) -> dict[str, int]:
+    """The answers that are wrong, by their rows."""
+    return {str(row): int(answers[row]) for row in np.flatnonzero(answers != labels)}
+
+
 def epochs(bench: Bench, seed: int) -> dict[str, Any]:
     """The protocol: every epoch's accuracy on training, validation and test rows; the last one's mistakes."""
     recipe = replace(bench.recipe, seed=seed)
@@ -131,8 +136,7 @@ def epochs(bench: Bench, seed: int) -> dict[str, Any]:
         return line
 
     lines = bench.fit(recipe, bench.trained, bench.labels, bench.stage.train, each, last=False)
-    wrong = np.flatnonzero(answers != bench.test_labels)
-    return {"epochs": lines, "wrong": {str(row): int(answers[row]) for row in wrong}}
+    return {"epochs": lines, "wrong": mistakes(answers, bench.test_labels)}
 
 
 def split(bench: Bench, seed: int) -> dict[str, Any]:
@@ -185,9 +189,7 @@ def wrong(runs: list[Path]) -> dict[str, Any]:
         result = load_result(run)
         if result.data["test"]["digest"] != data.digest:
             raise SystemExit(f"error: {run} was not tested on the official test set")
-        rows = np.flatnonzero(~result.predictions.correct)
-        name = f"{result.recipe}, seed {result.seed}"
-        found[name] = {str(row): int(result.predictions.predicted[row]) for row in rows}
+        found[f"{result.recipe}, seed {result.seed}"] = mistakes(result.predictions.predicted, data.labels)
     return found
 
 
@@ -195,7 +197,7 @@ def others() -> dict[str, Any]:
     """The test rows that classifiers of other kinds get wrong, each fitted to the pixels of the 60,000 images."""
     train, test = load_dataset(part="train"), load_dataset(part="test")
     x, held = (data.images.reshape(len(data), -1) / np.float32(255) for data in (train, test))
-    found = {}
+    found = {"a small network": small_network(train, test)}
     fitted = {
         "support vectors": make_pipeline(StandardScaler(), PCA(80, random_state=0), SVC(C=10)),
         "boosted trees": HistGradientBoostingClassifier(max_iter=200, random_state=0),
@@ -203,11 +205,7 @@ def others() -> dict[str, Any]:
     }
     for name, model in fitted.items():
         found[name] = model.fit(x, train.labels).predict(held)
-        print(f"{name}: {100 * (found[name] == test.labels).mean():.2f} %", flush=True)
-    found["a small network"] = small_network(train, test)
-    print(f"a small network: {100 * (found['a small network'] == test.labels).mean():.2f} %", flush=True)
-    wrong = {name: np.flatnonzero(answers != test.labels) for name, answers in found.items()}
-    return {name: {str(row): int(found[name][row]) for row in rows} for name, rows in wrong.items()}
+    return {name: mistakes(answers, test.labels) for name, answers in found.items()}
 
 
 def small_network(train: ImageDataset, test: ImageDataset, epochs: int = 8) -> Rows:
@@ -261,14 +259,12 @@ def main() -> None:
     given = parser.parse_args()
     recipe = named(given.recipe)
     recipe = replace(recipe, epochs=given.epochs or recipe.epochs, backend=given.backend)
+    apart = {"wrong": lambda: wrong(given.run), "noise": lambda: noise(given.audit), "others": others}
     bench: Bench | None = None
     for part in given.parts:
         kind, _, number = part.partition("-")
-        if kind in ("wrong", "noise"):
-            keep(given.recipe, kind, wrong(given.run) if kind == "wrong" else noise(given.audit))
-            continue
-        if kind == "others":
-            keep(given.recipe, kind, others())
+        if kind in apart:
+            keep(given.recipe, kind, apart[kind]())
             continue
         bench, began = bench or Bench(recipe), time.perf_counter()
         known = {"seed": epochs, "split": split, "leak": leak}
