@@ -1,16 +1,29 @@
-"""What is ended and failed: the commands that write something, each on a set so small that it takes a second."""
+"""What is ended and failed: the commands that write something, each on a set so small that it takes a second.
+
+Imported here, before any fork, is also what a command imports only where it is used: it would be most of its time.
+"""
 
 import shutil
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 from runner import Scenario, attire
 
-from attire import cli, devices, export, features, fetch, files, runs, stages, training  # imported before any fork
+from attire import cli, devices, export, features, fetch, files, runs, stages, training
 from attire.data import load_dataset, write_csv
 
 __all__ = ["SCENARIOS", "cli", "runs", "stages"]
+
+for name in (
+    "matplotlib.backends.backend_svg",
+    "scipy.stats",
+    "sklearn.model_selection",
+    "torch._dynamo",
+    "torchvision",
+):
+    import_module(name)
 
 ROWS = 60
 TINY = "--freeze-to block2 --image-size 16 --hidden 16 --epochs 2 --batch-size 16 --precision fp32 --test-views 1"
