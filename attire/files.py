@@ -248,12 +248,11 @@ def free_bytes(folder: Path) -> int:
 
 def check_writable(folder: Path) -> None:
     """Raise AttireError, before long work is begun, where nothing can be written into a folder, which need not be
-    there yet. It is tried: rights alone do not tell."""
+    there yet. It is tried, with a file that where the system can has no name: rights alone do not tell."""
     there = nearest(folder)
     try:
-        handle, part = temporary(there / "tried")
-        os.close(handle)
-        part.unlink()
+        with tempfile.TemporaryFile(dir=there):
+            pass
     except OSError as error:
         raise cannot("write into it", there, error) from error
 

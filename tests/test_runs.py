@@ -1,7 +1,6 @@
 """A run from a CSV to a bundle: what it leaves on disk, that it resumes, and that the cache changes nothing."""
 
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -16,10 +15,10 @@ import torch
 from command import TINY as FLAGS
 from command import Done, attire
 
-from attire import features, load, recipes, runs
+from attire import features, folders, load, recipes, runs
 from attire.classifier import load_bundle
 from attire.data import FASHION_CLASSES, ImageDataset, load_dataset, write_csv
-from attire.errors import AttireError, Stopped
+from attire.errors import AttireError
 from attire.results import load_result
 from attire.training import STOPS, read_checkpoint
 
@@ -132,48 +131,6 @@ def test_a_config_that_is_no_run_s_is_named(tmp_path: Path, text: str, said: str
     assert str(caught.value).startswith(f"{tmp_path}/config.json: {said}")
 
 
-# Who may write into a folder.
-
-
-def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
-    refusal = rf"another attire \(process {os.getpid()}\) is training into it"
-    with runs.claimed_folder(tmp_path):
-        with pytest.raises(AttireError, match=refusal), runs.claimed_folder(tmp_path):
-            pytest.fail("two held one folder")
-        assert (tmp_path / ".pid").read_text() == f"{os.getpid()}\n"
-    with runs.claimed_folder(tmp_path):
-        (tmp_path / ".pid").unlink()
-        with pytest.raises(AttireError, match=r"another attire \(process unknown\)"), runs.claimed_folder(tmp_path):
-            pytest.fail("two held one folder")
-
-
-def test_what_times_out_inside_is_not_taken_for_another_process(tmp_path: Path) -> None:
-    with pytest.raises(TimeoutError, match="mine"), runs.claimed_folder(tmp_path):
-        raise TimeoutError("mine")
-    assert not (tmp_path / ".pid").exists()
-
-
-def test_of_a_series_that_is_stopped_in_a_run_the_series_goes_on(tmp_path: Path) -> None:
-    inner = tmp_path / "seed-0"
-    with pytest.raises(Stopped) as caught, runs.claimed_folder(tmp_path), runs.claimed_folder(inner):
-        raise Stopped(inner / "checkpoints", "stopped in epoch 1")
-    assert (caught.value.subject, caught.value.what) == (str(tmp_path), "stopped in epoch 1")
-
-
-def fail_after(folder: Path, name: str) -> None:
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / name).touch()
-    raise AttireError("disk", "full")
-
-
-def test_a_new_folder_keeps_what_training_began(tmp_path: Path) -> None:
-    for name in ("half.part", "epoch-001-step-000000.ckpt"):
-        assert not list(tmp_path.iterdir())
-        with pytest.raises(AttireError), runs.new_folder(tmp_path / "deep" / "run") as folder:
-            fail_after(folder, name)
-    assert (tmp_path / "deep/run/checkpoints/epoch-001-step-000000.ckpt").exists()
-
-
 # Where a run may be written, and what a failed start leaves.
 
 
@@ -232,7 +189,7 @@ def test_a_start_that_fails_later_leaves_no_folder_and_the_next_one_its_number(
         assert done.status == 1
         assert done.last.startswith("error: shard: No space left on device; make room: ")
     assert tree(here) == [here / "mine", here / "runs", here / "runs" / "7"]
-    assert runs.free_folder(None) == Path("runs/8")
+    assert folders.free_folder(None) == Path("runs/8")
 
 
 # Stopping.

@@ -8,6 +8,7 @@ import click
 
 from attire.cli.options import NAME, PATH, class_names, data_options, device_option, json_option, memory_option
 from attire.errors import UsageError
+from attire.folders import free_folder
 from attire.recipes import BACKENDS
 from attire.shell import Command, among
 
@@ -48,13 +49,14 @@ def evaluate(
     attire evaluate runs/1/model
     attire evaluate model.onnx --data mine.csv --out measured     with report, tables and pictures
     """
-    from attire import runs
+    folder = free_folder(out) if out else None
+
     from attire.report import class_table, write_report
     from attire.results import metrics, save_result
     from attire.scoring import evaluate_bundle
     from attire.terminal import Terminal, columns, print_result
 
-    watch, folder = Terminal(as_json), runs.free_folder(out) if out else None
+    watch = Terminal(as_json)
     try:
         result = evaluate_bundle(bundle, test or data, part, class_names(classes), backend, device, watch, views)
     finally:
@@ -90,13 +92,14 @@ def ensemble(
     attire ensemble runs/1 runs/2 runs/3
     attire ensemble runs/1 runs/2 --views 2 --out both    then: attire ensemble both/ensemble.json
     """
-    from attire import runs
+    folder = free_folder(out) if out else None
+
     from attire.report import comparison_table, write_report
     from attire.results import save_result
     from attire.scoring import evaluate_ensemble
     from attire.terminal import Terminal, print_result
 
-    watch, folder = Terminal(as_json), runs.free_folder(out) if out else None
+    watch = Terminal(as_json)
     try:
         found = evaluate_ensemble(models, data, classes=class_names(classes), watcher=watch, **options)
     finally:
@@ -191,13 +194,14 @@ def audit(
     attire audit mine.csv              a file, as for train
     attire audit --run runs/1          and what that does to the accuracy of a run
     """
+    folder = free_folder(out)
+
     from attire.audit import audit as look_through
     from attire.audit import write_audit
     from attire.report import audit_table
-    from attire.runs import free_folder
     from attire.terminal import Terminal, print_result
 
-    watch, folder = Terminal(as_json), free_folder(out)
+    watch = Terminal(as_json)
     try:
         found = look_through(data, test=test, classes=class_names(classes), run=run, device=device, watcher=watch)
     finally:

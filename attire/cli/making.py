@@ -1,6 +1,7 @@
 """train, extract: a run, or the features that it will read."""
 
 import json
+import os
 import shlex
 from dataclasses import fields, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from attire.cli.options import (
     source_options,
 )
 from attire.errors import Stopped, UsageError
+from attire.folders import free_folder
 from attire.recipes import RECIPES, Recipe
 from attire.shell import Command, among
 
@@ -87,6 +89,9 @@ def train(
     attire train --recipe classic --data train.csv        the frozen VGG16 as it was asked for
     attire train --seed 1                                 seconds: features are cached
     """
+    if out is not None and resumed is None and "RANK" not in os.environ:  # of several processes, one asks for all
+        free_folder(out)  # here already: a second is told so before PyTorch is loaded
+
     from attire import ranks
 
     sources = options.pop("data_from"), options.pop("weights_from")

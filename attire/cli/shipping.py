@@ -8,6 +8,7 @@ import click
 
 from attire.cli.options import NAME, PATH, json_option
 from attire.errors import UsageError
+from attire.folders import free_folder
 from attire.shell import Command, among
 
 
@@ -120,13 +121,14 @@ def bench_machine(threads: int, quick: bool, as_json: bool) -> None:
 def bench_models(
     models: tuple[Path, ...], data: str | None, images: int, threads: int, out: Path, as_json: bool
 ) -> None:
+    folder = free_folder(out)
+
     from attire.bench import bench as measure
     from attire.bench import write_bench
     from attire.report import bench_table
-    from attire.runs import free_folder
     from attire.terminal import Terminal, print_result
 
-    watch, folder = Terminal(as_json), free_folder(out)
+    watch = Terminal(as_json)
     try:
         found = measure(models, data, images=images, threads=threads, watcher=watch)
     finally:
