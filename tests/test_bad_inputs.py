@@ -595,7 +595,9 @@ def locked(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def guarded(call: Callable[..., Any], folder: Path) -> Callable[..., Any]:
     def refuse(path: Any, *rest: Any, **named: Any) -> Any:
-        if Path(path).absolute().is_relative_to(folder) and (call.__name__ == "mkdir" or rest[0] & (os.O_CREAT | os.O_RDWR)):
+        if Path(path).absolute().is_relative_to(folder) and (
+            call.__name__ == "mkdir" or rest[0] & (os.O_CREAT | os.O_RDWR)
+        ):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return call(path, *rest, **named)
 
