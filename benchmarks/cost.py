@@ -70,8 +70,9 @@ class Line:
 
 def summary(result: RunResult) -> dict[str, Any]:
     rows, seconds, recipe = result.data["rows"], result.seconds, recipes.from_json(result.config["recipe"])
+    more = "".join(f" --{name}" for name in ("drawn", "strange") if getattr(recipe, name))
     return {
-        "recipe": result.recipe,
+        "recipe": result.recipe + more,
         "backend": result.environment.get("backend", "torch"),
         "seed": result.seed,
         "epochs": len(result.history),
@@ -152,8 +153,7 @@ def text(found: Sequence[Line], peers: Sequence[performance.Curve], script: floa
         "Made by `benchmarks/cost.py` from finished runs ([cost.json](cost.json)); each was scored once on the official"
         f" test set, by the weights its training ended with. {machines}; 2 cores, no GPU; other work was beside some of"
         " them, so that minutes are upper bounds. Features that were cached before are reckoned at the rate that they"
-        " came at in another run, one each: `frozen-best` 240,000 pictures in 460 s, `classic` 60,000 in 1,179 s. The"
-        " plain script"
+        " came at in another run. What Attire ships is `frozen-best --drawn --strange`. The plain script"
         f" (`benchmarks/plain_script.py`, ten epochs of 48,000 images, {script / 60:.1f} h at its measured rate) is the"
         " yardstick.",
         "\n".join(table(found, script)),

@@ -12,13 +12,15 @@ from attire.folders import free_folder
 from attire.recipes import BACKENDS
 from attire.shell import Command, among
 
+part_option = click.option(
+    "--part", type=click.Choice(["train", "test"]), default="test", show_default=True, help="Of data that has both."
+)
+
 
 @click.command(cls=Command)
 @click.argument("bundle", type=PATH)
 @data_options
-@click.option(
-    "--part", type=click.Choice(["train", "test"]), default="test", show_default=True, help="Of data that has both."
-)
+@part_option
 @click.option(
     "--backend",
     default="torch",
@@ -75,9 +77,7 @@ def evaluate(
 @click.argument("models", nargs=-1, required=True, type=PATH, metavar="RUN RUN...")
 @click.option("--data", metavar="PATH", help="As for evaluate.  [default: the official test images]")
 @click.option("--classes", help="Class names in the order of their labels, separated by commas.")
-@click.option(
-    "--part", type=click.Choice(["train", "test"]), default="test", show_default=True, help="Of data that has both."
-)
+@part_option
 @click.option("--views", type=int, help="Views averaged by each member.  [default: its own number]")
 @click.option("--out", type=PATH, help="Write report, tables and ensemble.json into this folder.")
 @device_option
