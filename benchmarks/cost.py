@@ -179,7 +179,8 @@ def picture(found: Sequence[Line], peers: Sequence[performance.Curve], script: f
         plot.annotate(name, at, moved, textcoords="offset points", size=size, annotation_clip=False)
 
     for line in found:
-        mark((line.minutes, line.mean), line.name.replace("`", ""), {"marker": "o", "color": figures.BLUE}, (5, -9), 8)
+        beside = (5, 5) if line.mean == max(other.mean for other in found) else (5, -9)
+        mark((line.minutes, line.mean), line.name.replace("`", ""), {"marker": "o", "color": figures.BLUE}, beside, 8)
     for curve in peers:
         at = curve.best[0] / 60, 100 * curve.best[1]
         mark(at, performance.NAMES[curve.name], {"marker": "s", "color": figures.ORANGE, "markersize": 4}, (5, -2), 6.5)
