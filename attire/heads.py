@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -74,7 +73,7 @@ class TunedHead(nn.Sequential):
 
 def tuned_head(weights: Path, recipe: Recipe, classifier: nn.Sequential) -> TunedHead:
     """The recipe's blocks with ImageNet's weights in front of `classifier`; see `calibrate` for batch normalisation."""
-    tensors, names, blocks = load_file(weights), list(BLOCKS), []
+    tensors, names, blocks = vgg.read_tensors(weights), list(BLOCKS), []
     first = names.index(recipe.freeze_to) + 1
     for i in range(first, first + recipe.train_blocks):
         layers: OrderedDict[str, nn.Module] = OrderedDict()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -79,7 +80,7 @@ def vgg16(weights: Path, freeze_to: str, pool: int, classifier: nn.Sequential) -
     with torch.device("meta"):
         model = torchvision.models.vgg16(weights=None)
     model.features = model.features[: BLOCKS[freeze_to]]
-    tensors = load_file(weights)
+    tensors = read_tensors(weights)
     wanted = {f"features.{name}": value for name, value in model.features.state_dict().items()}
     for name, value in wanted.items():
         if name not in tensors or tensors[name].shape != value.shape:
@@ -90,6 +91,14 @@ def vgg16(weights: Path, freeze_to: str, pool: int, classifier: nn.Sequential) -
     model.classifier = classifier
     freeze(model.features)
     return cast("torchvision.models.VGG", model.eval())
+
+
+def read_tensors(weights: Path) -> dict[str, Tensor]:
+    """A safetensors file, mapped into memory. Raises AttireError where it cannot be read."""
+    try:
+        return load_file(weights)
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: PyTorch, which maps the file itself
+        raise AttireError(weights, "cannot read", str(error).rpartition(": ")[2]) from error
 
 
 class Network(nn.Module):

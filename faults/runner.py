@@ -213,12 +213,13 @@ def copied(source: Path, at: Path) -> Iterator[Path]:
 
 
 def contents(root: Path) -> dict[str, str]:
-    """Digest of every file below `root` by its name; what is only linked to is not looked at."""
+    """Digest of every file below `root` by its name; not of what is only linked to, nor of empty files to lock, which
+    stay: whoever removed one would take it from under another who waits for it."""
     from attire.files import sha256_file
 
     found = {}
     for path in sorted(root.rglob("*")):
-        if path.is_file() and not path.is_symlink():
+        if path.is_file() and not path.is_symlink() and (path.suffix != ".lock" or path.stat().st_size):
             found[str(path.relative_to(root))] = sha256_file(path)
     return found
 

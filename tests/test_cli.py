@@ -66,6 +66,28 @@ assert "torch" not in sys.modules and "numpy" not in sys.modules
     assert subprocess.run([sys.executable, "-c", run], stdout=subprocess.DEVNULL).returncode == 0
 
 
+NO_BUNDLE = "none: no such bundle; give a folder such as runs/1/model"
+TAKEN = "mine: the folder is not empty; give --out another name"
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("train --recipe fastest", "--recipe: expected one of fast, classic, frozen-best, best, found 'fastest'"),
+        *((f"{command} none.csv", "none.csv: no such file") for command in ("train --data", "audit", "sweep --data")),
+        *((f"{command} none", NO_BUNDLE) for command in ("evaluate", "export", "bench", "serve", "explain a --model")),
+        ("evaluate none.onnx", "none.onnx: no such file"),
+        *((f"{command} --out mine", TAKEN) for command in ("train", "evaluate .", "ensemble a b", "audit", "bench .")),
+    ],
+)
+def test_what_is_mistyped_does_not_wait_for_torch(here: Path, command: str, told: str) -> None:
+    (here / "mine").mkdir()
+    (here / "mine" / "notes.txt").touch()
+    code = "import sys; sys.modules['torch'] = None; from attire.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2 if told.startswith("--") else 1, f"error: {told}\n")
+
+
 @pytest.mark.parametrize(
     ("typed", "hint"),
     [
@@ -199,7 +221,8 @@ def test_local_sources_are_taken_first(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     for name in ("official_data", "vgg16_weights"):
         monkeypatch.setattr(fetch, name, taken(calls))
-    attire("train", "--data-from", "idx", "--weights-from", "vgg.pth", "--data", "none.csv")
+    Path("empty.csv").touch()
+    attire("train", "--data-from", "idx", "--weights-from", "vgg.pth", "--data", "empty.csv")
     assert [given for given, _ in calls] == [(Path("idx"),), (Path("vgg.pth"),)]
 
 

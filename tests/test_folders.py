@@ -52,18 +52,6 @@ def test_a_new_folder_keeps_what_training_began(tmp_path: Path) -> None:
     assert (tmp_path / "deep/run/checkpoints/epoch-001-step-000000.ckpt").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate a", "ensemble a b", "audit", "bench a"])
-def test_that_a_folder_is_taken_is_said_before_pytorch_is_loaded(tmp_path: Path, command: str) -> None:
-    """Loading it takes seconds: whoever mistypes --out, or trains into one folder twice, is told at once."""
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").touch()
-    arguments = [*command.split(), "--out", "mine"]
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (1, "error: mine: the folder is not empty; give --out another name\n")
-
-
 def test_a_second_training_is_told_of_the_first_before_pytorch_is_loaded(tmp_path: Path) -> None:
     with folders.made_folder(tmp_path / "run"):
         (tmp_path / "run" / "config.json").touch()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from attire.cli.options import NAME, PATH, cluster_at, cluster_option, device_option, json_option
+from attire.cli.options import BUNDLE, NAME, PATH, cluster_at, cluster_option, device_option, json_option
 from attire.errors import AttireError, UsageError, one_line
 from attire.shell import Command
 
@@ -99,7 +99,7 @@ def predict_parquet(where: str, out: str, model: Any, path: Path | None, top: in
 
 @click.command(cls=Command)
 @click.argument("paths", nargs=-1, required=True, type=PATH, metavar="FILE...")
-@click.option("--model", type=PATH, metavar="BUNDLE", help="Whose answer.  [default: the one that ships]")
+@click.option("--model", type=BUNDLE, metavar="BUNDLE", help="Whose answer.  [default: the one that ships]")
 @click.option("--out", type=PATH, default=".", help="Folder for the pictures.  [default: here]")
 @click.option("--label", metavar="CLASS", help="What speaks for this class.  [default: for the answer]")
 @device_option

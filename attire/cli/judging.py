@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from attire.cli.options import NAME, PATH, class_names, data_options, device_option, json_option, memory_option
+from attire.cli.options import BUNDLE, DATA, PATH, class_names, data_options, device_option, json_option, memory_option
 from attire.errors import UsageError
 from attire.folders import free_folder
 from attire.recipes import BACKENDS
@@ -18,7 +18,7 @@ part_option = click.option(
 
 
 @click.command(cls=Command)
-@click.argument("bundle", type=PATH)
+@click.argument("bundle", type=BUNDLE)
 @data_options
 @part_option
 @click.option(
@@ -75,7 +75,7 @@ def evaluate(
 
 @click.command(cls=Command)
 @click.argument("models", nargs=-1, required=True, type=PATH, metavar="RUN RUN...")
-@click.option("--data", metavar="PATH", help="As for evaluate.  [default: the official test images]")
+@click.option("--data", type=DATA, metavar="PATH", help="As for evaluate.  [default: the official test images]")
 @click.option("--classes", help="Class names in the order of their labels, separated by commas.")
 @part_option
 @click.option("--views", type=int, help="Views averaged by each member.  [default: its own number]")
@@ -170,8 +170,8 @@ def compare(compared: tuple[Path, ...], out: Path | None, as_json: bool) -> None
 
 
 @click.command(cls=Command)
-@click.argument("data", required=False, type=NAME)
-@click.option("--test", type=NAME, metavar="FILE", help="This file or folder is the test set.")
+@click.argument("data", required=False, type=DATA)
+@click.option("--test", type=DATA, metavar="FILE", help="This file or folder is the test set.")
 @click.option("--classes", help="Class names in the order of their labels, separated by commas.")
 @click.option("--run", type=PATH, help="Take this run's accuracy apart; tested on the same set.")
 @click.option("--out", type=PATH, default="audit", show_default=True, help="A new folder.")

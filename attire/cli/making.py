@@ -27,7 +27,7 @@ from attire.cli.options import (
 )
 from attire.errors import Stopped, UsageError
 from attire.folders import free_folder
-from attire.recipes import RECIPES, Recipe
+from attire.recipes import RECIPES, Recipe, named
 from attire.shell import Command, among
 
 # What `train` alone asks for, as if it had not been given.
@@ -89,8 +89,9 @@ def train(
     attire train --recipe classic --data train.csv        the frozen VGG16 as it was asked for
     attire train --seed 1                                 seconds: features are cached
     """
+    named(recipe_name or "fast")  # here already: what is mistyped is told before PyTorch is loaded
     if out is not None and resumed is None and "RANK" not in os.environ:  # of several processes, one asks for all
-        free_folder(out)  # here already: a second is told so before PyTorch is loaded
+        free_folder(out)
 
     from attire import ranks
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from attire.blocks import BLOCKS
-from attire.errors import UsageError
+from attire.errors import AttireError, UsageError
 from attire.recipes import BACKENDS, RECIPES, Recipe
 from attire.shell import among
 
@@ -21,6 +21,46 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 # click itself would call a file that cannot be read a wrong usage, and refuse all of a command's other files with it.
 PATH = click.Path(readable=False, path_type=Path)
 NAME = click.Path(readable=False)
+
+
+class DataName(click.Path):
+    """A file, folder or URL of images. That there is no such file is said before PyTorch is loaded."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from attire.storage import is_url
+
+        if not is_url(value) and is_missing(value):
+            raise AttireError(Path(value), "no such file")
+        return super().convert(value, param, ctx)
+
+
+class BundlePath(click.Path):
+    """A bundle or an exported file. That there is none is said before PyTorch is loaded."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from attire.bundles import find_bundle
+        from attire.runtimes import format_of
+
+        if is_missing(value):
+            if format_of(Path(value)):
+                raise AttireError(Path(value), "no such file")
+            find_bundle(value)
+        return super().convert(value, param, ctx)
+
+
+def is_missing(name: str) -> bool:
+    """False also for what cannot be looked at: whoever reads it says why."""
+    try:
+        Path(name).stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+DATA = DataName(readable=False)
+BUNDLE = BundlePath(readable=False, path_type=Path)
 
 # What a recipe's field is, and why its value is what it is. The figures are docs/results.md's.
 FIELD_HELP = {
@@ -95,10 +135,10 @@ def shown(value: Any) -> str:
 def data_options(command: Function) -> Function:
     for option in (
         click.option("--classes", help="Class names in the order of their labels, separated by commas."),
-        click.option("--test", type=NAME, metavar="FILE", help="This file, folder or URL is the test set."),
+        click.option("--test", type=DATA, metavar="FILE", help="This file, folder or URL is the test set."),
         click.option(
             "--data",
-            type=NAME,
+            type=DATA,
             metavar="PATH",
             help="CSV, IDX or Parquet file, folder of these or of class folders, or a URL; default: the official set.",
         ),

@@ -5,14 +5,14 @@ from typing import Any
 
 import click
 
-from attire.cli.options import NAME, PATH, class_names, device_option, json_option, memory_option, numbers
+from attire.cli.options import DATA, PATH, class_names, device_option, json_option, memory_option, numbers
 from attire.shell import Command
 
 
 @click.command(cls=Command)
 @click.option(
     "--data",
-    type=NAME,
+    type=DATA,
     metavar="PATH",
     help="As for train; only its training rows are used.  [default: the official set]",
 )

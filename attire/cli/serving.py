@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from attire import __version__
-from attire.cli.options import PATH, cluster_at, cluster_option, device_option
+from attire.cli.options import BUNDLE, PATH, cluster_at, cluster_option, device_option
 from attire.errors import AttireError, Stopped, UsageError, one_line
 from attire.shell import Command
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@click.argument("bundle", required=False, type=PATH)
+@click.argument("bundle", required=False, type=BUNDLE)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address of this machine to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--allow-host", "hosts", multiple=True, metavar="NAME", help="Also answer to this Host name.")

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from attire.cli.options import NAME, PATH, json_option
+from attire.cli.options import BUNDLE, DATA, PATH, json_option
 from attire.errors import UsageError
 from attire.folders import free_folder
 from attire.shell import Command, among
@@ -37,7 +37,7 @@ def release(run: Path, out: Path, as_json: bool) -> None:
 
 
 @click.command(cls=Command)
-@click.argument("bundle", type=PATH)
+@click.argument("bundle", type=BUNDLE)
 @click.option(
     "--format",
     "kind",
@@ -78,8 +78,8 @@ def export(bundle: Path, kind: str, precision: str, out: Path | None, max_drop: 
 
 
 @click.command(cls=Command)
-@click.argument("models", nargs=-1, type=PATH, metavar="BUNDLE EXPORT...")
-@click.option("--data", type=NAME, metavar="PATH", help="Test images, as for evaluate.  [default: the official set]")
+@click.argument("models", nargs=-1, type=BUNDLE, metavar="BUNDLE EXPORT...")
+@click.option("--data", type=DATA, metavar="PATH", help="Test images, as for evaluate.  [default: the official set]")
 @click.option("--images", type=click.IntRange(0), default=0, help="Accuracy on so many of them.  [default: all]")
 @click.option("--threads", type=click.IntRange(0), default=0, help="For PyTorch.  [default: the machine's]")
 @click.option("--out", type=PATH, default="bench", show_default=True, help="A new folder.")
