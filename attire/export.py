@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import logging
-import shutil
 import tempfile
 import warnings
 import zipfile
@@ -354,8 +353,7 @@ def build_openvino(network: WholeNetwork, precision: str, folder: Path) -> Built
 
 def stamp_openvino(built: Path, facts: dict[str, Any], card: str, path: Path) -> None:
     """The pair of files, the card, and `attire.json` last; the folder gets its name when all of it is there."""
-    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=files.make_dir(path.parent.absolute())))
-    try:
+    with files.atomic_folder(path) as part:
         for name in ("network.xml", "network.bin"):
             files.write_bytes(part / name, (built / name).read_bytes())
         files.write_text(part / "README.md", card)
@@ -363,10 +361,6 @@ def stamp_openvino(built: Path, facts: dict[str, Any], card: str, path: Path) ->
         sealed = {**facts, "sha256": digests}
         sealed = json.loads(json.dumps(sealed))  # tuples as lists, so that the digest is that of what is read
         files.write_json(part / METADATA, {**sealed, "seal": files.sha256(files.canonical_json(sealed))})
-        part.chmod(0o777 & ~files.umask())
-        part.replace(path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def build_torch_export(network: WholeNetwork, precision: str, folder: Path) -> Built:

@@ -100,13 +100,57 @@ def temporary(path: Path) -> tuple[int, Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files of processes that were killed: the kernel has freed the locks on them."""
+    """Remove the temporary files and folders of processes that were killed: the kernel has freed the locks on them."""
     if fcntl is None:
         return
     for part in folder.glob(f"{PART}*.part"):
-        with suppress(OSError), part.open("rb") as file:  # somebody's who is still writing, or swept by another
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            part.unlink()
+        with suppress(OSError), handle_of(part) as handle:  # somebody's who is still writing, or swept by another
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if part.is_dir():
+                shutil.rmtree(part, ignore_errors=True)
+            else:
+                part.unlink()
+
+
+@contextmanager
+def handle_of(path: Path) -> Iterator[int]:
+    """The number of an open file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """As `atomic`, for a folder: it is called `path`, where at most an empty folder lies, once all of it is there."""
+    parent = make_dir(path.absolute().parent)
+    sweep(parent)
+    try:
+        part = Path(tempfile.mkdtemp(prefix=f"{PART}{path.name[:80]}.", suffix=".part", dir=parent))
+        try:
+            with locked(part):
+                yield part
+                part.chmod(0o777 & ~umask())
+                part.replace(path)
+            sync_dir(parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise cannot("write", path, error) from error
+
+
+@contextmanager
+def locked(part: Path) -> Iterator[None]:
+    """A temporary folder that `sweep` leaves alone."""
+    if fcntl is None:
+        yield
+        return
+    with handle_of(part) as handle:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
@@ -209,11 +253,8 @@ def sync_dir(path: Path) -> None:
     """A rename is durable only once its folder is."""
     if os.name != "posix":
         return
-    handle = os.open(path, os.O_RDONLY)
-    try:
+    with handle_of(path) as handle:
         os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def umask() -> int:

@@ -369,3 +369,31 @@ def test_who_writes_beside_it_does_not_sweep_a_file_that_is_about_to_be_renamed(
     files.write_text(tmp_path / "one", "whole")
     assert (tmp_path / "one").read_text() == "whole"
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_a_folder_gets_its_name_when_all_of_it_is_there(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "deep/new", "empty"):
+        with files.atomic_folder(tmp_path / name) as part:
+            files.write_text(part / "told", "whole")
+            assert not (tmp_path / name / "told").exists()
+            files.write_text(tmp_path / "other", "")  # whoever writes beside it does not sweep it
+        assert (tmp_path / name / "told").read_text() == "whole"
+    with pytest.raises(AttireError, match="half"), files.atomic_folder(tmp_path / "stopped") as part:
+        files.read_json(part / "half")
+    with pytest.raises(AttireError, match="other: cannot write"), files.atomic_folder(tmp_path / "other") as part:
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "empty", "new", "other"]
+
+
+def test_a_folder_that_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    code = f"""import os, pathlib
+from attire import files
+with files.atomic_folder(pathlib.Path({str(tmp_path / "new")!r})) as part:
+    files.write_text(part / "told", "half")
+    os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 1
+    files.write_text(tmp_path / "other", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]

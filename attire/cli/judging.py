@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from attire import files
 from attire.cli.options import BUNDLE, DATA, PATH, class_names, data_options, device_option, json_option, memory_option
 from attire.errors import UsageError
 from attire.folders import free_folder
@@ -64,8 +65,9 @@ def evaluate(
     finally:
         watch.close()
     if folder:
-        save_result(folder, result)
-        write_report(folder, result)
+        with files.atomic_folder(folder) as part:
+            save_result(part, result)
+            write_report(part, result)
     if as_json:
         click.echo(json.dumps(metrics(result)))
         return
@@ -105,9 +107,10 @@ def ensemble(
     finally:
         watch.close()
     if folder:
-        save_result(folder, found.result)
-        write_report(folder, found.result)
-        found.ensemble.save(folder / "ensemble.json")
+        with files.atomic_folder(folder) as part:
+            save_result(part, found.result)
+            write_report(part, found.result)
+            found.ensemble.save(part / "ensemble.json")
     if as_json:
         click.echo(json.dumps(found.to_json()))
         return
@@ -206,7 +209,8 @@ def audit(
         found = look_through(data, test=test, classes=class_names(classes), run=run, device=device, watcher=watch)
     finally:
         watch.close()
-    page = write_audit(found, folder)
+    with files.atomic_folder(folder) as part:
+        page = folder / write_audit(found, part).name
     if as_json:
         click.echo(json.dumps({"page": str(page), **found.to_json()}))
         return

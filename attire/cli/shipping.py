@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from attire import files
 from attire.cli.options import BUNDLE, DATA, PATH, json_option
 from attire.errors import UsageError
 from attire.folders import free_folder
@@ -133,7 +134,8 @@ def bench_models(
         found = measure(models, data, images=images, threads=threads, watcher=watch)
     finally:
         watch.close()
-    picture = write_bench(found, folder)
+    with files.atomic_folder(folder) as part:
+        picture = folder / write_bench(found, part).name
     if as_json:
         click.echo(json.dumps({"picture": str(picture), **found.to_json()}))
         return
