@@ -285,7 +285,8 @@ class Loop:
                 told += self.judge_error(fault, first, before, contents(root))
             follow = self.scenario.again or self.scenario.command
             second = attire(root, follow(root), setting=self.scenario.setting) if first.status else first
-            there = "it exists already" in second.err  # an export is finished with its rename, and is not overwritten
+            # What is finished with its rename is not overwritten: then all of it must be there.
+            there = any(said in second.err for said in ("it exists already", "the folder is not empty"))
             if second.status and not there:
                 told.append(f"run again it ends with {second.status}: {second.err[-300:]}")
             else:
