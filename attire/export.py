@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import logging
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -143,6 +142,7 @@ def export(
     if path.suffix != SUFFIXES[kind]:
         raise UsageError("--out", f"expected a name that ends in {SUFFIXES[kind]}, found {path.name!r}")
     if path.exists():
+        files.sweep(path.parent)  # of one that was killed when all but its scratch folder was in order
         raise AttireError(path, "it exists already", do="give --out another name, or remove it first")
     files.check_writable(path.parent)
     watcher, classifier = watcher or Silent(), load_bundle(bundle, "cpu")
@@ -158,10 +158,10 @@ def export(
     seen = data.images if rejecter else data.images[:0]
     far = [classifier.distances(part) for part in in_parts(seen, PART, "Distances", watcher)]
     expected = Expected(np.concatenate(probabilities), np.concatenate(far) if rejecter else None)
-    with tempfile.TemporaryDirectory(prefix="attire-export-") as folder:
+    with files.scratch(path) as folder:
         watcher.note("Export", f"{kind}, {precision}")
         with quiet():
-            built, versions = BUILDERS[kind](WholeNetwork(classifier, rejecter=rejecter), precision, Path(folder))
+            built, versions = BUILDERS[kind](WholeNetwork(classifier, rejecter=rejecter), precision, folder)
         facts["runtime"] = versions
         found = measure(Exported(built, kind, facts, READERS[kind][1](built, facts)), expected, data, watcher)
         watcher.note("Gate", str(found))

@@ -125,6 +125,16 @@ def handle_of(path: Path) -> Iterator[int]:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """As `atomic`, for a folder: it is called `path`, where at most an empty folder lies, once all of it is there."""
+    with scratch(path) as part:
+        yield part
+        part.chmod(0o777 & ~umask())
+        part.replace(path)
+        sync_dir(part.parent)
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` for what is made on the way to it; it goes, as `atomic`'s file does."""
     parent = make_dir(path.absolute().parent)
     sweep(parent)
     try:
@@ -132,9 +142,6 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         try:
             with locked(part):
                 yield part
-                part.chmod(0o777 & ~umask())
-                part.replace(path)
-            sync_dir(parent)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
