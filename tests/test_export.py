@@ -224,9 +224,11 @@ def test_what_cannot_be_exported_is_one_clear_line(change: dict[str, Any], line:
 
 def test_a_file_that_is_there_is_left_alone(bundle: Path, synthetic: ImageDataset, tmp_path: Path) -> None:
     (tmp_path / "m.pt2").write_text("mine")
+    (tmp_path / ".attire.m.pt2.killed.part").mkdir()  # by one that was killed after its file had its name
     with pytest.raises(AttireError, match="it exists already; give --out another name, or remove it first"):
         export(bundle, "torch-export", out=tmp_path / "m.pt2", data=synthetic)
     assert (tmp_path / "m.pt2").read_text() == "mine"
+    assert not list(tmp_path.glob(".attire.*"))
 
 
 def test_the_classes_of_the_gate_s_images_must_be_the_bundle_s(
