@@ -346,7 +346,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="*", help=", ".join(SCENARIOS))
-    parser.add_argument("--only", help="kill, random or errors, with commas between them")
+    parser.add_argument("--only", help=f"kill, random, {', '.join(ERRORS)}; several with commas")
     parser.add_argument("--every", type=int, default=1, help="only each so many-th call")
     parser.add_argument("--random", type=int, default=100, metavar="N", help="kills at random moments")
     parser.add_argument("--seed", type=int, default=0)
