@@ -67,6 +67,7 @@ assert "torch" not in sys.modules and "numpy" not in sys.modules
 
 
 NO_BUNDLE = "none: no such bundle; give a folder such as runs/1/model"
+NO_RUN = "none: no such run; give a run's folder such as runs/1"
 TAKEN = "mine: the folder is not empty; give --out another name"
 
 
@@ -75,9 +76,13 @@ TAKEN = "mine: the folder is not empty; give --out another name"
     [
         ("train --recipe fastest", "--recipe: expected one of fast, classic, frozen-best, best, found 'fastest'"),
         *((f"{command} none.csv", "none.csv: no such file") for command in ("train --data", "audit", "sweep --data")),
-        *((f"{command} none", NO_BUNDLE) for command in ("evaluate", "export", "bench", "serve", "explain a --model")),
+        *(
+            (f"{command} none", NO_BUNDLE)
+            for command in ("evaluate", "ensemble", "export", "bench", "serve", "explain a --model")
+        ),
+        *((f"{command} none", NO_RUN) for command in ("report", "compare", "audit --run", "release")),
         ("evaluate none.onnx", "none.onnx: no such file"),
-        *((f"{command} --out mine", TAKEN) for command in ("train", "evaluate .", "ensemble a b", "audit", "bench .")),
+        *((f"{command} --out mine", TAKEN) for command in ("train", "evaluate .", "ensemble . .", "audit", "bench .")),
     ],
 )
 def test_what_is_mistyped_does_not_wait_for_torch(here: Path, command: str, told: str) -> None:
@@ -170,8 +175,9 @@ def test_missing_inputs_are_data_errors(here: Path, bundle: Path) -> None:
         (("evaluate", bundle, "--data", "none.csv", "--out", "new"), "none.csv: no such file"),
         (("evaluate", "none"), "none: no such bundle; give a folder such as runs/1/model"),
         (("predict", "--model", "none", "a.png"), "none: no such bundle; give a folder such as runs/1/model"),
-        (("report", "none"), "none/evaluation/metrics.json: cannot read (No such file or directory)"),
-        (("compare", "none", "neither"), "none/evaluation/metrics.json: cannot read (No such file or directory)"),
+        (("report", "none"), "none: no such run; give a run's folder such as runs/1"),
+        (("compare", "none", "neither"), "none: no such run; give a run's folder such as runs/1"),
+        (("ensemble", "none", "neither"), "none: no such bundle; give a folder such as runs/1/model"),
         (("train", "--config", "none.json"), "none.json: cannot read (No such file or directory)"),
         (("train", "--resume", "none"), f"none: {no_run}"),
         (("train", "--resume", ""), f".: {no_run}"),

@@ -7,7 +7,17 @@ from typing import Any
 import click
 
 from attire import files
-from attire.cli.options import BUNDLE, DATA, PATH, class_names, data_options, device_option, json_option, memory_option
+from attire.cli.options import (
+    BUNDLE,
+    DATA,
+    PATH,
+    RUN,
+    class_names,
+    data_options,
+    device_option,
+    json_option,
+    memory_option,
+)
 from attire.errors import UsageError
 from attire.folders import free_folder
 from attire.recipes import BACKENDS
@@ -76,7 +86,7 @@ def evaluate(
 
 
 @click.command(cls=Command)
-@click.argument("models", nargs=-1, required=True, type=PATH, metavar="RUN RUN...")
+@click.argument("models", nargs=-1, required=True, type=BUNDLE, metavar="RUN RUN...")
 @click.option("--data", type=DATA, metavar="PATH", help="As for evaluate.  [default: the official test images]")
 @click.option("--classes", help="Class names in the order of their labels, separated by commas.")
 @part_option
@@ -125,7 +135,7 @@ def passes(config: Any) -> str:
 
 
 @click.command(cls=Command)
-@click.argument("run", type=PATH)
+@click.argument("run", type=RUN)
 @json_option
 def report(run: Path, as_json: bool) -> None:
     """Write a finished run's report.html again, from the run's own files.
@@ -141,7 +151,7 @@ def report(run: Path, as_json: bool) -> None:
 
 
 @click.command(cls=Command)
-@click.argument("compared", nargs=-1, required=True, type=PATH, metavar="RUN RUN...")
+@click.argument("compared", nargs=-1, required=True, type=RUN, metavar="RUN RUN...")
 @click.option("--out", type=PATH, help="The page.  [default: compare-A-B.html beside the first]")
 @json_option
 def compare(compared: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
@@ -176,7 +186,7 @@ def compare(compared: tuple[Path, ...], out: Path | None, as_json: bool) -> None
 @click.argument("data", required=False, type=DATA)
 @click.option("--test", type=DATA, metavar="FILE", help="This file or folder is the test set.")
 @click.option("--classes", help="Class names in the order of their labels, separated by commas.")
-@click.option("--run", type=PATH, help="Take this run's accuracy apart; tested on the same set.")
+@click.option("--run", type=RUN, help="Take this run's accuracy apart; tested on the same set.")
 @click.option("--out", type=PATH, default="audit", show_default=True, help="A new folder.")
 @device_option
 @memory_option

@@ -48,6 +48,15 @@ class BundlePath(click.Path):
         return super().convert(value, param, ctx)
 
 
+class RunPath(click.Path):
+    """A run's folder. That there is none is said before PyTorch is loaded."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if is_missing(value):
+            raise AttireError(Path(value), "no such run", do="give a run's folder such as runs/1")
+        return super().convert(value, param, ctx)
+
+
 def is_missing(name: str) -> bool:
     """False also for what cannot be looked at: whoever reads it says why."""
     try:
@@ -61,6 +70,7 @@ def is_missing(name: str) -> bool:
 
 DATA = DataName(readable=False)
 BUNDLE = BundlePath(readable=False, path_type=Path)
+RUN = RunPath(readable=False, path_type=Path)
 
 # What a recipe's field is, and why its value is what it is. The figures are docs/results.md's.
 FIELD_HELP = {

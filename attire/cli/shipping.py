@@ -7,14 +7,14 @@ from typing import Any
 import click
 
 from attire import files
-from attire.cli.options import BUNDLE, DATA, PATH, json_option
+from attire.cli.options import BUNDLE, DATA, PATH, RUN, json_option
 from attire.errors import UsageError
 from attire.folders import free_folder
 from attire.shell import Command, among
 
 
 @click.command(cls=Command)
-@click.argument("run", type=PATH)
+@click.argument("run", type=RUN)
 @click.option("--out", type=PATH, default="release", show_default=True, help="The new bundle.")
 @json_option
 def release(run: Path, out: Path, as_json: bool) -> None:
