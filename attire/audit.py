@@ -223,7 +223,6 @@ def feature_blocks(parts: Mapping[str, ImageDataset], device: torch.device, watc
         for entry in cached:
             for block in entry.blocks(8192):
                 yield torch.from_numpy(block).float()
-            entry.release()
 
     return blocks
 

@@ -22,8 +22,6 @@ from attire.errors import AttireError, AttireWarning
 SHARD_BYTES = 16 * 2**20  # a stopped extraction redoes at most one shard: 2,048 rows of 4,096 features
 BATCH_PIXELS = 1_700_000  # pictures a forward pass: 1,660 of 32 px, 415 of 64, 33 of 224
 PIXEL_BYTES = 800  # that a pass holds for each of them: 617 measured, block3 at 16 px in fp32 (docs/performance.md)
-RESIDENT_BYTES = 64 * 2**20  # mapped pages kept resident while rows are gathered at random
-AROUND = 64 * 2**10  # bytes that Linux maps around a byte that is touched, where they are in its page cache
 VIEWS = ("plain", "flip", "negative")  # as it is, mirrored, black on white
 DRAWN, STRANGE = (f"{name}{drawings.VERSION}" for name in ("drawn", "strange"))  # see drawings.py
 SHIFTS = ((0, -2), (0, 2), (-2, 0), (2, 0), (-1, -1), (1, 1), (-1, 1), (1, -1))  # (down, right), of 28 px
@@ -80,26 +78,30 @@ class Features:
 
     def __init__(self, folder: Path, rows: int, width: int, shard_rows: int) -> None:
         self.folder, self.shape, self.shard_rows = folder, (rows, width), shard_rows
-        self._touched = 0
 
     def __len__(self) -> int:
         return self.shape[0]
 
     @cached_property
-    def shards(self) -> list[NDArray[np.float16]]:
+    def shards(self) -> list[np.memmap[Any, np.dtype[np.float16]]]:
         count = -(-len(self) // self.shard_rows)
         return [np.load(shard_path(self.folder, i), mmap_mode="r") for i in range(count)]
 
     def gather(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
-        """Rows in the order asked for, (n, D) float16, copied out of the map."""
+        """Rows in the order asked for, (n, D) float16.
+
+        They are read, not mapped: a file that has just been written Linux (6.18) keeps in large pieces, and it maps all
+        of one for a single row, so that whole entries would count as this process's memory.
+        """
         out = np.empty((len(rows), self.shape[1]), np.float16)
-        shard = rows // self.shard_rows
+        shard, size = rows // self.shard_rows, out.itemsize * out.shape[1]
         for i in np.unique(shard):
-            here = shard == i
-            out[here] = self.shards[i][rows[here] - i * self.shard_rows]
-        self._touched += max(out.nbytes, AROUND * len(rows))
-        if self._touched > RESIDENT_BYTES:
-            self.release()
+            path = shard_path(self.folder, i)
+            with path.open("rb", buffering=0) as file:
+                for place in np.flatnonzero(shard == i):
+                    file.seek(self.shards[i].offset + size * int(rows[place] - i * self.shard_rows))
+                    if file.readinto(out[place]) != size:
+                        raise AttireError(path, "a row is missing: the file was cut off", do="start the command again")
         return out
 
     def read(self, rows: NDArray[np.int64], out: NDArray[np.float16]) -> None:
@@ -116,12 +118,6 @@ class Features:
         """All rows in order, a block at a time."""
         for start in range(0, len(self), rows):
             yield self.gather(np.arange(start, min(start + rows, len(self))))
-
-    def release(self) -> None:
-        """Give mapped pages back; see `files.release`."""
-        for shard in self.shards:
-            files.release(shard)
-        self._touched = 0
 
 
 def shard_path(folder: Path, index: int) -> Path:

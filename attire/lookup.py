@@ -28,8 +28,6 @@ class Held:
     def gather(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
         return self.table[rows]
 
-    def release(self) -> None: ...
-
 
 class Collected(Features):
     """Rows of several parts as if they were one entry, (N, D) float16: row i is row `rows[i]` of `parts[part[i]]`."""
@@ -52,10 +50,6 @@ class Collected(Features):
         """Rows into `out` (n, D), some at a time."""
         for start in range(0, len(rows), BLOCK_ROWS):
             out[start : start + BLOCK_ROWS] = self.gather(rows[start : start + BLOCK_ROWS])
-
-    def release(self) -> None:
-        for part in self.parts:
-            part.release()
 
 
 def collect(

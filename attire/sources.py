@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from attire import memory
-from attire.features import RESIDENT_BYTES, Features, seen
+from attire.features import Features, seen
 from attire.training import Rows, Views
 from attire.vgg import GarmentDataset, preprocess
 
@@ -18,7 +18,6 @@ IN_MEMORY = 1_200 * 2**20  # bytes of cached features that are read into memory 
 STREAMED = 4 * 2**30  # bytes; above it the system cannot be expected to keep the files in memory either
 STRETCH = 2**19  # bytes that lie together on the disk, so that it need not be searched for each row
 WINDOW = 128 * 2**20  # bytes of rows held and drawn from at a time, from 256 such places
-LEAST = WINDOW + RESIDENT_BYTES  # bytes held at least while rows are read from the disk
 SPREAD = 0.05  # of the mean deviation, added to each: features that hardly vary are not blown up
 
 
@@ -116,7 +115,6 @@ def whole(views: Sequence[Features]) -> Tensor:
         for block in view.blocks():
             table[start : start + len(block)] = torch.from_numpy(block)
             start += len(block)
-        view.release()
     return table
 
 

@@ -42,7 +42,7 @@ from attire.recipes import Recipe
 from attire.reject import Rejecter
 from attire.report import write_report
 from attire.skew import Skew
-from attire.sources import LEAST, CachedSource, OnTheFlySource, Standardiser, measure
+from attire.sources import WINDOW, CachedSource, OnTheFlySource, Standardiser, measure
 from attire.watching import Watcher
 from attire.weights import SHAPES, read_weights, tensor_digest
 
@@ -152,7 +152,7 @@ class Stage:
         need += weights + frozen_bytes(recipe.freeze_to) + BESIDE
         files.check_room(folder, need, "checkpoints and bundle", "make room, or give --out a folder on another disk")
         one_picture = 2 * features.PIXEL_BYTES * recipe.image_size**2
-        need = max(LEAST + heads.training_bytes(recipe, classes), one_picture)
+        need = max(WINDOW + heads.training_bytes(recipe, classes), one_picture)
         memory.reserve(need, f"recipe {recipe.name}")
 
     def describe_data(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The cache: computed once, verified always, resumed where it stopped, mended where it is damaged."""
 
 import json
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -134,16 +135,17 @@ def test_a_manifest_cannot_point_elsewhere(synthetic: ImageDataset, tmp_path: Pa
     assert not list(tmp_path.glob("*.npy"))
 
 
-def test_rows_come_in_the_order_asked_for_across_shards(
-    synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_come_in_the_order_asked_for_across_shards(synthetic: ImageDataset) -> None:
     found = run(synthetic, CountingTrunk())
     whole = rows_of(found)
     order = np.array([59, 0, 17, 16, 15, 31, 0, 42])
     assert np.array_equal(found.gather(order), whole[order])
-    monkeypatch.setattr(features, "RESIDENT_BYTES", 1)  # pages are given back after every call
-    assert np.array_equal(found.gather(order), whole[order])
+    assert np.array_equal(whole[order], np.concatenate([found.shards[i // 16][None, i % 16] for i in order]))
     assert found.gather(np.empty(0, np.int64)).shape == (0, 2048)
+    path = features.shard_path(found.folder, 1)
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(AttireError, match=r"shard-00001\.npy: a row is missing: the file was cut off"):
+        found.gather(order)
 
 
 def test_the_other_views_are_the_mirrored_and_the_negative_image(synthetic: ImageDataset) -> None:

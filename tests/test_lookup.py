@@ -70,8 +70,6 @@ def test_rows_come_in_any_order_and_into_a_given_array(load: Callable[[], Counti
     out = np.empty((3, 512), np.float16)
     found.read(np.array([1, 4, 8]), out)
     assert np.array_equal(out, expected(IMAGES[[1, 4, 8]]))
-    found.release()
-    assert np.array_equal(found.gather(asked), expected(IMAGES[asked]))
 
 
 def test_another_spec_has_features_of_its_own(trunk: Counting, load: Callable[[], Counting]) -> None:
