@@ -22,6 +22,7 @@ LEAST = {
 }
 BACKENDS = ("torch", "openvino", "openvino-int8")
 MOST_SHIFTS = 8
+MOST_WIDTH = 2**20  # of a hidden layer
 MOST_VIEWS = 2 * (1 + MOST_SHIFTS)  # each shifted picture, and each of them mirrored
 
 
@@ -80,12 +81,15 @@ class Recipe:
         self._check("shifts", self.shifts <= MOST_SHIFTS, f"at most {MOST_SHIFTS}")
         self._check("test_views", self.test_views <= MOST_VIEWS, f"at most {MOST_VIEWS}")
         self._check("image_size", self.image_size <= 1024, "at most 1024 px")
+        self._check("pool", self.pool <= self.image_size, "at most the side of the picture")
         self._check("lr", math.isfinite(self.lr) and self.lr > 0, "a number > 0")
         self._check("weight_decay", math.isfinite(self.weight_decay) and self.weight_decay >= 0, "a number >= 0")
         self._check("dropout", 0 <= self.dropout < 1, "at least 0, below 1")
         self._check("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0, below 1")
         self._check("hidden", all(type(w) is int and w > 0 for w in self.hidden), "widths > 0, such as 512,128")
         self._check("conv", all(type(w) is int and w > 0 for w in self.conv), "widths > 0, such as 256,512")
+        for field in ("hidden", "conv"):
+            self._check(field, max(getattr(self, field), default=0) <= MOST_WIDTH, f"widths of at most {MOST_WIDTH}")
         self._check("block_lr", 0 < self.block_lr <= 1, "above 0, at most 1")
         self._check("ema", 0 <= self.ema < 1, "at least 0, below 1")
         self._check("clip", math.isfinite(self.clip) and self.clip >= 0, "a number >= 0")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any, Protocol, cast
 
 import numpy as np
@@ -520,7 +521,7 @@ def read_checkpoint(path: Path) -> tuple[State, dict[str, Tensor]]:
         return State(**{**values, "resumed": True}), tensors
     except OSError as error:
         raise files.cannot("read", path, error) from error
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, *WRONG_VALUES) as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, TokenError, *WRONG_VALUES) as error:
         raise AttireError(path, "not an Attire checkpoint", str(error)[:80]) from error
 
 

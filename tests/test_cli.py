@@ -121,6 +121,8 @@ def test_an_unknown_command_suggests_the_near_one(typed: str, hint: str) -> None
         ("--seed -1", "--seed: expected a whole number >= 0, found -1"),
         ("--seed 4294967296", "--seed: expected at most 4294967295, found 4294967296"),
         ("--hidden abc", "--hidden: expected whole numbers such as 64,32, found 'abc'"),
+        ("--hidden 9999999", "--hidden: expected widths of at most 1048576, found (9999999,)"),
+        ("--pool 33", "--pool: expected at most the side of the picture, found 33"),
         ("--hidden 8,0", "--hidden: expected widths > 0, such as 512,128, found (8, 0)"),
         ("--image-size 4", "--image-size: 4 px leaves no feature at block3; use 8 px or more"),
         ("--freeze-to block9", "--freeze-to: expected one of block1, block2, block3, block4, block5, found 'block9'"),
