@@ -96,10 +96,11 @@ class Features:
         out = np.empty((len(rows), self.shape[1]), np.float16)
         shard, size = rows // self.shard_rows, out.itemsize * out.shape[1]
         for i in np.unique(shard):
-            path = shard_path(self.folder, i)
+            path, places = shard_path(self.folder, i), np.flatnonzero(shard == i)
+            starts = self.shards[i].offset + size * (rows[places] - i * self.shard_rows)
             with path.open("rb", buffering=0) as file:
-                for place in np.flatnonzero(shard == i):
-                    file.seek(self.shards[i].offset + size * int(rows[place] - i * self.shard_rows))
+                for place, start in zip(places, starts.tolist(), strict=True):
+                    file.seek(start)
                     if file.readinto(out[place]) != size:
                         raise AttireError(path, "a row is missing: the file was cut off", do="start the command again")
         return out
