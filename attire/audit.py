@@ -203,7 +203,7 @@ def run_answers(run: Path, data: ImageDataset) -> Rows:
 def feature_blocks(parts: Mapping[str, ImageDataset], device: torch.device, watcher: Watcher) -> suspects.Blocks:
     """Plain features of all parts, as recipe `fast` has them: after a run of it nothing is extracted."""
     weights = fetch.vgg16_weights(progress=watcher.advance)
-    precision, backend = choose_trunk(FAST.backend, FAST.precision, device)
+    precision, backend = choose_trunk(FAST.freeze_to, FAST.backend, FAST.precision, device)
     digest = tensor_digest(read_weights(weights))
     spec = FeatureSpec(FAST.freeze_to, FAST.image_size, FAST.pool, digest, precision, backend=backend)
 

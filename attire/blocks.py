@@ -1,15 +1,16 @@
-"""VGG16's five blocks as freeze boundaries: where each ends, how wide it is, what it leaves of a picture. No torch."""
+"""VGG16's blocks as freeze boundaries: where each ends, how wide it is, what it leaves of a picture. No torch."""
 
 from attire.errors import UsageError
 
+NOTHING = "none"  # the boundary below which nothing is frozen: its features are the preprocessed picture itself
 # Where each block of torchvision's `vgg16().features` ends, its max pooling included.
-BLOCKS = {"block1": 5, "block2": 10, "block3": 17, "block4": 24, "block5": 31}
-CHANNELS = {"block1": 64, "block2": 128, "block3": 256, "block4": 512, "block5": 512}
+BLOCKS = {NOTHING: 0, "block1": 5, "block2": 10, "block3": 17, "block4": 24, "block5": 31}
+CHANNELS = {NOTHING: 3, "block1": 64, "block2": 128, "block3": 256, "block4": 512, "block5": 512}
 
 
 def map_side(freeze_to: str, size: int) -> int:
     """Side of the feature map that a `size` x `size` picture leaves at the boundary: halved by each block."""
-    return size >> (list(BLOCKS).index(freeze_to) + 1)
+    return size >> list(BLOCKS).index(freeze_to)
 
 
 def above(freeze_to: str, blocks: int) -> str:
@@ -28,7 +29,7 @@ def feature_shape(freeze_to: str, size: int, pool: int) -> tuple[int, int, int]:
     if freeze_to not in BLOCKS:
         raise UsageError("--freeze-to", f"expected one of {', '.join(BLOCKS)}, found {freeze_to!r}")
     if map_side(freeze_to, size) < 1:
-        least = 2 << list(BLOCKS).index(freeze_to)
+        least = 1 << list(BLOCKS).index(freeze_to)
         raise UsageError("--image-size", f"{size} px leaves no feature at {freeze_to}", do=f"use {least} px or more")
     side = pool or map_side(freeze_to, size)
     return CHANNELS[freeze_to], side, side

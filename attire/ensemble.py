@@ -150,7 +150,7 @@ def bundle_features(
 ) -> features.Features:
     """Features of all images in this view at the bundle's freeze boundary, by the bundle's own trunk."""
     about, trunk = classifier.architecture, below(classifier)
-    precision, backend = choose_trunk(backend, "auto", classifier.device)
+    precision, backend = choose_trunk(about.freeze_to, backend, "auto", classifier.device)
     pool = 0 if about.train_blocks else about.pool
     spec = FeatureSpec(about.freeze_to, about.image_size, pool, trunk_digest(classifier), precision, backend=backend)
     told = "Features" if view == "plain" else f"Features  {view}"

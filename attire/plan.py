@@ -191,8 +191,8 @@ def flop_per_image(freeze_to: str, size: int) -> float:
     total = 0.0
     for index, (outputs, inputs) in CONVOLUTIONS.items():
         if index < BLOCKS[freeze_to]:
-            block = next(i for i, end in enumerate(BLOCKS.values()) if index < end)
-            total += 2 * 9 * outputs * inputs * (size >> block) ** 2
+            poolings = sum(0 < end <= index for end in BLOCKS.values())
+            total += 2 * 9 * outputs * inputs * (size >> poolings) ** 2
     return total
 
 

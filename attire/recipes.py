@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from attire.blocks import above, feature_shape
+from attire.blocks import NOTHING, above, feature_shape
 from attire.errors import UsageError
 
 LEAST = {
@@ -31,7 +31,7 @@ class Recipe:
     """How a run is made. Complete and valid once constructed; raises UsageError for a value that cannot be meant."""
 
     name: str = "fast"
-    freeze_to: str = "block3"  # boundary: VGG16 block up to which everything is frozen and cached
+    freeze_to: str = "block3"  # boundary: VGG16 block up to which everything is frozen and cached; none: nothing is
     image_size: int = 32  # px, side of the square picture that VGG16 sees
     pool: int = 0  # side the feature map is averaged to; 0: as it is
     flips: bool = True  # also cache mirrored pictures and train on either, drawn anew each epoch
@@ -101,6 +101,9 @@ class Recipe:
         plain = not (self.train_blocks or self.conv)
         self._check("strange", not (self.strange and self.cutmix), "no, as CutMix mixes rows (--no-strange)")
         self._check("standardise", plain or not self.standardise, "no, as convolutions are trained (--no-standardise)")
+        if self.freeze_to == NOTHING:
+            self._check("train_blocks", self.train_blocks > 0, "at least 1, as nothing is frozen")
+            self._check("backend", self.backend == "torch", "torch, as nothing is frozen")
         self._check("batch_norm", self.train_blocks > 0 or not self.batch_norm, "no, as no block is trained")
         most = self.epochs - 1 if self.train_blocks else 0
         self._check("probe_epochs", self.probe_epochs <= most, f"at most {most}")
@@ -133,7 +136,8 @@ class Recipe:
         views += f", {self.shifts} shifted" if self.shifts else ""
         views += ", drawn" if self.drawn else ""
         views += ", strange shapes" if self.strange else ""
-        frozen = f"{self.name}: frozen to {self.freeze_to}, {self.image_size} px{pool}{views}{trained}"
+        frozen = "nothing frozen" if self.freeze_to == NOTHING else f"frozen to {self.freeze_to}"
+        frozen = f"{self.name}: {frozen}, {self.image_size} px{pool}{views}{trained}"
         mixed = [name for name in ("jitter", "erase", "cutmix") if getattr(self, name)]
         more = f", {' and '.join(mixed)}" if mixed else ""
         more += f", weights averaged {self.ema:g}" if self.ema else ""

@@ -30,7 +30,7 @@ from attire import (
     training,
     vgg,
 )
-from attire.blocks import BLOCKS, CHANNELS
+from attire.blocks import BLOCKS, CHANNELS, NOTHING
 from attire.card import write_model_card
 from attire.classifier import Architecture, Classifier, fold_standardisation
 from attire.data import OFFICIAL, ImageDataset, Splits, check_part, load_dataset, load_splits, split_indices
@@ -136,7 +136,9 @@ class Stage:
         if (count := recipe.test_views) > 1:
             watcher.note("Views", f"{count} of each picture averaged: an answer takes {count} times the forward passes")
         widths = (recipe.freeze_to, recipe.image_size, 0 if recipe.train_blocks else recipe.pool)
-        precision, backend = ranks.shared(lambda: choose_trunk(recipe.backend, recipe.precision, device))
+        precision, backend = ranks.shared(
+            lambda: choose_trunk(recipe.freeze_to, recipe.backend, recipe.precision, device)
+        )
         self.train_precision = ranks.shared(lambda: devices.choose_train_precision(recipe.precision, device))
         self.digest = tensor_digest(read_weights(self.weights))
         self.spec = FeatureSpec(*widths, self.digest, precision, backend=backend)
@@ -450,11 +452,14 @@ class TunedSource:
             yield found
 
 
-def choose_trunk(backend: str, precision: str, device: torch.device) -> tuple[str, str]:
-    """Precision and backend, as a FeatureSpec has them, of what a recipe or an option asks for.
+def choose_trunk(freeze_to: str, backend: str, precision: str, device: torch.device) -> tuple[str, str]:
+    """Precision and backend, as a FeatureSpec has them, of what a recipe or an option asks for; a trunk of nothing has
+    no products that could be in bf16.
 
     Raises UsageError where it asks for what this machine does not have.
     """
+    if freeze_to == NOTHING:
+        return "fp32", "torch"
     if backend == "torch":
         found = devices.choose_precision(precision, device)
         return found, devices.choose_backend(backend, found, device)

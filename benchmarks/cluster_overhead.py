@@ -49,7 +49,7 @@ def main() -> None:
     given = parser.parse_args()
     recipe, device, data = named("fast"), torch.device("cpu"), load_dataset()
     images, weights = data.images[: given.images], fetch.vgg16_weights()
-    precision, backend = stages.choose_trunk(recipe.backend, recipe.precision, device)
+    precision, backend = stages.choose_trunk(recipe.freeze_to, recipe.backend, recipe.precision, device)
     digest = tensor_digest(read_weights(weights))
     spec = features.FeatureSpec(recipe.freeze_to, recipe.image_size, recipe.pool, digest, precision, backend=backend)
     load = partial(stages.frozen_trunk, weights, spec, device, 10**6)

@@ -468,7 +468,9 @@ def attire_works(race: Race, count: int) -> dict[str, Callable[[], object]]:
     for backend in BACKENDS:
         if "openvino" in backend and (race.quick or not (find_spec("openvino") and find_spec("nncf"))):
             continue
-        precision, named = choose_trunk(backend, "fp32" if backend == "torch" else "auto", torch.device("cpu"))
+        precision, named = choose_trunk(
+            CLASSIC.freeze_to, backend, "fp32" if backend == "torch" else "auto", torch.device("cpu")
+        )
         spec = FeatureSpec(CLASSIC.freeze_to, CLASSIC.image_size, CLASSIC.pool, digest, precision, backend=named)
         model = vgg.vgg16(fetch.vgg16_weights(), spec.freeze_to, spec.pool, nn.Sequential())
         trunk = open_trunk(model, spec, torch.device("cpu"), 0 if race.quick else len(race.train))

@@ -125,7 +125,10 @@ def test_an_unknown_command_suggests_the_near_one(typed: str, hint: str) -> None
         ("--pool 33", "--pool: expected at most the side of the picture, found 33"),
         ("--hidden 8,0", "--hidden: expected widths > 0, such as 512,128, found (8, 0)"),
         ("--image-size 4", "--image-size: 4 px leaves no feature at block3; use 8 px or more"),
-        ("--freeze-to block9", "--freeze-to: expected one of block1, block2, block3, block4, block5, found 'block9'"),
+        (
+            "--freeze-to block9",
+            "--freeze-to: expected one of none, block1, block2, block3, block4, block5, found 'block9'",
+        ),
         ("--claim 0", "--claim: expected a percentage above 0, at most 100, found 0.0"),
         ("--claim 101", "--claim: expected a percentage above 0, at most 100, found 101.0"),
         ("--claim nan", "--claim: expected a percentage above 0, at most 100, found nan"),

@@ -49,17 +49,22 @@ def test_a_bundle_answers_through_the_cache_as_by_itself(pair: tuple[Path, Path]
 
 
 @pytest.mark.usefixtures("weights")
-@pytest.mark.parametrize("recipe", [replace(TUNED, test_views=2), replace(TUNED, train_blocks=1, pool=0)])
+@pytest.mark.parametrize(
+    ("recipe", "key"),
+    [
+        (replace(TUNED, test_views=2), ("block1", 64 * 8 * 8)),
+        (replace(TUNED, train_blocks=1, pool=0), ("block1", 64 * 8 * 8)),
+        (replace(TUNED, freeze_to="none"), ("none", 3 * 16 * 16)),
+    ],
+)
 def test_a_bundle_with_trained_blocks_takes_only_what_is_frozen_from_the_cache(
-    small_csv: Path, synthetic: ImageDataset, tmp_path: Path, recipe: Recipe
+    small_csv: Path, synthetic: ImageDataset, tmp_path: Path, recipe: Recipe, key: tuple[str, int]
 ) -> None:
     run = runs.train(small_csv, recipe, run_dir=tmp_path / "run")
     found = scoring.evaluate_bundle(run.bundle, small_csv)
     expected = load_bundle(run.bundle, "cpu").predict_proba(synthetic.images)
     assert np.allclose(found.predictions.probabilities, expected, atol=5e-3)
-    assert {(entry.made_by["freeze_to"], entry.made_by["width"]) for entry in features.cache_entries()} == {
-        ("block1", 64 * 8 * 8)
-    }
+    assert {(entry.made_by["freeze_to"], entry.made_by["width"]) for entry in features.cache_entries()} == {key}
     assert found.config["views"] == recipe.test_views
 
 

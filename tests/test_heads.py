@@ -126,6 +126,14 @@ def test_a_convolutional_classifier_takes_flat_rows() -> None:
         ({"standardise": True}, "--standardise: expected no"),
         ({"probe_epochs": 3}, "--probe-epochs: expected at most 2, found 3"),
         ({"train_blocks": 0, "probe_epochs": 0}, "--batch-norm: expected no"),
+        (
+            {"freeze_to": "none", "train_blocks": 0},
+            "--train-blocks: expected at least 1, as nothing is frozen, found 0",
+        ),
+        (
+            {"freeze_to": "none", "backend": "openvino"},
+            "--backend: expected torch, as nothing is frozen, found openvino",
+        ),
         ({"ema": 1.0}, "--ema: expected at least 0, below 1"),
         ({"erase": 1.5}, "--erase: expected a probability"),
         ({"jitter": -0.5}, "--jitter: expected a probability"),
@@ -149,6 +157,26 @@ def test_a_tuned_run_ends_in_a_plain_bundle(small_csv: Path, tmp_path: Path, ran
     assert same == {f"features.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")}
     told = run.result.predictions
     assert model.predict_proba(told.images).argmax(1).tolist() == np.argmax(told.probabilities, 1).tolist()
+
+
+@pytest.mark.usefixtures("weights")
+def test_where_nothing_is_frozen_every_convolution_is_trained_and_no_cache_is_needed(
+    small_csv: Path, tmp_path: Path, random_weights: Path
+) -> None:
+    recipe = replace(TUNED, freeze_to="none", flips=True, jitter=0.5, test_views=2)
+    run = attire.train(small_csv, recipe, run_dir=tmp_path / "run", cache=False)
+    assert not features.cache_entries()
+    model = load_bundle(run.bundle)
+    before = vgg.vgg16(random_weights, "block2", 2, nn.Sequential()).features.state_dict()
+    after = model.model.features.state_dict()
+    assert set(after) == set(before)
+    assert not [name for name, value in after.items() if torch.equal(value, before[name])]
+    told = run.result.predictions
+    assert np.allclose(model.predict_proba(told.images), told.probabilities, atol=1e-3)
+    cached = attire.train(small_csv, recipe, run_dir=tmp_path / "cached")
+    assert np.allclose(cached.result.predictions.probabilities, told.probabilities, atol=1e-5)
+    assert {entry.made_by["width"] for entry in features.cache_entries()} == {3 * 16 * 16}
+    assert features.cache_entries()[0].made_by["precision"] == "fp32"
 
 
 @pytest.mark.usefixtures("weights")

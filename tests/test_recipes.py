@@ -43,7 +43,7 @@ def test_the_default_is_fast() -> None:
         ({"schedule": "step"}, "--schedule: expected cosine or constant, found step"),
         ({"precision": "fp8"}, "--precision: expected auto, fp32 or bf16, found fp8"),
         ({"backend": "tpu"}, "--backend: expected torch, openvino or openvino-int8, found tpu"),
-        ({"freeze_to": "block6"}, "--freeze-to: expected one of block1"),
+        ({"freeze_to": "block6"}, "--freeze-to: expected one of none, block1"),
         ({"image_size": 4}, "--image-size: 4 px leaves no feature at block3; use 8 px or more"),
         ({"image_size": 2000}, "--image-size: expected at most 1024 px, found 2000"),
         ({"val_size": -1}, "--val-size: expected a whole number >= 0, found -1"),

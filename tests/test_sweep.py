@@ -115,7 +115,8 @@ def test_the_fastest_within_a_standard_error_is_proposed() -> None:
     [
         ({"sizes": (4,)}, "--sizes: expected 8 to 1024 px, found 4"),
         ({"sizes": ()}, "expected at least one size"),
-        ({"boundaries": ("block6",)}, "--freeze-to: expected one of block1"),
+        ({"boundaries": ("block6",)}, "--boundaries: expected some of block1"),
+        ({"boundaries": ("none",)}, "--boundaries: expected some of block1, .*, found .none."),
         ({"boundaries": ("block5",)}, "--image-size: 20 px leaves no feature at block5"),
         ({"backgrounds": ("grey",)}, "--backgrounds: expected black or white, found 'grey'"),
         ({"rows": 0}, "expected 1 or more to fit and to score"),

@@ -74,7 +74,7 @@ RUN = RunPath(readable=False, path_type=Path)
 
 # What a recipe's field is, and why its value is what it is. The figures are docs/results.md's.
 FIELD_HELP = {
-    "freeze_to": "VGG16 block up to which everything is frozen and cached: block1..block5.",
+    "freeze_to": "VGG16 block up to which everything is frozen and cached: block1..block5; none: nothing is.",
     "image_size": "Side in px of the picture VGG16 sees.",
     "pool": "Average the feature map to this side; 0 leaves it as it is.",
     "flips": "Also cache mirrored pictures and train on either.",
