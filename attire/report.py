@@ -87,8 +87,8 @@ def hardest(found: Evaluation) -> str:
 def scored_once(result: RunResult) -> str:
     if folds := result.config.get("folds"):
         return f"Each image was scored once, by that one of {folds} classifiers that had not been trained on it."
-    when = "by the weights that validation chose" if result.val else "after training had ended"
-    return f"The test set was scored once, {when}; this page is drawn from the stored predictions.{cost(result)}"
+    told = "The test set was scored once, after training had ended; this page is drawn from the stored predictions."
+    return told + cost(result)
 
 
 def cost(result: RunResult) -> str:

@@ -146,7 +146,7 @@ def test_the_page_tells_the_story() -> None:
         f"One-vs-rest mean accuracy: {100 * result.test.one_vs_rest_accuracy:.1f} %",
     ):
         assert expected in words
-    assert "by the weights that validation chose" in page(replace(result, val=result.test))
+    assert "scored once, after training had ended" in page(replace(result, val=result.test))
 
 
 def test_names_are_text_wherever_they_appear(tmp_path: Path) -> None:
