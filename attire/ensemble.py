@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from attire import calibration, features, files, training, vgg
-from attire.blocks import BLOCKS, feature_shape
+from attire.blocks import ENDS, feature_shape
 from attire.bundles import ABOUT, find_bundle
 from attire.classifier import Classifier, load_bundle
 from attire.data import ImageDataset
@@ -130,7 +130,7 @@ def behind(classifier: Classifier) -> nn.Sequential:
     if not about.train_blocks:
         return nn.Sequential(model.classifier)
     shape = feature_shape(about.freeze_to, about.image_size, 0)
-    blocks = model.features[BLOCKS[about.freeze_to] :]
+    blocks = model.features[ENDS[about.freeze_to] :]
     return nn.Sequential(nn.Unflatten(1, shape), blocks, model.avgpool, nn.Flatten(), model.classifier)
 
 
@@ -141,7 +141,7 @@ def below(classifier: Classifier) -> Any:
         return model
     with torch.device("meta"):
         part = vgg.Network(about.freeze_to, 0, nn.Sequential())
-    part.features = model.features[: BLOCKS[about.freeze_to]]
+    part.features = model.features[: ENDS[about.freeze_to]]
     return part.eval()
 
 
@@ -167,6 +167,6 @@ def bundle_features(
 def trunk_digest(classifier: Classifier) -> str:
     if told := classifier.facts.get("trunk", ""):
         return str(told)
-    end = BLOCKS[classifier.architecture.freeze_to]
+    end = ENDS[classifier.architecture.freeze_to]
     values = classifier.model.features[:end].state_dict().values()
     return files.sha256(b"".join(value.float().cpu().numpy().tobytes() for value in values))

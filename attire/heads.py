@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from attire import vgg
-from attire.blocks import BLOCKS, above, feature_shape
+from attire.blocks import ENDS, above, feature_shape
 from attire.norms import BatchNorm
 from attire.recipes import Recipe
 
@@ -73,11 +73,11 @@ class TunedHead(nn.Sequential):
 
 def tuned_head(weights: Path, recipe: Recipe, classifier: nn.Sequential) -> TunedHead:
     """The recipe's blocks with ImageNet's weights in front of `classifier`; see `calibrate` for batch normalisation."""
-    tensors, names, blocks = vgg.read_tensors(weights), list(BLOCKS), []
+    tensors, names, blocks = vgg.read_tensors(weights), list(ENDS), []
     first = names.index(recipe.freeze_to) + 1
     for i in range(first, first + recipe.train_blocks):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
-        for index in range(BLOCKS[names[i - 1]], BLOCKS[names[i]]):
+        for index in range(ENDS[names[i - 1]], ENDS[names[i]]):
             layers[str(index)] = layer = vgg.layer(index)
             if isinstance(layer, nn.Conv2d):
                 layer.load_state_dict(
@@ -189,7 +189,7 @@ def outline(recipe: Recipe, classes: int) -> nn.Sequential:
     """What a recipe trains, from features (n, D) to logits, without memory for its weights: to be counted."""
     end = above(recipe.freeze_to, recipe.train_blocks)
     with torch.device("meta"):
-        blocks = [vgg.layer(index) for index in range(BLOCKS[recipe.freeze_to], BLOCKS[end])]
+        blocks = [vgg.layer(index) for index in range(ENDS[recipe.freeze_to], ENDS[end])]
         pool = nn.AdaptiveAvgPool2d(recipe.pool) if recipe.pool and recipe.train_blocks else nn.Identity()
         shape = feature_shape(end, recipe.image_size, recipe.pool)
         head = build(shape, recipe.conv, recipe.hidden, classes, recipe.dropout)

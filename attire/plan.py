@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from attire.blocks import BLOCKS, feature_shape
+from attire.blocks import BLOCKS, ENDS, feature_shape
 from attire.errors import UsageError
 from attire.recipes import Recipe
 from attire.weights import CONVOLUTIONS
@@ -190,9 +190,9 @@ def flop_per_image(freeze_to: str, size: int) -> float:
     """Of the convolutions up to the boundary, each multiplication and each addition as one; as done directly."""
     total = 0.0
     for index, (outputs, inputs) in CONVOLUTIONS.items():
-        if index < BLOCKS[freeze_to]:
-            poolings = sum(0 < end <= index for end in BLOCKS.values())
-            total += 2 * 9 * outputs * inputs * (size >> poolings) ** 2
+        if index < ENDS[freeze_to]:
+            block = next(i for i, end in enumerate(BLOCKS.values()) if index < end)
+            total += 2 * 9 * outputs * inputs * (size >> block) ** 2
     return total
 
 

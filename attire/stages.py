@@ -30,7 +30,7 @@ from attire import (
     training,
     vgg,
 )
-from attire.blocks import BLOCKS, CHANNELS, NOTHING
+from attire.blocks import CHANNELS, ENDS, NOTHING
 from attire.card import write_model_card
 from attire.classifier import Architecture, Classifier, fold_standardisation
 from attire.data import OFFICIAL, ImageDataset, Splits, check_part, load_dataset, load_splits, split_indices
@@ -519,7 +519,7 @@ def describe_data(splits: Splits) -> str:
 
 def frozen_bytes(freeze_to: str) -> int:
     """What the trunk takes in a bundle, in 32 bits."""
-    end = BLOCKS[freeze_to]
+    end = ENDS[freeze_to]
     return 4 * sum(prod(shape) for name, shape in SHAPES.items() if int(name.split(".")[1]) < end)
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from attire import devices, features, fetch, figures, files, objects, results, vgg
-from attire.blocks import BLOCKS, CHANNELS, NOTHING, feature_shape, map_side
+from attire.blocks import BLOCKS, CHANNELS, feature_shape, map_side
 from attire.data import ImageDataset, load_splits, split_indices
 from attire.errors import AttireError, UsageError
 from attire.features import FeatureSpec
@@ -190,10 +190,9 @@ def check(sizes: Sequence[int], boundaries: Sequence[str], backgrounds: Sequence
     for size in sizes:
         if not 8 <= size <= 1024:
             raise UsageError("--sizes", f"expected 8 to 1024 px, found {size}")
-    blocks = [name for name in BLOCKS if name != NOTHING]
     for boundary in boundaries:
-        if boundary not in blocks:
-            raise UsageError("--boundaries", f"expected some of {', '.join(blocks)}, found {boundary!r}")
+        if boundary not in BLOCKS:
+            raise UsageError("--boundaries", f"expected some of {', '.join(BLOCKS)}, found {boundary!r}")
         feature_shape(boundary, max(sizes), 0)
     for background in backgrounds:
         if background not in VIEWS:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from attire import cores, winograd
-from attire.blocks import BLOCKS
+from attire.blocks import ENDS
 from attire.errors import AttireError
 from attire.weights import SHAPES
 
@@ -79,7 +79,7 @@ def vgg16(weights: Path, freeze_to: str, pool: int, classifier: nn.Sequential) -
 
     with torch.device("meta"):
         model = torchvision.models.vgg16(weights=None)
-    model.features = model.features[: BLOCKS[freeze_to]]
+    model.features = model.features[: ENDS[freeze_to]]
     tensors = read_tensors(weights)
     wanted = {f"features.{name}": value for name, value in model.features.state_dict().items()}
     for name, value in wanted.items():
@@ -107,7 +107,7 @@ class Network(nn.Module):
 
     def __init__(self, freeze_to: str, pool: int, classifier: nn.Sequential) -> None:
         super().__init__()
-        self.features = nn.Sequential(*(layer(i) for i in range(BLOCKS[freeze_to])))
+        self.features = nn.Sequential(*(layer(i) for i in range(ENDS[freeze_to])))
         self.avgpool = nn.AdaptiveAvgPool2d(pool) if pool else nn.Identity()
         self.classifier = classifier
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from attire.blocks import BLOCKS
+from attire.blocks import ENDS
 from attire.errors import AttireError, UsageError
 from attire.recipes import BACKENDS, RECIPES, Recipe
 from attire.shell import among
@@ -113,7 +113,7 @@ FIELD_HELP = {
 
 # What a shell offers for them; Recipe itself says what is allowed.
 FIELD_VALUES = {
-    "freeze_to": tuple(BLOCKS),
+    "freeze_to": tuple(ENDS),
     "schedule": ("cosine", "constant"),
     "precision": ("auto", "fp32", "bf16"),
     "backend": BACKENDS,
