@@ -28,7 +28,7 @@ from attire.intervals import wilson
 from attire.results import RunResult, load_result
 
 DOCS = Path(__file__).parent.parent / "docs"
-CACHED = 5_000  # images/s: faster than any processor of ours extracts, so that the features were in the cache
+CACHED = 5_000  # pictures/s: faster than any processor of ours extracts, so that most features were in the cache
 
 # What others report for the official 10,000 test images, without what it cost them. The first group is the table of the
 # data set's own README, whose authors have not tested those figures; Foret et al. repeated theirs.
@@ -70,6 +70,7 @@ class Line:
 
 def summary(result: RunResult) -> dict[str, Any]:
     rows, seconds, recipe = result.data["rows"], result.seconds, recipes.from_json(result.config["recipe"])
+    pictures = (rows["train"] + rows["val"]) * recipe.training_views + rows["test"] * recipe.test_views
     more = "".join(f" --{name}" for name in ("drawn", "strange") if getattr(recipe, name))
     return {
         "recipe": result.recipe + more,
@@ -79,8 +80,8 @@ def summary(result: RunResult) -> dict[str, Any]:
         "correct": result.predictions.correct.sum().item(),
         "n": len(result.predictions.correct),
         "seconds": dict(seconds),
-        "cached": (rows["train"] + rows["val"]) / seconds["extract"] > CACHED,
-        "pictures": (rows["train"] + rows["val"]) * recipe.training_views + rows["test"] * recipe.test_views,
+        "cached": pictures / seconds["extract"] > CACHED,
+        "pictures": pictures,
         "processor": result.environment["processor"],
         "torch": result.environment["torch"],
     }
