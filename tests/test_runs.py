@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from attire.classifier import load_bundle
 from attire.data import FASHION_CLASSES, ImageDataset, load_dataset, write_csv
 from attire.errors import AttireError
 from attire.results import load_result
+from attire.stages import Stage
 from attire.training import STOPS, read_checkpoint
 
 TINY = replace(recipes.FAST, epochs=2, batch_size=32, hidden=(16,), flips=False)
@@ -115,6 +117,20 @@ def test_a_finished_run_is_resumed_to_itself(finished: tuple[Path, Done], weight
     assert found.load().classes == FASHION_CLASSES
 
 
+def test_the_time_of_a_run_counts_its_earlier_starts(
+    finished: tuple[Path, Done], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(self: Stage, *given: Any) -> Any:
+        head, history = fit(self, *given)
+        return head, [replace(epoch, seconds=1000.0) for epoch in history]
+
+    fit = Stage.fit
+    monkeypatch.setattr(Stage, "fit", slow)
+    shutil.copytree(finished[0], tmp_path / "again")
+    seconds = runs.resume(tmp_path / "again").result.seconds
+    assert seconds["total"] >= seconds["extract"] + seconds["fit"] > 1000
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -198,6 +214,7 @@ def test_a_start_that_fails_later_leaves_no_folder_and_the_next_one_its_number(
 SIGNALLED = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from attire import fetch, training
 weights, number, last = Path(sys.argv.pop(1)), int(sys.argv.pop(1)), int(sys.argv.pop(1))
 fetch.vgg16_weights = lambda source=None, progress=None: weights
