@@ -102,14 +102,15 @@ def moves(found: Found) -> Iterator[str]:
 
 
 def recipes(results: Found) -> dict[str, Found]:
-    """Each recipe's parts, that of the claim first."""
-    return dict(sorted(results["recipes"].items(), key=lambda item: item[0] != "classic"))
+    """The parts of each recipe that was followed epoch by epoch, that of the claim first."""
+    whole = {name: found for name, found in results["recipes"].items() if parts(found, "seed")}
+    return dict(sorted(whole.items(), key=lambda item: item[0] != "classic"))
 
 
 def mistakes(results: Found) -> dict[str, dict[int, int]]:
     """Test row to answer, for each classifier whose mistakes are known."""
     known: dict[str, Found] = {}
-    for recipe, found in recipes(results).items():
+    for recipe, found in {**recipes(results), **results["recipes"]}.items():
         for name, value in parts(found, "seed"):
             known[f"`{recipe}`, seed {name.partition('-')[2]} of this page"] = value["wrong"]
         known |= {f"a run of {name}": rows for name, rows in found.get("wrong", {}).items()}
@@ -173,6 +174,39 @@ def seen(looked: Mapping[str, Any], always: Sequence[int], suspects: Sequence[in
     )
 
 
+def learning(results: Found) -> Iterator[str]:
+    """What more images would bring: a table, and what the power law through it says of the claim."""
+    for recipe, found in results["recipes"].items():
+        if len(points := [(int(name.partition("-")[2]), value) for name, value in parts(found, "curve")]) < 3:
+            continue
+        lines = [f"| training images | epochs | `{recipe}`, official test |", "|---:|---:|---:|"]
+        lines += [f"| {count:,} | {value['epochs_trained']} | {told(value['test'])} |" for count, value in points]
+        yield "\n".join(lines)
+        counts = np.array([count for count, _ in points])
+        tested = np.array([value["test"]["n"] for _, value in points])
+        errors = np.array([value["test"]["n"] - value["test"]["correct"] for _, value in points])
+        slope, needed = power_law(counts, errors / tested)
+        drawn = np.random.default_rng(0).binomial(tested, errors / tested, (2000, len(points)))
+        low, high = np.percentile([power_law(counts, row / tested)[1] for row in drawn], (2.5, 97.5))
+        yield (
+            f"Each doubling takes {100 * (1 - 2**slope):.0f} % of the mistakes away. Continued, further than a law of"
+            f" {len(points)} points has a right to be, 98 % would take {millions(needed)} labelled images"
+            f" ({millions(low)} to {millions(high)}, were the points independent),"
+            f" {needed / counts.max():.0f} times as many as there are, and labels that are right: the law knows nothing"
+            " of the arguable ones, which more images of the same making would bring along."
+        )
+
+
+def power_law(counts: NDArray[Any], errors: NDArray[Any]) -> tuple[float, float]:
+    """The exponent b of error = a n^b by least squares of the logarithms, and the n that it gives 98 % at."""
+    slope, constant = np.polyfit(np.log(counts), np.log(errors), 1)
+    return float(slope), float(np.exp((np.log(1 - CLAIMED) - constant) / slope))
+
+
+def millions(count: float) -> str:
+    return f"{count / 1e6:.2g} million"
+
+
 def once_told(results: Found, kind: str) -> Any:
     """What was kept under `kind`, whichever recipe it was kept with; None if nothing was."""
     return next((found[kind] for found in results["recipes"].values() if kind in found), None)
@@ -227,6 +261,7 @@ def text(results: Found) -> str:
         f" of the {fewest:,} of the best one above. The best repeated public result on this test set is 96.41 % +- 0.01"
         " (Shake-Shake with cutout and SAM, Foret et al. 2021), a network"
         " trained whole on these images; nothing published supports 98 %.",
+        *learning(results),
         "## Still to be measured",
         "\n".join(missing(results)),
     ]

@@ -195,6 +195,21 @@ def test_the_recipe_of_the_claim_stands_first_and_mistakes_are_shared_over_recip
     assert "- Of `classic`: `seed-1`" in text
 
 
+def test_a_law_of_fewer_images_says_how_many_the_claim_would_take(claim_page: Any) -> None:
+    """Errors of 16, 8 and 4 % at 1,000, 2,000 and 4,000 images: 2 % at 8,000."""
+    line = {"epochs_trained": 9, "environment": ENVIRONMENT}
+    points = {
+        f"curve-{1000 * 2**i}": {**line, "test": {"correct": 10_000 - 1600 // 2**i, "n": 10_000}} for i in range(3)
+    }
+    text = " ".join(claim_page.text({"recipes": {"fast": CLAIM, "frozen-best": points}}).split())
+    assert "| 2,000 | 9 | 92.00 % (91.5-92.5, n = 10,000) |" in text
+    assert "Each doubling takes 50 % of the mistakes away." in text
+    assert "98 % would take 0.008 million labelled images" in text
+    assert "2 times as many as there are" in text
+    assert "### `frozen-best`" not in text
+    assert "doubling" not in claim_page.text({"recipes": {"fast": CLAIM}})
+
+
 def test_rows_of_a_leaky_set_come_from_both_sources_in_their_order(
     claim_page: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
