@@ -180,11 +180,18 @@ def picture(found: Sequence[Line], peers: Sequence[performance.Curve], script: f
         plot.annotate(name, at, moved, textcoords="offset points", size=size, annotation_clip=False)
 
     for line in found:
-        beside = (5, 5) if line.mean == max(other.mean for other in found) else (5, -9)
+        behind = any(other.mean > line.mean and other.minutes <= line.minutes for other in found)
+        beside = (5, -9) if behind else (-4, 6)
         mark((line.minutes, line.mean), line.name.replace("`", ""), {"marker": "o", "color": figures.BLUE}, beside, 8)
     for curve in peers:
         at = curve.best[0] / 60, 100 * curve.best[1]
-        mark(at, performance.NAMES[curve.name], {"marker": "s", "color": figures.ORANGE, "markersize": 4}, (5, -2), 6.5)
+        mark(
+            at,
+            performance.NAMES[curve.name].replace("`", ""),
+            {"marker": "s", "color": figures.ORANGE, "markersize": 4},
+            (5, -2),
+            6.5,
+        )
     base = next((line.mean for line in found if "classic" in line.name), None)
     if base is not None:
         hollow = {"marker": "o", "color": figures.INK, "markerfacecolor": "none"}
