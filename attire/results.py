@@ -2,6 +2,7 @@
 
 import csv
 import io
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -111,6 +112,14 @@ def choose_galleries(found: Predictions) -> dict[str, list[int]]:
         "Least certain": np.argsort(top_two[:, 1] - top_two[:, 0], kind="stable")[:SHOWN].tolist(),
         "A random sample": sorted(sample.tolist()),
     }
+
+
+def spent(began: float, extract: float, fit: float) -> dict[str, float]:
+    """`RunResult.seconds` of a run whose clock (`time.perf_counter`) `began` with its last start.
+
+    fit: of all epochs; those of earlier starts count in the total too.
+    """
+    return {"extract": extract, "fit": fit, "total": max(time.perf_counter() - began, extract + fit)}
 
 
 def save_result(run_dir: Path, result: RunResult) -> None:

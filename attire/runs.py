@@ -205,8 +205,7 @@ def carry_out(
 
     def finish() -> None:
         found = stage.evaluate(head, sources, answers)
-        seconds = {"extract": extracted, "fit": sum(epoch.seconds for epoch in history)}
-        seconds["total"] = max(time.perf_counter() - began, sum(seconds.values()))  # epochs of earlier starts too
+        seconds = results.spent(began, extracted, sum(epoch.seconds for epoch in history))
         result = stage.result(folder, found, history, seconds, claimed)
         stage.save(folder, head, sources[0].standardise, found, result)
         watcher.tested(result.test.accuracy, len(history))

@@ -156,8 +156,7 @@ def folds_in(
         part, history = one_fold(stage, source, everything[out], folder / f"fold-{k + 1}")
         probabilities[out] = part
         histories.append(history)
-    seconds = {"extract": extracted, "fit": sum(e.seconds for history in histories for e in history)}
-    seconds["total"] = max(time.perf_counter() - began, sum(seconds.values()))  # epochs of earlier starts too
+    seconds = results.spent(began, extracted, sum(e.seconds for history in histories for e in history))
     rows = data.subset(everything)
     result = RunResult(
         title=f"Attire {recipe.name}, {folds}-fold cross-validation on {rows.source}",

@@ -107,6 +107,9 @@ class Bench:
     def right(self, head: nn.Sequential, source: CachedSource, rows: Rows, labels: Rows) -> NDArray[np.bool_]:
         return np.asarray(self.answers(head, source, rows) == labels[rows])
 
+    def right_tested(self, head: nn.Sequential) -> NDArray[np.bool_]:
+        return self.right(head, self.tested, self.test, self.test_labels)
+
     def answers(self, head: nn.Sequential, source: CachedSource, rows: Rows) -> Rows:
         return np.asarray(self.stage.logits(head, source, rows).argmax(1))
 
@@ -145,13 +148,13 @@ def split(bench: Bench, seed: int) -> dict[str, Any]:
     rest, held = split_indices(bench.labels, HELD_OUT, seed, False, name=OFFICIAL)
     head = bench.fit(bench.recipe, bench.trained, bench.labels, rest)
     held_out = share(bench.right(head, bench.trained, held, bench.labels))
-    return {"held_out": held_out, "test": share(bench.right(head, bench.tested, bench.test, bench.test_labels))}
+    return {"held_out": held_out, "test": share(bench.right_tested(head))}
 
 
 def curve(bench: Bench, count: int) -> dict[str, Any]:
     """Trained on so many of the rows: what more images would bring."""
     head = bench.fit(bench.recipe, bench.trained, bench.labels, bench.stage.train[:count])
-    return {"test": share(bench.right(head, bench.tested, bench.test, bench.test_labels))}
+    return {"test": share(bench.right_tested(head))}
 
 
 def leak(bench: Bench, count: int) -> dict[str, Any]:
@@ -161,7 +164,7 @@ def leak(bench: Bench, count: int) -> dict[str, Any]:
     labels = np.concatenate([bench.labels, bench.test_labels])
     inside = np.isin(bench.test, leaked)
     head = bench.fit(bench.recipe, Joined(bench.trained, bench.tested), labels, rows)
-    right = bench.right(head, bench.tested, bench.test, bench.test_labels)
+    right = bench.right_tested(head)
     return {"test": share(right), "leaked": share(right[inside]), "others": share(right[~inside])}
 
 
@@ -177,7 +180,7 @@ def stray_break(bench: Bench) -> dict[str, Any]:
         x = next(iter(bench.trained.batches(rows, len(rows), None)))
         target = augment.Target(torch.from_numpy(bench.labels[rows]))
         training.train_step(head, optimiser, x, target, recipe)
-    right = bench.right(head, bench.tested, bench.test, bench.test_labels)
+    right = bench.right_tested(head)
     return {"steps": recipe.epochs, "instead_of": recipe.epochs * steps, "test": share(right)}
 
 

@@ -101,16 +101,20 @@ def moves(found: Found) -> Iterator[str]:
     yield f"| one-vs-rest mean accuracy | {rest:.2f} % | {rest - base:+.2f} |"
 
 
+def ordered(results: Found) -> dict[str, Found]:
+    """Each recipe's parts, that of the claim first."""
+    return dict(sorted(results["recipes"].items(), key=lambda item: item[0] != "classic"))
+
+
 def recipes(results: Found) -> dict[str, Found]:
-    """The parts of each recipe that was followed epoch by epoch, that of the claim first."""
-    whole = {name: found for name, found in results["recipes"].items() if parts(found, "seed")}
-    return dict(sorted(whole.items(), key=lambda item: item[0] != "classic"))
+    """Those that were followed epoch by epoch."""
+    return {name: found for name, found in ordered(results).items() if parts(found, "seed")}
 
 
 def mistakes(results: Found) -> dict[str, dict[int, int]]:
     """Test row to answer, for each classifier whose mistakes are known."""
     known: dict[str, Found] = {}
-    for recipe, found in {**recipes(results), **results["recipes"]}.items():
+    for recipe, found in ordered(results).items():
         for name, value in parts(found, "seed"):
             known[f"`{recipe}`, seed {name.partition('-')[2]} of this page"] = value["wrong"]
         known |= {f"a run of {name}": rows for name, rows in found.get("wrong", {}).items()}

@@ -177,21 +177,15 @@ def picture(found: Sequence[Line], peers: Sequence[performance.Curve], script: f
         at: tuple[float, float], name: str, style: Mapping[str, Any], moved: tuple[float, float], size: float
     ) -> None:
         plot.plot(*at, **style)
-        plot.annotate(name, at, moved, textcoords="offset points", size=size, annotation_clip=False)
+        plot.annotate(name.replace("`", ""), at, moved, textcoords="offset points", size=size, annotation_clip=False)
 
     for line in found:
         behind = any(other.mean > line.mean and other.minutes <= line.minutes for other in found)
         beside = (5, -9) if behind else (-4, 6)
-        mark((line.minutes, line.mean), line.name.replace("`", ""), {"marker": "o", "color": figures.BLUE}, beside, 8)
+        mark((line.minutes, line.mean), line.name, {"marker": "o", "color": figures.BLUE}, beside, 8)
     for curve in peers:
         at = curve.best[0] / 60, 100 * curve.best[1]
-        mark(
-            at,
-            performance.NAMES[curve.name].replace("`", ""),
-            {"marker": "s", "color": figures.ORANGE, "markersize": 4},
-            (5, -2),
-            6.5,
-        )
+        mark(at, performance.NAMES[curve.name], {"marker": "s", "color": figures.ORANGE, "markersize": 4}, (5, -2), 6.5)
     base = next((line.mean for line in found if "classic" in line.name), None)
     if base is not None:
         hollow = {"marker": "o", "color": figures.INK, "markerfacecolor": "none"}

@@ -214,7 +214,6 @@ def test_a_start_that_fails_later_leaves_no_folder_and_the_next_one_its_number(
 SIGNALLED = """
 import os, signal, sys
 from pathlib import Path
-from typing import Any
 from attire import fetch, training
 weights, number, last = Path(sys.argv.pop(1)), int(sys.argv.pop(1)), int(sys.argv.pop(1))
 fetch.vgg16_weights = lambda source=None, progress=None: weights
