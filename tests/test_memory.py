@@ -94,7 +94,7 @@ def test_what_a_process_holds_is_measured() -> None:
 def test_weights_are_counted_as_they_will_be(recipe: Recipe, random_weights: Path) -> None:
     shape = (recipe.conv, recipe.hidden, 10, recipe.dropout)
     if recipe.train_blocks:
-        head: torch.nn.Module = heads.tuned_head(random_weights, recipe, heads.build((512, 3, 3), *shape))
+        head: torch.nn.Module = heads.tuned_head(random_weights, recipe, heads.build((256, 6, 6), *shape))
     else:
         head = heads.build((512, 7, 7), *shape)
     true = sum(p.numel() for p in head.parameters())
