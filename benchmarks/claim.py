@@ -184,10 +184,10 @@ def stray_break(bench: Bench) -> dict[str, Any]:
     return {"steps": recipe.epochs, "instead_of": recipe.epochs * steps, "test": share(right)}
 
 
-def wrong(runs: list[Path]) -> dict[str, Any]:
-    """The official test rows that each of these runs gets wrong, by their own predictions."""
+def wrong(runs: list[Path], before: dict[str, Any]) -> dict[str, Any]:
+    """The official test rows that each of these runs gets wrong, by their own predictions; beside those of before."""
     data = load_dataset(part="test")
-    found = {}
+    found = dict(before)
     for run in runs:
         result = load_result(run)
         if result.data["test"]["digest"] != data.digest:
@@ -245,8 +245,12 @@ def noise(audit: Path) -> dict[str, Any]:
     return {"suspects": rows, "n": len(load_dataset(part="test"))}
 
 
+def kept() -> dict[str, Any]:
+    return files.read_json(OUT) if OUT.exists() else {"schema": 1, "recipes": {}}
+
+
 def keep(recipe: str, name: str, value: Any) -> None:
-    found = files.read_json(OUT) if OUT.exists() else {"schema": 1, "recipes": {}}
+    found = kept()
     found["recipes"].setdefault(recipe, {})[name] = value
     files.write_json(OUT, found)
 
@@ -262,7 +266,8 @@ def main() -> None:
     given = parser.parse_args()
     recipe = named(given.recipe)
     recipe = replace(recipe, epochs=given.epochs or recipe.epochs, backend=given.backend)
-    apart = {"wrong": lambda: wrong(given.run), "noise": lambda: noise(given.audit), "others": others}
+    before = kept()["recipes"].get(given.recipe, {}).get("wrong", {})
+    apart = {"wrong": lambda: wrong(given.run, before), "noise": lambda: noise(given.audit), "others": others}
     bench: Bench | None = None
     for part in given.parts:
         kind, _, number = part.partition("-")
