@@ -117,6 +117,7 @@ def lines(runs: Sequence[Mapping[str, Any]], rates: Mapping[str, float]) -> Iter
         if not fresh and recipe not in rates:
             continue
         trunk = f", {backend}" if backend not in ("torch", "torch-winograd") else ""
+        length = f" --epochs {epochs}" if epochs != recipes.named(recipe.split()[0]).epochs else ""
         later = [run["seconds"]["total"] / 60 for run in group if run["cached"]]
         how = f"{epochs} epochs" + (f"; a further seed {statistics.median(later):.1f} min" if later else "")
         if fresh:
@@ -126,7 +127,7 @@ def lines(runs: Sequence[Mapping[str, Any]], rates: Mapping[str, float]) -> Iter
             minutes = statistics.median(later) + features
             how += f"; of these minutes {features:.1f} for features, at {rates[recipe]:g} pictures/s"
         accuracies = tuple(100 * run["correct"] / run["n"] for run in group)
-        yield Line(f"`{recipe}`{trunk}", accuracies, minutes, how, f"{processor}, torch {group[0]['torch']}")
+        yield Line(f"`{recipe}{length}`{trunk}", accuracies, minutes, how, f"{processor}, torch {group[0]['torch']}")
 
 
 def script_minutes(peers: performance.Lines) -> float:
@@ -154,7 +155,7 @@ def text(found: Sequence[Line], peers: Sequence[performance.Curve], script: floa
         "Made by `benchmarks/cost.py` from finished runs ([cost.json](cost.json)); each was scored once on the official"
         f" test set, by the weights its training ended with. {machines}; 2 cores, no GPU; other work was beside some of"
         " them, so that minutes are upper bounds. Features that were cached before are reckoned at the rate that they"
-        " came at in another run. What Attire ships is `frozen-best --drawn --strange`. The plain script"
+        " came at in another run. What Attire ships is `frozen-best --drawn --strange --epochs 20`. The plain script"
         f" (`benchmarks/plain_script.py`, ten epochs of 48,000 images, {script / 60:.1f} h at its measured rate) is the"
         " yardstick.",
         "\n".join(table(found, script)),
