@@ -6,7 +6,8 @@
 Each variant is a line of changes to the recipe's fields. It is trained from cached features on the rows that
 `attire train` trains on (--rows: the first so many of them) and scored on its validation rows, with --rest also on
 those of the training rows that it did not see, so that smaller differences show: one view, then the mean over the views
-that the variant averages, or over both the plain and the mirrored one.
+that the variant averages, or over both the plain and the mirrored one. Each further variant is also compared with the
+first one of its seed, on the same rows.
 """
 
 import argparse
@@ -18,9 +19,10 @@ from pathlib import Path
 
 import measuring
 import numpy as np
+from numpy.typing import NDArray
 
 from attire import devices, features, files, memory, recipes, training
-from attire.intervals import wilson
+from attire.intervals import mcnemar, p_text, paired_difference, wilson
 from attire.recipes import Recipe
 from attire.stages import DataChoice, Stage
 from attire.watching import Silent
@@ -40,7 +42,8 @@ def changed(recipe: Recipe, text: str) -> Recipe:
     return recipes.from_json({**recipe.to_json(), **changes})
 
 
-def trial(recipe: Recipe, rows: int | None, rest: bool) -> None:
+def trial(recipe: Recipe, rows: int | None, rest: bool) -> NDArray[np.bool_]:
+    """Train it and print what it reads; which of the scored rows it names rightly, its views averaged."""
     stage = Stage(recipe, DataChoice(), devices.choose_device("cpu"), Progress())
     memory.keep_freed()
     unseen = stage.train[rows:] if rest and rows else stage.train[:0]
@@ -59,11 +62,11 @@ def trial(recipe: Recipe, rows: int | None, rest: bool) -> None:
             shown.append((f"{count} views", [source.names.index(name) for name in names]))
     for what, views in shown:
         logits = training.predict_logits(head, source, scored, 1024, views).numpy()
-        right = int((logits.argmax(1) == labels).sum())
-        told.append(
-            f"{what} {100 * right / len(labels):.2f} % ({wilson(right, len(labels)).span()}, n = {len(labels):,})"
-        )
+        correct = np.asarray(logits.argmax(1) == labels)
+        right, n = int(correct.sum()), len(labels)
+        told.append(f"{what} {100 * right / n:.2f} % ({wilson(right, n).span()}, n = {n:,})")
     print(f"  {', '.join(told)}; {took:.0f} s, {cpu:.0f} s of processor time", flush=True)
+    return correct
 
 
 def main() -> None:
@@ -75,11 +78,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     given = parser.parse_intermixed_args()
     print(measuring.environment())
+    first: dict[int, NDArray[np.bool_]] = {}
     for text in given.changes:
         for seed in range(given.seeds):
             recipe = replace(changed(recipes.named(given.recipe), text), seed=seed)
             print(f"{given.recipe} {text or 'as it is'}, seed {seed}", flush=True)
-            trial(recipe, given.rows, given.rest)
+            correct = trial(recipe, given.rows, given.rest)
+            if (other := first.setdefault(seed, correct)) is not correct:
+                gained, p_value = paired_difference(other, correct), mcnemar(other, correct)
+                span = f"{100 * gained.low:+.2f} to {100 * gained.high:+.2f}"
+                print(
+                    f"  {100 * gained.value:+.2f} points against the first ({span}), McNemar {p_text(p_value)}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
