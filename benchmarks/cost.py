@@ -180,10 +180,13 @@ def picture(found: Sequence[Line], peers: Sequence[performance.Curve], script: f
         plot.plot(*at, **style)
         plot.annotate(name.replace("`", ""), at, moved, textcoords="offset points", size=size, annotation_clip=False)
 
+    names = {line.name for line in found}
     for line in found:
+        recipe, _, epochs = line.name.strip("`").partition(" --epochs ")
+        name = f"{epochs} epochs" if f"`{recipe}`" in names - {line.name} else line.name
         behind = any(other.mean > line.mean and other.minutes <= line.minutes for other in found)
         beside = (5, -9) if behind else (-4, 6)
-        mark((line.minutes, line.mean), line.name, {"marker": "o", "color": figures.BLUE}, beside, 8)
+        mark((line.minutes, line.mean), name, {"marker": "o", "color": figures.BLUE}, beside, 8)
     for curve in peers:
         at = curve.best[0] / 60, 100 * curve.best[1]
         mark(at, performance.NAMES[curve.name], {"marker": "s", "color": figures.ORANGE, "markersize": 4}, (5, -2), 6.5)

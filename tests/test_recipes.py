@@ -96,7 +96,7 @@ def test_a_recipe_is_one_line_for_people() -> None:
     assert "mirrored views" in FAST.describe()
     assert recipes.named("best").describe() == (
         "best: frozen to block2, 48 px, mirrored views, trained to block3 with batch normalisation, "
-        "classifier conv512, Adam lr 0.002 cosine, 24 epochs, erase and cutmix, weights averaged 0.999, "
+        "classifier conv512, Adam lr 0.002 cosine, 60 epochs, erase and cutmix, weights averaged 0.999, "
         "2 views averaged for an answer"
     )
     assert "classifier conv256-conv512," in recipes.named("frozen-best").describe()
