@@ -26,9 +26,8 @@ from attire import files
 from attire.classifier import load_bundle
 from attire.data import load_dataset
 from attire.ensemble import mean
-from attire.intervals import mcnemar, p_text, paired_difference, wilson
+from attire.intervals import wilson
 from attire.recipes import from_json
-from attire.results import load_result
 from attire.stages import validation_rows
 
 ANSWERS = measuring.RESULTS / "answers"
@@ -37,9 +36,7 @@ Probabilities = NDArray[np.float64]
 
 def keep(run: Path, folder: Path = ANSWERS) -> Path:
     """Write the answers of a finished run on the official data."""
-    result, train, test = load_result(run), load_dataset(part="train"), load_dataset(part="test")
-    if result.data["test"]["digest"] != test.digest:
-        raise SystemExit(f"error: {run} was not tested on the official test set")
+    result, train = measuring.official_result(run, load_dataset(part="test").digest), load_dataset(part="train")
     recipe = from_json(result.config["recipe"])
     rows = validation_rows(train, np.arange(len(train)), recipe)[1]
     about = {
@@ -56,8 +53,7 @@ def keep(run: Path, folder: Path = ANSWERS) -> Path:
         val=load_bundle(run / "model").predict_proba(train.images[rows]).astype(np.float16),
         test=result.predictions.probabilities.astype(np.float16),
     )
-    path = folder / f"{recipe.name}-{recipe.epochs}-{recipe.seed}.npz"
-    folder.mkdir(parents=True, exist_ok=True)
+    path = files.make_dir(folder) / f"{recipe.name}-{recipe.epochs}-{recipe.seed}.npz"
     files.write_bytes(path, buffer.getvalue())
     return path
 
@@ -99,25 +95,23 @@ def main() -> None:
     def of(members: tuple[str, ...], part: str) -> Probabilities:
         return mean([kept[name][part].astype(np.float64) for name in members])
 
-    def right(members: tuple[str, ...], part: str) -> NDArray[np.bool_]:
-        return np.asarray(of(members, part).argmax(1) == labels[part])
+    def right(found: Probabilities, part: str) -> NDArray[np.bool_]:
+        return np.asarray(found.argmax(1) == labels[part])
 
     losses = {}
     for members in sets(list(kept)):
-        losses[members] = log_loss(of(members, "val"), labels["val"])
-        told = wilson(int(right(members, "val").sum()), len(rows))
+        found = of(members, "val")
+        losses[members] = log_loss(found, labels["val"])
+        told = wilson(int(right(found, "val").sum()), len(rows))
         print(
             f"validation {100 * told.value:.2f} % ({told.span()}), log loss {losses[members]:.4f}: {', '.join(members)}"
         )
     chosen = min(losses, key=lambda members: losses[members])
     best = min(((name,) for name in kept), key=lambda members: losses[members])
-    ours, alone = right(chosen, "test"), right(best, "test")
-    told, gained = wilson(int(ours.sum()), len(ours)), paired_difference(alone, ours)
+    ours, alone = (right(of(members, "test"), "test") for members in (chosen, best))
+    told = wilson(int(ours.sum()), len(ours))
     print(f"chosen: {', '.join(chosen)}; official test {100 * told.value:.2f} % ({told.span()}, n = {len(ours):,})")
-    print(
-        f"against {best[0]} alone, {100 * alone.mean():.2f} %: {100 * gained.value:+.2f} points"
-        f" ({100 * gained.low:+.2f} to {100 * gained.high:+.2f}), McNemar {p_text(mcnemar(alone, ours))}"
-    )
+    print(f"against {best[0]} alone, {100 * alone.mean():.2f} %: {measuring.gained(alone, ours)}")
 
 
 if __name__ == "__main__":

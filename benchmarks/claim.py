@@ -36,7 +36,6 @@ from attire import augment, devices, files, heads, memory, training
 from attire.data import OFFICIAL, ImageDataset, load_dataset, split_indices
 from attire.evaluation import one_vs_rest
 from attire.recipes import Recipe, named
-from attire.results import load_result
 from attire.sources import CachedSource
 from attire.stages import DataChoice, Stage
 from attire.watching import Silent
@@ -184,14 +183,12 @@ def stray_break(bench: Bench) -> dict[str, Any]:
     return {"steps": recipe.epochs, "instead_of": recipe.epochs * steps, "test": share(right)}
 
 
-def wrong(runs: list[Path], before: dict[str, Any]) -> dict[str, Any]:
-    """The official test rows that each of these runs gets wrong, by their own predictions; beside those of before."""
+def wrong(recipe: str, runs: list[Path]) -> dict[str, Any]:
+    """The official test rows that each of these runs gets wrong, by their own predictions; beside those kept before."""
     data = load_dataset(part="test")
-    found = dict(before)
+    found = kept()["recipes"].get(recipe, {}).get("wrong", {})
     for run in runs:
-        result = load_result(run)
-        if result.data["test"]["digest"] != data.digest:
-            raise SystemExit(f"error: {run} was not tested on the official test set")
+        result = measuring.official_result(run, data.digest)
         found[f"{result.recipe}, seed {result.seed}"] = mistakes(result.predictions.predicted, data.labels)
     return found
 
@@ -266,8 +263,7 @@ def main() -> None:
     given = parser.parse_args()
     recipe = named(given.recipe)
     recipe = replace(recipe, epochs=given.epochs or recipe.epochs, backend=given.backend)
-    before = kept()["recipes"].get(given.recipe, {}).get("wrong", {})
-    apart = {"wrong": lambda: wrong(given.run, before), "noise": lambda: noise(given.audit), "others": others}
+    apart = {"wrong": lambda: wrong(given.recipe, given.run), "noise": lambda: noise(given.audit), "others": others}
     bench: Bench | None = None
     for part in given.parts:
         kind, _, number = part.partition("-")

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from attire import figures, files, recipes
 from attire.data import load_dataset
 from attire.intervals import wilson
-from attire.results import RunResult, load_result
+from attire.results import RunResult
 
 DOCS = Path(__file__).parent.parent / "docs"
 CACHED = 5_000  # pictures/s: faster than any processor of ours extracts, so that most features were in the cache
@@ -56,6 +56,7 @@ class Line:
     minutes: float
     how: str
     machine: str
+    length: str = ""  # as the name tells it, ` --epochs 24`: of runs of another length than their recipe's
 
     @property
     def mean(self) -> float:
@@ -93,9 +94,7 @@ def take(runs: Sequence[Path], path: Path) -> None:
     kept = found["runs"]
     official = load_dataset(part="test").digest
     for run in runs:
-        result = load_result(run)
-        if result.data["test"]["digest"] != official:
-            raise SystemExit(f"error: {run} was not tested on the official test set")
+        result = measuring.official_result(run, official)
         if result.data.get("teacher"):
             raise SystemExit(f"error: {run} was taught: what it cost is its teachers' cost too")
         new = summary(result)
@@ -127,7 +126,8 @@ def lines(runs: Sequence[Mapping[str, Any]], rates: Mapping[str, float]) -> Iter
             minutes = statistics.median(later) + features
             how += f"; of these minutes {features:.1f} for features, at {rates[recipe]:g} pictures/s"
         accuracies = tuple(100 * run["correct"] / run["n"] for run in group)
-        yield Line(f"`{recipe}{length}`{trunk}", accuracies, minutes, how, f"{processor}, torch {group[0]['torch']}")
+        machine = f"{processor}, torch {group[0]['torch']}"
+        yield Line(f"`{recipe}{length}`{trunk}", accuracies, minutes, how, machine, length)
 
 
 def script_minutes(peers: performance.Lines) -> float:
@@ -182,8 +182,8 @@ def picture(found: Sequence[Line], peers: Sequence[performance.Curve], script: f
 
     names = {line.name for line in found}
     for line in found:
-        recipe, _, epochs = line.name.strip("`").partition(" --epochs ")
-        name = f"{epochs} epochs" if f"`{recipe}`" in names - {line.name} else line.name
+        beside_its_recipe = line.length and line.name.replace(line.length, "") in names
+        name = line.length.replace(" --epochs ", "") + " epochs" if beside_its_recipe else line.name
         behind = any(other.mean > line.mean and other.minutes <= line.minutes for other in found)
         beside = (5, -9) if behind else (-4, 6)
         mark((line.minutes, line.mean), name, {"marker": "o", "color": figures.BLUE}, beside, 8)

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from attire import fetch, files
 from attire.data import load_dataset
+from attire.intervals import mcnemar, p_text, paired_difference
 from attire.plan import flop_per_image as flop_per_image
+from attire.results import RunResult, load_result
 
 ROUNDS = 5
 RESULTS = Path(__file__).parent / "results"
@@ -44,6 +46,21 @@ def significant(value: float, digits: int = 3) -> str:
         return "0"
     magnitude = len(str(int(abs(value)))) if abs(value) >= 1 else -int(f"{abs(value):e}".partition("e-")[2] or 0) + 1
     return f"{value:,.{max(0, digits - magnitude)}f}"
+
+
+def official_result(run: Path, digest: str) -> RunResult:
+    """The finished run in this folder; SystemExit unless `digest`, the official test set's, is that of its test set."""
+    result = load_result(run)
+    if result.data["test"]["digest"] != digest:
+        raise SystemExit(f"error: {run} was not tested on the official test set")
+    return result
+
+
+def gained(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> str:
+    """`+0.10 points (-0.03 to +0.24), McNemar p = 0.16`, of what each has right on the same rows."""
+    found = paired_difference(before, after)
+    value, low, high = (f"{100 * share:+.2f}" for share in (found.value, found.low, found.high))
+    return f"{value} points ({low} to {high}), McNemar {p_text(mcnemar(before, after))}"
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attire import devices, features, files, memory, recipes, training
-from attire.intervals import mcnemar, p_text, paired_difference, wilson
+from attire.intervals import wilson
 from attire.recipes import Recipe
 from attire.stages import DataChoice, Stage
 from attire.watching import Silent
@@ -85,12 +85,7 @@ def main() -> None:
             print(f"{given.recipe} {text or 'as it is'}, seed {seed}", flush=True)
             correct = trial(recipe, given.rows, given.rest)
             if (other := first.setdefault(seed, correct)) is not correct:
-                gained, p_value = paired_difference(other, correct), mcnemar(other, correct)
-                span = f"{100 * gained.low:+.2f} to {100 * gained.high:+.2f}"
-                print(
-                    f"  {100 * gained.value:+.2f} points against the first ({span}), McNemar {p_text(p_value)}",
-                    flush=True,
-                )
+                print(f"  against the first: {measuring.gained(other, correct)}", flush=True)
 
 
 if __name__ == "__main__":

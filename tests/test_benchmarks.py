@@ -26,6 +26,12 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> Any:
     return import_module("measuring")
 
 
+@pytest.fixture
+def averaged(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(FOLDER)
+    return import_module("averaged")
+
+
 def spread(value: float) -> dict[str, float]:
     return {"median": value, "low": value, "high": value, "n": 5}
 
@@ -233,10 +239,8 @@ def test_rows_of_a_leaky_set_come_from_both_sources_in_their_order(
 
 
 @pytest.mark.real
-def test_kept_answers_are_what_their_runs_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_answers_are_what_their_runs_read(averaged: Any) -> None:
     """On the official labels; a probability that went to 16 bits may change no answer."""
-    monkeypatch.syspath_prepend(FOLDER)
-    averaged: Any = import_module("averaged")
     labels = {part: load_dataset(part=part).labels for part in ("train", "test")}
     paths = sorted(averaged.ANSWERS.glob("*.npz"))
     assert paths
@@ -247,9 +251,7 @@ def test_kept_answers_are_what_their_runs_read(monkeypatch: pytest.MonkeyPatch) 
         assert 0.95 < (found["val"].argmax(1) == labels["train"][found["rows"]]).mean() < 1
 
 
-def test_the_members_of_an_average_are_all_sets_and_scored_by_log_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(FOLDER)
-    averaged: Any = import_module("averaged")
+def test_the_members_of_an_average_are_all_sets_and_scored_by_log_loss(averaged: Any) -> None:
     assert list(averaged.sets(["a", "b"])) == [("a",), ("b",), ("a", "b")]
     probabilities = np.array([[0.5, 0.5], [0.25, 0.75], [1.0, 0.0]])
     assert averaged.log_loss(probabilities, np.array([0, 0, 0])) == pytest.approx((np.log(2) + np.log(4)) / 3)
