@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from attire import augment, devices, files, heads, memory, training
 from attire.data import OFFICIAL, ImageDataset, load_dataset, split_indices
 from attire.evaluation import one_vs_rest
-from attire.recipes import Recipe, named
+from attire.recipes import Recipe, from_json, named
 from attire.sources import CachedSource
 from attire.stages import DataChoice, Stage
 from attire.watching import Silent
@@ -189,7 +189,9 @@ def wrong(recipe: str, runs: list[Path]) -> dict[str, Any]:
     found = kept()["recipes"].get(recipe, {}).get("wrong", {})
     for run in runs:
         result = measuring.official_result(run, data.digest)
-        found[f"{result.recipe}, seed {result.seed}"] = mistakes(result.predictions.predicted, data.labels)
+        epochs = from_json(result.config["recipe"]).epochs
+        length = f" of {epochs} epochs" if epochs != named(result.recipe).epochs else ""
+        found[f"{result.recipe}{length}, seed {result.seed}"] = mistakes(result.predictions.predicted, data.labels)
     return found
 
 
@@ -247,8 +249,11 @@ def kept() -> dict[str, Any]:
 
 
 def keep(recipe: str, name: str, value: Any) -> None:
+    """Put it into the file, with the command that found it."""
     found = kept()
-    found["recipes"].setdefault(recipe, {})[name] = value
+    mine = found["recipes"].setdefault(recipe, {})
+    mine[name] = value
+    mine.setdefault("commands", {})[name] = measuring.command()
     files.write_json(OUT, found)
 
 
@@ -278,8 +283,7 @@ def main() -> None:
             "backend": recipe.backend,
             "seconds": round(time.perf_counter() - began, 1),
         }
-        about = {"command": measuring.command(), "environment": measuring.environment(), **told}
-        keep(given.recipe, part, {**found, **about})
+        keep(given.recipe, part, {**found, "environment": measuring.environment(), **told})
 
 
 if __name__ == "__main__":
