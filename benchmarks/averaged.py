@@ -31,6 +31,7 @@ from attire.recipes import from_json
 from attire.stages import validation_rows
 
 ANSWERS = measuring.RESULTS / "answers"
+PARTS = ("val", "test")
 Probabilities = NDArray[np.float64]
 
 
@@ -58,11 +59,14 @@ def keep(run: Path, folder: Path = ANSWERS) -> Path:
     return path
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Probabilities]]:
+def read(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """(what run it was, answers by part); the rows of all must be the same."""
     with np.load(path, allow_pickle=False) as found:
         about = json.loads(found["about"].tobytes())
-        return about, {"rows": found["rows"].astype(np.int64), **{part: found[part] for part in ("val", "test")}}
+        return about, {
+            "rows": found["rows"].astype(np.int64),
+            **{part: found[part].astype(np.float64) for part in PARTS},
+        }
 
 
 def log_loss(probabilities: Probabilities, labels: NDArray[np.int64]) -> float:
@@ -93,7 +97,7 @@ def main() -> None:
     labels = {"val": load_dataset(part="train").labels[rows], "test": load_dataset(part="test").labels}
 
     def of(members: tuple[str, ...], part: str) -> Probabilities:
-        return mean([kept[name][part].astype(np.float64) for name in members])
+        return mean([kept[name][part] for name in members])
 
     def right(found: Probabilities, part: str) -> NDArray[np.bool_]:
         return np.asarray(found.argmax(1) == labels[part])

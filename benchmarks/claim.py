@@ -190,7 +190,7 @@ def wrong(recipe: str, runs: list[Path]) -> dict[str, Any]:
     for run in runs:
         result = measuring.official_result(run, data.digest)
         epochs = from_json(result.config["recipe"]).epochs
-        length = f" of {epochs} epochs" if epochs != named(result.recipe).epochs else ""
+        length = measuring.other_length(result.recipe, epochs)
         found[f"{result.recipe}{length}, seed {result.seed}"] = mistakes(result.predictions.predicted, data.labels)
     return found
 

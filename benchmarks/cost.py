@@ -116,7 +116,7 @@ def lines(runs: Sequence[Mapping[str, Any]], rates: Mapping[str, float]) -> Iter
         if not fresh and recipe not in rates:
             continue
         trunk = f", {backend}" if backend not in ("torch", "torch-winograd") else ""
-        length = f" --epochs {epochs}" if epochs != recipes.named(recipe.split()[0]).epochs else ""
+        length = measuring.other_length(recipe.split()[0], epochs)
         later = [run["seconds"]["total"] / 60 for run in group if run["cached"]]
         how = f"{epochs} epochs" + (f"; a further seed {statistics.median(later):.1f} min" if later else "")
         if fresh:

@@ -18,6 +18,7 @@ from attire import fetch, files
 from attire.data import load_dataset
 from attire.intervals import mcnemar, p_text, paired_difference
 from attire.plan import flop_per_image as flop_per_image
+from attire.recipes import named
 from attire.results import RunResult, load_result
 
 ROUNDS = 5
@@ -54,6 +55,11 @@ def official_result(run: Path, digest: str) -> RunResult:
     if result.data["test"]["digest"] != digest:
         raise SystemExit(f"error: {run} was not tested on the official test set")
     return result
+
+
+def other_length(recipe: str, epochs: int) -> str:
+    """` --epochs 24` for a run of another length than its recipe's, else nothing."""
+    return f" --epochs {epochs}" if epochs != named(recipe).epochs else ""
 
 
 def gained(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> str:
