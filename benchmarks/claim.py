@@ -249,11 +249,13 @@ def kept() -> dict[str, Any]:
 
 
 def keep(recipe: str, name: str, value: Any) -> None:
-    """Put it into the file, with the command that found it."""
+    """Put it into the file, with the command that found it: with each that added to it, if it is `wrong`."""
     found = kept()
     mine = found["recipes"].setdefault(recipe, {})
     mine[name] = value
-    mine.setdefault("commands", {})[name] = measuring.command()
+    commands = mine.setdefault("commands", {})
+    earlier = commands[name].split(" && ") if name == "wrong" and name in commands else []
+    commands[name] = " && ".join(dict.fromkeys([*earlier, measuring.command()]))
     files.write_json(OUT, found)
 
 

@@ -132,8 +132,8 @@ def left(results: Found, always: Sequence[int]) -> Iterator[str]:
     once = set.union(*(set(rows) for rows in own.values()))
     yield (
         f"Of the 10,000 images {len(own)} classifiers get wrong: {counts}. **{len(always):,} images are wrong in all of"
-        f" them**, {len(once):,} in at least one. They share a trunk, so that they err alike. 98 % permits 200"
-        " mistakes."
+        f" them**, {len(once):,} in at least one. All begin from the same VGG16, so that they err alike. 98 %"
+        " permits 200 mistakes."
     )
     if others := once_told(results, "others"):
         counts = ", ".join(f"{len(rows):,} ({name})" for name, rows in others.items())

@@ -218,6 +218,21 @@ def test_a_law_of_fewer_images_says_how_many_the_claim_would_take(claim_page: An
     assert "doubling" not in claim_page.text({"recipes": {"fast": CLAIM}})
 
 
+def test_a_figure_keeps_its_command_and_that_of_mistakes_keeps_all_that_added(
+    claim_page: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    claim = import_module("claim")
+    monkeypatch.setattr(claim, "OUT", tmp_path / "claim.json")
+    for part, run in (("wrong", "a"), ("wrong", "b"), ("wrong", "b"), ("noise", "a"), ("noise", "b")):
+        monkeypatch.setattr("sys.argv", ["claim.py", part, run])
+        claim.keep("fast", part, {})
+    assert claim.kept()["recipes"]["fast"]["commands"] == {
+        "wrong": "python benchmarks/claim.py wrong a && python benchmarks/claim.py wrong b",
+        "noise": "python benchmarks/claim.py noise b",
+    }
+
+
 def test_rows_of_a_leaky_set_come_from_both_sources_in_their_order(
     claim_page: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
