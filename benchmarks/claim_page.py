@@ -6,7 +6,9 @@ python benchmarks/claim_page.py
 import argparse
 import statistics
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,8 @@ def left(results: Found, always: Sequence[int]) -> Iterator[str]:
         )
     if noise and looked:
         yield from seen(looked, always, noise["suspects"])
+    if noise and (found := results.get("blind")):
+        yield from seen_blindly(found, list(own.values()), always, noise["suspects"])
 
 
 def seen(looked: Mapping[str, Any], always: Sequence[int], suspects: Sequence[int]) -> Iterator[str]:
@@ -175,6 +179,46 @@ def seen(looked: Mapping[str, Any], always: Sequence[int], suspects: Sequence[in
         f"So {fits:,} of the mistakes that all of them make are plain failures, and {wrong + arguable:,} lie where the"
         " picture alone does not decide for the label. 98 % permits 200 mistakes in all. A glance at 28 x 28 pixels is"
         " not the knowledge of who sold the garment: many a top without collar or buttons was sold as a shirt."
+    )
+
+
+def seen_blindly(
+    found: Found, mistaken: Sequence[Mapping[int, int]], always: Sequence[int], suspects: Sequence[int]
+) -> Iterator[str]:
+    """What eyes that knew neither label nor answer made of them: paragraphs and a table."""
+    rows, labels, others = found["rows"], np.array(found["labels"]), found["others"]
+    first = np.array([[named[0] for named in answers] for answers in found["answers"]])
+    named = np.array([[label in own for label, own in zip(labels, each, strict=True)] for each in found["answers"]])
+    pairs = zip(rows, labels.tolist(), strict=True)
+    most = np.array([Counter(own.get(row, label) for own in mistaken).most_common(1)[0][0] for row, label in pairs])
+    agreed = np.mean([(one == other).mean() for one, other in combinations(first, 2)])
+    yield (
+        f"The same images and {len(others):,} other test images, shuffled, were shown to {found['by']}. Shown neither"
+        " label nor answer, each named the class held most likely, and a second one where it would do about as well"
+        f" (`benchmarks/eyes.py`). Their first answers are the same on {100 * agreed:.0f} % of the"
+        f" {len(rows):,} images."
+    )
+    kinds = {
+        f"the {len(always):,} that all get wrong": always,
+        f"the {len(suspects):,} suspects": suspects,
+        f"the {len(others):,} others": others,
+    }
+    shares = (first == labels, (first != labels) & (first == most), (first != labels) & (first != most), named)
+    lines = [
+        "| % of first answers, by observer | the label | what most classifiers answer instead | neither | the label"
+        " among two |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for kind, chosen in kinds.items():
+        inside = np.isin(rows, list(chosen))
+        cells = [", ".join(f"{100 * value:.0f}" for value in share[:, inside].mean(1)) for share in shares]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    yield "\n".join(lines)
+    inside = np.isin(rows, list(always))
+    every, none = ((first == labels).all(0) & inside).sum(), (~named.any(0) & inside).sum()
+    yield (
+        f"Of the {len(always):,} that all classifiers get wrong, {every:,} are named by their label by every observer;"
+        f" {none:,} by none of them, not even in the second place."
     )
 
 
@@ -282,9 +326,7 @@ def missing(results: Found) -> Iterator[str]:
     yield "- More than one fit for most lines of the tables."
     if not once_told(results, "others"):
         yield "- Classifiers of other kinds, for the images that all of them get wrong (`others`)."
-    if "looked" in results:
-        yield "- A second pair of eyes for the labels."
-    else:
+    if "looked" not in results:
         yield "- How many suspect labels are wrong: somebody would have to look."
 
 

@@ -192,6 +192,32 @@ def test_other_kinds_and_what_was_seen_count_among_the_images_that_all_get_wrong
     assert "So 0 of the mistakes that all of them make are plain failures, and 1 lie where" in text
 
 
+def test_blind_eyes_are_held_against_label_and_classifiers(claim_page: Any) -> None:
+    """Row 2, label 7, is wrong everywhere, mostly as 3; row 70 is a suspect, row 5 neither."""
+    answers = [[[7], [0, 1], [9]], [[3, 7], [1], [8]]]
+    blind = {"by": "two judges", "rows": [2, 70, 5], "labels": [7, 1, 9], "others": [5], "answers": answers}
+    looked = {"by": "by one", "wrong": [2], "arguable": [70], "fits": []}
+    text = " ".join(claim_page.text({"recipes": {"fast": CLAIM}, "looked": looked, "blind": blind}).split())
+    assert "shown to two judges." in text
+    assert "the same on 0 % of the 3 images" in text
+    assert "| the 1 that all get wrong | 100, 0 | 0, 100 | 0, 0 | 100, 100 |" in text
+    assert "| the 2 suspects | 50, 50 | 0, 50 | 50, 0 | 100, 100 |" in text
+    assert "| the 1 others | 100, 0 | 0, 0 | 0, 100 | 100, 0 |" in text
+    assert "0 are named by their label by every observer; 0 by none" in text
+
+
+def test_sheets_for_blind_eyes_mix_doubtful_and_other_rows(claim_page: Any, tmp_path: Path) -> None:
+    eyes = import_module("eyes")
+    rows, others = eyes.order({"wrong": [3], "arguable": [4, 5], "fits": []}, 1000)
+    assert len(rows) == len(set(rows)) == 160  # eight sheets of twenty: three doubtful and at least 150 others
+    assert sorted(rows) == sorted([3, 4, 5, *others])
+    assert (rows, others) == eyes.order({"wrong": [3], "arguable": [4, 5], "fits": []}, 1000)
+    (tmp_path / "a.csv").write_text("number,class,other\n2,Bag,\n1,Shirt,Coat\n")
+    assert eyes.answers(tmp_path / "a.csv", 2) == [[6, 4], [8]]
+    with pytest.raises(SystemExit, match=r"a.csv: expected the numbers 1 to 3, each once"):
+        eyes.answers(tmp_path / "a.csv", 3)
+
+
 def test_the_recipe_of_the_claim_stands_first_and_mistakes_are_shared_over_recipes(claim_page: Any) -> None:
     classic = {"seed-0": {**seed([2, 3, 7], 920, 930), "backend": "openvino-int8"}}
     results = {"recipes": {"fast": CLAIM, "classic": classic}}
