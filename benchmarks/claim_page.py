@@ -326,7 +326,9 @@ def missing(results: Found) -> Iterator[str]:
     yield "- More than one fit for most lines of the tables."
     if not once_told(results, "others"):
         yield "- Classifiers of other kinds, for the images that all of them get wrong (`others`)."
-    if "looked" not in results:
+    if "looked" in results:
+        yield "- The labels, seen by people who know garments."
+    else:
         yield "- How many suspect labels are wrong: somebody would have to look."
 
 
