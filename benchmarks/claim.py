@@ -4,6 +4,7 @@
     python benchmarks/claim.py wrong --run runs/1 --run runs/2       test images that all of these get wrong
     python benchmarks/claim.py noise --audit audit                   after: attire audit --run runs/1
     python benchmarks/claim.py others                                classifiers without VGG16
+    python benchmarks/claim.py near                                  do held-out rows lie nearer than test rows?
     python benchmarks/claim.py --recipe frozen-best --epochs 30 curve-15000     trained on so many of the rows
     python benchmarks/claim_page.py                                  docs/claim.md and its pictures
 
@@ -210,6 +211,20 @@ def others() -> dict[str, Any]:
     return {name: mistakes(answers, test.labels) for name, answers in found.items()}
 
 
+def near() -> dict[str, Any]:
+    """How far rows of split 42 and official test rows lie from the nearest of the others, by pixels of 0 to 1."""
+    train, test = load_dataset(part="train"), load_dataset(part="test")
+    rest, held = split_indices(train.labels, HELD_OUT, 42, False, name=OFFICIAL)
+    x, tested = (data.images.reshape(len(data), -1) / np.float32(255) for data in (train, test))
+    nearest = KNeighborsClassifier(1, algorithm="brute").fit(x[rest], train.labels[rest])
+    found: dict[str, Any] = {"n": len(rest)}
+    for name, rows, labels in (("held_out", x[held], train.labels[held]), ("test", tested, test.labels)):
+        far, which = nearest.kneighbors(rows)
+        right = train.labels[rest][which[:, 0]] == labels
+        found[name] = {"distance": float(far.mean()), "error": float(far.std() / len(far) ** 0.5), **share(right)}
+    return found
+
+
 def small_network(train: ImageDataset, test: ImageDataset, epochs: int = 8) -> Rows:
     """Answers of a network of four convolutions on the pixels, from scratch: Adam, one cycle, mirrored at random."""
     torch.manual_seed(0)
@@ -261,7 +276,8 @@ def keep(recipe: str, name: str, value: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", help="seed-N, split-N, leak-N, curve-N, break, wrong, noise, others")
+    kinds = "seed-N, split-N, leak-N, curve-N, break, wrong, noise, others, near"
+    parser.add_argument("parts", nargs="+", help=kinds)
     parser.add_argument("--recipe", default="fast")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
     parser.add_argument("--backend", default="torch", help="of the frozen trunk: that whose features are cached")
@@ -270,7 +286,12 @@ def main() -> None:
     given = parser.parse_args()
     recipe = named(given.recipe)
     recipe = replace(recipe, epochs=given.epochs or recipe.epochs, backend=given.backend)
-    apart = {"wrong": lambda: wrong(given.recipe, given.run), "noise": lambda: noise(given.audit), "others": others}
+    apart: dict[str, Callable[[], dict[str, Any]]] = {
+        "wrong": lambda: wrong(given.recipe, given.run),
+        "noise": lambda: noise(given.audit),
+        "others": others,
+        "near": near,
+    }
     bench: Bench | None = None
     for part in given.parts:
         kind, _, number = part.partition("-")

@@ -192,6 +192,14 @@ def test_other_kinds_and_what_was_seen_count_among_the_images_that_all_get_wrong
     assert "So 0 of the mistakes that all of them make are plain failures, and 1 lie where" in text
 
 
+def test_how_near_held_out_rows_lie_is_told_beside_test_rows(claim_page: Any) -> None:
+    held, test = ({"distance": far, "error": 0.01, **of(850)} for far in (3.5, 3.6))
+    found = {**CLAIM, "near": {"n": 48_000, "held_out": held, "test": test}}
+    text = " ".join(claim_page.text({"recipes": {"fast": found}}).split())
+    assert "lie 3.500 +- 0.020 from the nearest of the 48,000 others" in text
+    assert "official test images 3.600 +- 0.020" in text
+
+
 def test_blind_eyes_are_held_against_label_and_classifiers(claim_page: Any) -> None:
     """Row 2, label 7, is wrong everywhere, mostly as 3; row 70 is a suspect, row 5 neither."""
     answers = [[[7], [0, 1], [9]], [[3, 7], [1], [8]]]
