@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import measuring
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -80,7 +81,8 @@ def main() -> None:
     rows, others = shown["rows"], shown["others"]
     labels = load_dataset(part="test").labels[rows].tolist()
     found = [answers(path, len(rows)) for path in given.answers]
-    claim["blind"] = {"by": given.by, "rows": rows, "others": others, "labels": labels, "answers": found}
+    about = {"by": given.by, "command": measuring.command()}
+    claim["blind"] = {**about, "rows": rows, "others": others, "labels": labels, "answers": found}
     files.write_json(CLAIM, claim)
 
 
