@@ -196,10 +196,15 @@ def wrong(recipe: str, runs: list[Path]) -> dict[str, Any]:
     return found
 
 
+def pixels(data: ImageDataset) -> NDArray[np.float32]:
+    """(N, 784), 0 to 1."""
+    return data.images.reshape(len(data), -1) / np.float32(255)
+
+
 def others() -> dict[str, Any]:
     """The test rows that classifiers of other kinds get wrong, each fitted to the pixels of the 60,000 images."""
     train, test = load_dataset(part="train"), load_dataset(part="test")
-    x, held = (data.images.reshape(len(data), -1) / np.float32(255) for data in (train, test))
+    x, held = pixels(train), pixels(test)
     found = {"a small network": small_network(train, test)}
     fitted = {
         "support vectors": make_pipeline(StandardScaler(), PCA(80, random_state=0), SVC(C=10)),
@@ -215,10 +220,10 @@ def near() -> dict[str, Any]:
     """How far rows of split 42 and official test rows lie from the nearest of the others, by pixels of 0 to 1."""
     train, test = load_dataset(part="train"), load_dataset(part="test")
     rest, held = split_indices(train.labels, HELD_OUT, 42, False, name=OFFICIAL)
-    x, tested = (data.images.reshape(len(data), -1) / np.float32(255) for data in (train, test))
+    x = pixels(train)
     nearest = KNeighborsClassifier(1, algorithm="brute").fit(x[rest], train.labels[rest])
     found: dict[str, Any] = {"n": len(rest)}
-    for name, rows, labels in (("held_out", x[held], train.labels[held]), ("test", tested, test.labels)):
+    for name, rows, labels in (("held_out", x[held], train.labels[held]), ("test", pixels(test), test.labels)):
         far, which = nearest.kneighbors(rows)
         right = train.labels[rest][which[:, 0]] == labels
         found[name] = {"distance": float(far.mean()), "error": float(far.std() / len(far) ** 0.5), **share(right)}

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from attire import figures, files
-from attire.data import ImageDataset, load_dataset
+from attire.data import load_dataset
 from attire.intervals import wilson
 from attire.recipes import named
 
@@ -27,6 +27,7 @@ CLAIMED, PERMITTED = 0.98, 200  # of 10,000
 BATCHES = (32, 256)  # of the classic protocol, and of recipe `fast`
 PARTS = ("seed-0", "seed-1", "seed-2", "split-42", "split-43", "leak-10", "leak-1000", "break")
 SHOWN = 60  # images on the sheet
+VERDICTS = ("wrong", "arguable", "fits")  # on a label
 Found = Mapping[str, Any]
 
 
@@ -180,14 +181,13 @@ def left(results: Found, always: Sequence[int]) -> Iterator[str]:
 def seen(looked: Mapping[str, Any], always: Sequence[int], suspects: Sequence[int]) -> Iterator[str]:
     """What one pair of eyes made of those images: a paragraph and a table."""
     yield f"Each was looked at, enlarged, with its label and what most of the classifiers answer: {looked['by']}."
-    verdicts = ("wrong", "arguable", "fits")
     kinds = {f"the {len(always):,} that all get wrong": always, f"the {len(suspects):,} suspects": suspects}
     lines = ["| | another class is plainly the better one | either would do | the label fits |", "|---|---:|---:|---:|"]
     for name, rows in kinds.items():
-        counts = [len(set(looked[verdict]) & set(rows)) for verdict in verdicts]
+        counts = [len(set(looked[verdict]) & set(rows)) for verdict in VERDICTS]
         lines.append(f"| {name} | {' | '.join(map(str, counts))} |")
     yield "\n".join(lines)
-    wrong, arguable, fits = (len(set(looked[verdict]) & set(always)) for verdict in verdicts)
+    wrong, arguable, fits = (len(set(looked[verdict]) & set(always)) for verdict in VERDICTS)
     yield (
         f"So {fits:,} of the mistakes that all of them make are plain failures, and {wrong + arguable:,} lie where the"
         " picture alone does not decide for the label. 98 % permits 200 mistakes in all. A glance at 28 x 28 pixels is"
@@ -200,8 +200,8 @@ def seen_blindly(
 ) -> Iterator[str]:
     """What eyes that knew neither label nor answer made of them: paragraphs and a table."""
     rows, labels, others = found["rows"], np.array(found["labels"]), found["others"]
-    first = np.array([[named[0] for named in answers] for answers in found["answers"]])
-    named = np.array([[label in own for label, own in zip(labels, each, strict=True)] for each in found["answers"]])
+    first = np.array([[own[0] for own in answers] for answers in found["answers"]])
+    among = np.array([[label in own for label, own in zip(labels, each, strict=True)] for each in found["answers"]])
     pairs = zip(rows, labels.tolist(), strict=True)
     most = np.array([Counter(own.get(row, label) for own in mistaken).most_common(1)[0][0] for row, label in pairs])
     agreed = np.mean([(one == other).mean() for one, other in combinations(first, 2)])
@@ -216,7 +216,8 @@ def seen_blindly(
         f"the {len(suspects):,} suspects": suspects,
         f"the {len(others):,} others": others,
     }
-    shares = (first == labels, (first != labels) & (first == most), (first != labels) & (first != most), named)
+    right, usual = first == labels, first == most
+    shares = (right, ~right & usual, ~right & ~usual, among)
     lines = [
         "| % of first answers, by observer | the label | what most classifiers answer instead | neither | the label"
         " among two |",
@@ -228,7 +229,7 @@ def seen_blindly(
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     yield "\n".join(lines)
     inside = np.isin(rows, list(always))
-    every, none = ((first == labels).all(0) & inside).sum(), (~named.any(0) & inside).sum()
+    every, none = (right.all(0) & inside).sum(), (~among.any(0) & inside).sum()
     yield (
         f"Of the {len(always):,} that all classifiers get wrong, {every:,} are named by their label by every observer;"
         f" {none:,} by none of them, not even in the second place."
@@ -250,7 +251,8 @@ def learning(results: Found) -> Iterator[str]:
         drawn = np.random.default_rng(0).binomial(tested, errors / tested, (2000, len(points)))
         low, high = np.percentile([power_law(counts, row / tested)[1] for row in drawn], (2.5, 97.5))
         yield (
-            f"Each doubling takes {100 * (1 - 2**slope):.0f} % of the mistakes away. Continued, further than a law of"
+            f"One fit each (`benchmarks/claim.py --recipe {recipe}`; {machine(points[-1][1])}). Each doubling takes"
+            f" {100 * (1 - 2**slope):.0f} % of the mistakes away. Continued, further than a law of"
             f" {len(points)} points has a right to be, 98 % would take {millions(needed)} labelled images"
             f" ({millions(low)} to {millions(high)}, were the points independent),"
             f" {needed / counts.max():.0f} times as many as there are, and labels that are right: the law knows nothing"
@@ -276,11 +278,16 @@ def once_told(results: Found, kind: str) -> Any:
 def about(recipe: str, found: Found) -> str:
     """`Recipe ..., 10 epochs, on ...`: how the figures of one recipe came about."""
     first = parts(found, "seed")[0][1]
-    machine, trained, full = first["environment"], first["epochs_trained"], named(recipe).epochs
+    trained, full = first["epochs_trained"], named(recipe).epochs
     shorter = "" if full == trained else f" instead of the recipe's {full}"
     trunk = f", trunk by {first['backend']}" if first.get("backend", "torch") != "torch" else ""
-    torch = f"{machine['cores']} cores, torch {machine['torch']}"
-    return f"Recipe `{recipe}`, {trained} epochs{shorter}, cached features{trunk}: {machine['processor']}, {torch}."
+    return f"Recipe `{recipe}`, {trained} epochs{shorter}, cached features{trunk}: {machine(first)}."
+
+
+def machine(line: Found) -> str:
+    """What a figure was measured with."""
+    used = line["environment"]
+    return f"{used['processor']}, {used['cores']} cores, torch {used['torch']}"
 
 
 def text(results: Found) -> str:
@@ -372,13 +379,20 @@ def picture(seed: Found) -> Figure:
 
 
 @matplotlib.rc_context(figures.STYLE)
-def sheet(rows: Sequence[int], answers: Mapping[int, int], data: ImageDataset) -> Figure:
-    across = 10
-    figure = Figure(figsize=(9, 1.15 * -(-len(rows) // across)), layout="constrained")
-    for i, row in enumerate(rows):
-        plot = figure.add_subplot(-(-len(rows) // across), across, i + 1)
-        plot.imshow(data.images[row], cmap="gray", vmin=0, vmax=255)
-        plot.set_title(f"{data.classes[data.labels[row]]}\n{data.classes[answers[row]]}", size=6)
+def sheet(
+    titled: Sequence[tuple[str, NDArray[np.uint8]]],
+    across: int,
+    cell: tuple[float, float],
+    size: float,
+    interpolation: str | None = None,
+) -> Figure:
+    """Grey images under their titles, so many to a row; `cell` is width and height of each in inches."""
+    down = -(-len(titled) // across)
+    figure = Figure(figsize=(cell[0] * across, cell[1] * down), layout="constrained")
+    for i, (title, image) in enumerate(titled):
+        plot = figure.add_subplot(down, across, i + 1)
+        plot.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation=interpolation)
+        plot.set_title(title, size=size)
         plot.set_axis_off()
     return figure
 
@@ -393,7 +407,9 @@ def main() -> None:
     always = always_wrong(results)[:SHOWN]
     answers = {int(row): answer for row, answer in first["wrong"].items()}
     files.write_bytes(docs / "pictures" / "claim.png", figures.png(picture(first)))
-    files.write_bytes(docs / "pictures" / "claim-wrong.png", figures.png(sheet(always, answers, data)))
+    names = data.classes
+    wrong = [(f"{names[data.labels[row]]}\n{names[answers[row]]}", data.images[row]) for row in always]
+    files.write_bytes(docs / "pictures" / "claim-wrong.png", figures.png(sheet(wrong, 10, (0.9, 1.15), 6)))
     files.write_text(docs / "claim.md", text(results))
     print(docs / "claim.md")
 

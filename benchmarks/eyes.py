@@ -14,23 +14,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import claim_page
 import measuring
 import numpy as np
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from attire import figures, files
 from attire.data import FASHION_CLASSES, load_dataset
 
-CLAIM = Path(__file__).parent.parent / "docs" / "claim.json"
+CLAIM = claim_page.DOCS / "claim.json"
 ACROSS, DOWN = 5, 4
 OTHERS = 150  # at least
 
 
 def order(looked: Mapping[str, Any], n: int, seed: int = 0) -> tuple[list[int], list[int]]:
     """(rows as they are shown, those of them that nobody called doubtful): whole sheets, shuffled."""
-    doubtful = sorted({row for verdict in ("wrong", "arguable", "fits") for row in looked[verdict]})
+    doubtful = sorted({row for verdict in claim_page.VERDICTS for row in looked[verdict]})
     rng, size = np.random.default_rng(seed), ACROSS * DOWN
     count = -(-(len(doubtful) + OTHERS) // size) * size - len(doubtful)
     others = rng.choice(np.setdiff1d(np.arange(n), doubtful), count, replace=False)
@@ -38,24 +36,13 @@ def order(looked: Mapping[str, Any], n: int, seed: int = 0) -> tuple[list[int], 
     return shown.tolist(), sorted(others.tolist())
 
 
-@matplotlib.rc_context(figures.STYLE)
-def sheet(images: NDArray[np.uint8], first: int) -> Figure:
-    figure = Figure(figsize=(2 * ACROSS, 2.2 * DOWN), layout="constrained")
-    for i, image in enumerate(images):
-        plot = figure.add_subplot(DOWN, ACROSS, i + 1)
-        plot.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
-        plot.set_title(str(first + i), size=12)
-        plot.set_axis_off()
-    return figure
-
-
 def answers(path: Path, count: int) -> list[list[int]]:
     """[class] or [class, other] of each number, from 1; SystemExit unless each is there once."""
     with path.open(newline="") as file:
-        found = {int(line["number"]): [line["class"], line["other"] or None] for line in csv.DictReader(file)}
-    if sorted(found) != list(range(1, count + 1)):
+        lines = sorted(csv.DictReader(file), key=lambda line: int(line["number"]))
+    if [int(line["number"]) for line in lines] != list(range(1, count + 1)):
         raise SystemExit(f"error: {path}: expected the numbers 1 to {count:,}, each once")
-    return [[FASHION_CLASSES.index(name) for name in found[i + 1] if name is not None] for i in range(count)]
+    return [[FASHION_CLASSES.index(name) for name in (line["class"], line["other"]) if name] for line in lines]
 
 
 def main() -> None:
@@ -72,11 +59,16 @@ def main() -> None:
         files.make_dir(given.sheets)
         files.write_json(given.sheets / "rows.json", {"schema": 1, "rows": rows, "others": others})
         for start in range(0, len(rows), ACROSS * DOWN):
-            images = data.images[rows[start : start + ACROSS * DOWN]]
+            pictures = [
+                (str(start + 1 + i), data.images[row]) for i, row in enumerate(rows[start : start + ACROSS * DOWN])
+            ]
+            drawn = claim_page.sheet(pictures, ACROSS, (2, 2.2), 12, "bicubic")
             name = f"sheet-{start // (ACROSS * DOWN) + 1:02}.png"
-            files.write_bytes(given.sheets / name, figures.png(sheet(images, start + 1)))
+            files.write_bytes(given.sheets / name, figures.png(drawn))
         print(f"{given.sheets}: {len(rows):,} pictures")
         return
+    if len(given.answers) < 2:
+        raise SystemExit("error: read: expected two observers' files or more")
     shown = files.read_json(given.sheets / "rows.json")
     rows, others = shown["rows"], shown["others"]
     labels = load_dataset(part="test").labels[rows].tolist()

@@ -224,6 +224,9 @@ def test_sheets_for_blind_eyes_mix_doubtful_and_other_rows(claim_page: Any, tmp_
     assert eyes.answers(tmp_path / "a.csv", 2) == [[6, 4], [8]]
     with pytest.raises(SystemExit, match=r"a.csv: expected the numbers 1 to 3, each once"):
         eyes.answers(tmp_path / "a.csv", 3)
+    (tmp_path / "b.csv").write_text("number,class,other\n1,Bag,\n2,Bag,\n2,Coat,\n")
+    with pytest.raises(SystemExit, match=r"b.csv: expected the numbers 1 to 2, each once"):
+        eyes.answers(tmp_path / "b.csv", 2)
 
 
 def test_the_recipe_of_the_claim_stands_first_and_mistakes_are_shared_over_recipes(claim_page: Any) -> None:
