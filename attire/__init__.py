@@ -4,29 +4,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attire.classifier import Classifier as Classifier
-    from attire.classifier import load_bundle as load
-    from attire.data import ImageDataset as ImageDataset
-    from attire.data import load_dataset as load_dataset
+    from attire.data.dataset import ImageDataset as ImageDataset
+    from attire.data.loading import load_dataset as load_dataset
     from attire.errors import AttireError as AttireError
     from attire.estimator import VGGClassifier as VGGClassifier
+    from attire.inference.classifier import Classifier as Classifier
+    from attire.inference.classifier import load_bundle as load
     from attire.recipes import Recipe as Recipe
-    from attire.runs import resume as resume
-    from attire.runs import train as train
-
-__version__ = "0.1.0"
+    from attire.training.run import resume as resume
+    from attire.training.run import train as train
 
 # Imported when first used, so that `attire --help` does not wait for torch.
 _HOMES = {
+    "__version__": ("attire.version", "__version__"),
     "AttireError": ("attire.errors", "AttireError"),
-    "Classifier": ("attire.classifier", "Classifier"),
-    "ImageDataset": ("attire.data", "ImageDataset"),
+    "Classifier": ("attire.inference.classifier", "Classifier"),
+    "ImageDataset": ("attire.data.dataset", "ImageDataset"),
     "Recipe": ("attire.recipes", "Recipe"),
     "VGGClassifier": ("attire.estimator", "VGGClassifier"),
-    "load": ("attire.classifier", "load_bundle"),
-    "load_dataset": ("attire.data", "load_dataset"),
-    "resume": ("attire.runs", "resume"),
-    "train": ("attire.runs", "train"),
+    "load": ("attire.inference.classifier", "load_bundle"),
+    "load_dataset": ("attire.data.loading", "load_dataset"),
+    "resume": ("attire.training.run", "resume"),
+    "train": ("attire.training.run", "train"),
 }
 __all__ = [
     "AttireError",

@@ -1,5 +1,5 @@
 """`python -m attire`, which `torchrun -m attire` starts: the command line."""
 
-from attire.cli import main
+from attire.cli.main import main
 
 main()

@@ -8,6 +8,17 @@ NOTHING = "none"  # the boundary below which nothing is frozen: its features are
 ENDS = {NOTHING: 0, **BLOCKS}  # where `features` is cut for each boundary
 CHANNELS = {NOTHING: 3, "block1": 64, "block2": 128, "block3": 256, "block4": 512, "block5": 512}
 
+# torchvision's index in `features`: (output, input) channels; every kernel is 3x3
+CONVOLUTIONS = {
+    **{0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128), 12: (256, 256), 14: (256, 256)},
+    **{17: (512, 256), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512)},
+}
+SHAPES: dict[str, tuple[int, ...]] = {
+    f"features.{index}.{part}": (outputs, inputs, 3, 3) if part == "weight" else (outputs,)
+    for index, (outputs, inputs) in CONVOLUTIONS.items()
+    for part in ("weight", "bias")
+}
+
 
 def map_side(freeze_to: str, size: int) -> int:
     """Side of the feature map that a `size` x `size` picture leaves at the boundary: halved by each block."""

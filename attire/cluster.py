@@ -26,15 +26,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from attire import __version__, answers, devices, doctor, features, files, results, runs, training
-from attire.bundles import ABOUT, find_bundle, is_bundle
-from attire.classifier import Classifier, load_bundle
+from attire import progress
 from attire.errors import AttireError, Stopped, UsageError
-from attire.features import FeatureSpec, Ledger, Progress, Trunk
-from attire.intake import Asked
-from attire.prediction import Prediction
-from attire.server import Seen, create_app
-from attire.watching import Watcher
+from attire.evaluation import run_result
+from attire.features.cache import FeatureSpec, Ledger, Progress, Trunk, batch_rows, compute, extract_shard
+from attire.inference import predict
+from attire.inference.bundle_files import ABOUT, find_bundle, is_bundle
+from attire.inference.classifier import Classifier, load_bundle
+from attire.inference.inputs import Asked
+from attire.inference.prediction import Prediction
+from attire.model import devices
+from attire.progress import Watcher
+from attire.server.app import Seen, create_app
+from attire.storage import files, memory
+from attire.training import run
+from attire.version import __version__
 
 RETRIES = 5  # of a task whose process or node was lost; what Attire itself refuses is never tried again
 AHEAD = 2  # tasks in flight a core: one that runs and one whose images have already arrived
@@ -82,7 +88,7 @@ def connect(address: str = "auto", workers: int = 0) -> Iterator["Cluster"]:
                 held.enter_context(tempfile.TemporaryDirectory(prefix="attire-ray-", ignore_cleanup_errors=True))
             )
             options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "_temp_dir": str(folder / "r")}
-            options["object_store_memory"] = int(min(STORE_BYTES, STORE_SHARE * (doctor.memory() or STORE_BYTES)))
+            options["object_store_memory"] = int(min(STORE_BYTES, STORE_SHARE * (memory.memory() or STORE_BYTES)))
         held.callback(ray.shutdown)
         try:
             ray.init(there or "local", **options)
@@ -240,21 +246,21 @@ class Cluster:
 
     def answer(
         self, model: Path | None, device: str, asked: Iterable[Asked | AttireError]
-    ) -> Iterator[list[answers.Answer]]:
+    ) -> Iterator[list[predict.Answer]]:
         """As `answers.answer`, each batch by a task, in the order of what is asked, few of them under way at a time."""
         about = model_file(model)
         task = self.remote(predict_batch, device == "cuda")
         told, waiting = (model and model.absolute(), device, files.sha256_file(about)), deque[Any]()
-        for batch in answers.batches(asked):
-            images = answers.images_of(batch)
+        for batch in predict.batches(asked):
+            images = predict.images_of(batch)
             waiting.append((batch, task(*told, np.stack(images)) if images else None))
             if len(waiting) >= self.most_in_flight():
                 yield self.answered(*waiting.popleft())
         while waiting:
             yield self.answered(*waiting.popleft())
 
-    def answered(self, batch: list[Asked | AttireError], reference: Any) -> list[answers.Answer]:
-        return answers.in_places(batch, self.result(reference) if reference is not None else [])
+    def answered(self, batch: list[Asked | AttireError], reference: Any) -> list[predict.Answer]:
+        return predict.in_places(batch, self.result(reference) if reference is not None else [])
 
     # Serving.
 
@@ -343,7 +349,7 @@ class Order:
 
     def check_trunk(self, trunk: Trunk) -> None:
         """Raises AttireError where this node would make other shards: the cache may not depend on who was free."""
-        if files.sha256(features.compute(self.probe, self.spec, trunk).tobytes()) != self.expected:
+        if files.sha256(compute(self.probe, self.spec, trunk).tobytes()) != self.expected:
             where = f"{devices.processor()}, torch {torch.__version__}"
             do = "give it nodes with one kind of processor and one version of torch"
             raise AttireError(platform.node(), "computes other features than the machine that asks", where, do)
@@ -359,8 +365,8 @@ def make_order(
         load_trunk()  # measures how one thread is fastest: the workers find that in the cache folder
     finally:
         torch.set_num_threads(threads)
-    probe = np.array(images[: max(1, features.batch_rows(spec.image_size) // 8)])
-    expected = files.sha256(features.compute(probe, spec, load_trunk()).tobytes())
+    probe = np.array(images[: max(1, batch_rows(spec.image_size) // 8)])
+    expected = files.sha256(compute(probe, spec, load_trunk()).tobytes())
     return Order(spec, load_trunk, folder, token, __version__, probe, expected)
 
 
@@ -385,7 +391,7 @@ def make_shard(order: Order, images: NDArray[np.uint8], index: int) -> dict[str,
     """One shard, computed and committed; its ledger line. Made twice it is the same, byte for byte."""
     order.check_place()
     told = (order.spec, open_trunk(order), order.folder, index)
-    return features.extract_shard(images, *told, check=order.check_place)  # tasks outlive a killed driver for a moment
+    return extract_shard(images, *told, check=order.check_place)  # tasks outlive a killed driver for a moment
 
 
 def open_trunk(order: Order) -> Trunk:
@@ -416,7 +422,7 @@ def train_part(config: dict[str, str]) -> None:
     """In each worker of Ray Train, where torch's process group is set up."""
     os.chdir(config["here"])  # what a run's data is called may be relative to it
     set_threads(int(config["cores"]))
-    runs.resume(config["folder"])
+    run.resume(config["folder"])
 
 
 @contextmanager
@@ -444,16 +450,16 @@ def interruptible() -> Iterator[None]:
 def following(folder: Path, watcher: Watcher) -> Iterator[None]:
     """Tells of the epochs that others add to the run's history."""
     path, over = folder / "history.csv", threading.Event()
-    before = len(results.read_history(path)) if path.exists() else 0
+    before = len(run_result.read_history(path)) if path.exists() else 0
 
     def follow(told: int = before) -> None:
         ended = False
         while not ended:
             ended = over.wait(0.5)
             with suppress(OSError, AttireError):
-                lines = results.read_history(path)
+                lines = run_result.read_history(path)
                 for line in lines[told:]:
-                    watcher.epoch(training.Epoch(**line))
+                    watcher.epoch(progress.Epoch(**line))
                 told = max(told, len(lines))
 
     thread = threading.Thread(target=follow, name="attire-history", daemon=True)
@@ -477,11 +483,11 @@ def refused(error: BaseException, folder: Path) -> AttireError:
 
 
 @cache
-def opened_model(model: Path | None, device: str, digest: str) -> answers.Model:
+def opened_model(model: Path | None, device: str, digest: str) -> predict.Model:
     """Once a process. Raises AttireError where it is another model here than where it was asked for."""
     check_model(model, digest)
     set_threads(1)
-    return answers.open_model(model, device)
+    return predict.open_model(model, device)
 
 
 def predict_batch(model: Path | None, device: str, digest: str, images: NDArray[np.uint8]) -> list[Prediction]:
@@ -509,7 +515,7 @@ class Replica:
     def __init__(self, bundle: Path, digest: str, device: str, settings: dict[str, Any]) -> None:
         check_model(bundle, digest)
         set_threads(settings["threads"] * settings["workers"])
-        predictor = answers.open_model(bundle, device)
+        predictor = predict.open_model(bundle, device)
         classifier = predictor if isinstance(predictor, Classifier) else load_bundle(bundle, device)
         self.attire = create_app(classifier, predictor, **settings)
 

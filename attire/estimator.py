@@ -15,17 +15,24 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from attire import calibration, devices, features, lookup, recipes, training
-from attire.classifier import Architecture, Classifier, assemble, fold_standardisation
-from attire.data import ImageDataset, Splits
-from attire.ensemble import behind, below
+from attire import recipes
+from attire.data.dataset import ImageDataset, Splits
+from attire.data.loading import DataChoice
 from attire.errors import AttireError, Stopped, UsageError
-from attire.features import FeatureSpec
+from attire.evaluation import calibration
+from attire.features import row_lookup
+from attire.features.backbones import open_trunk
+from attire.features.cache import Features, FeatureSpec
+from attire.features.logits import predict_logits
+from attire.features.sources import CachedSource
+from attire.inference.classifier import Architecture, Classifier, assemble
+from attire.inference.ensemble import behind, below
+from attire.model import devices
+from attire.model.heads import fold_standardisation
+from attire.progress import Watcher
 from attire.recipes import Recipe
-from attire.sources import CachedSource
-from attire.stages import DataChoice, Stage, open_trunk
 from attire.terminal import Terminal
-from attire.watching import Watcher
+from attire.training.experiment import Stage
 
 PIXELS = 28 * 28
 CALIBRATED = 200  # rows below which none are cut for validation: a temperature fitted on fewer than 20 says nothing
@@ -134,11 +141,11 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         views = [self._features(images, replace(self._spec, view=view)) for view in about.views]
         source, rows = CachedSource(*views, names=about.views), np.arange(len(images))
         head, numbers = behind(self.classifier_), range(len(views))
-        logits = training.predict_logits(head, source, rows, 1024, numbers).numpy()
+        logits = predict_logits(head, source, rows, 1024, numbers).numpy()
         return np.asarray(calibration.softmax(logits, self.classifier_.temperature), np.float32)
 
-    def _features(self, images: NDArray[np.uint8], spec: FeatureSpec) -> features.Features:
-        find = lookup.collect if self.cache and len(images) >= KEPT else lookup.compute
+    def _features(self, images: NDArray[np.uint8], spec: FeatureSpec) -> Features:
+        find = row_lookup.collect if self.cache and len(images) >= KEPT else row_lookup.compute
         trunk = partial(open_trunk, below(self.classifier_), spec, self.classifier_.device, len(images))
         return find(images, spec, trunk)
 
@@ -211,9 +218,9 @@ class ArrayStage(Stage):
         self, recipe: Recipe, source: DataChoice, device: torch.device, watcher: Watcher, cache: bool = True
     ) -> None:
         super().__init__(recipe, source, device, watcher)
-        self.find = lookup.collect if cache else lookup.compute
+        self.find = row_lookup.collect if cache else row_lookup.compute
 
-    def extract(self, data: ImageDataset, view: str, what: str) -> features.Features:
+    def extract(self, data: ImageDataset, view: str, what: str) -> Features:
         def progress(done: int, total: int) -> None:
             self.watcher.advance(f"Features  {what}", done, total)
 

@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from attire.intervals import Interval
-    from attire.training import Epoch
+    from attire.progress import Epoch
 
 
 PIPED = 100  # columns of a result that is not shown on a terminal
@@ -70,7 +69,7 @@ class Terminal:
             text += f"   val loss {line.val_loss:.4f}   val {100 * line.val_accuracy:.2f} %"
         self.console.print(f"{text}   {line.seconds:.1f} s", markup=False, soft_wrap=True)
 
-    def tested(self, accuracy: "Interval", epoch: int) -> None:
+    def tested(self, accuracy: float, low: float, high: float, epoch: int) -> None:
         """Shown with the result."""
 
     def close(self) -> None:

@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attire import devices, features, fetch, vgg
-from attire.audit import examine
-from attire.data import load_dataset
-from attire.features import FeatureSpec
-from attire.intervals import wilson
+from attire.analysis.audit import examine
+from attire.data.loading import load_dataset
+from attire.evaluation.intervals import wilson
+from attire.features import cache
+from attire.features.backbones import open_trunk
+from attire.features.cache import FeatureSpec
+from attire.model import devices, pretrained, vgg
+from attire.model.weights import read_weights, tensor_digest
 from attire.recipes import FAST
-from attire.stages import open_trunk
-from attire.weights import read_weights, tensor_digest
 
 COPIES, FLIPS, LOOKED_AT = 25, 300, 600
 
@@ -32,13 +33,13 @@ def main() -> None:
     parts = [load_dataset(part=part) for part in ("train", "test")]
     images = np.concatenate([part.images for part in parts])
     labels = np.concatenate([part.labels for part in parts])
-    weights = fetch.vgg16_weights()
+    weights = pretrained.vgg16_weights()
     spec = FeatureSpec(
         FAST.freeze_to, FAST.image_size, FAST.pool, tensor_digest(read_weights(weights)),
         devices.choose_precision(FAST.precision, device),
     )  # fmt: skip
     trunk = open_trunk(vgg.vgg16(weights, spec.freeze_to, spec.pool, nn.Sequential()), spec, device)
-    cached = [features.extract(part.images, part.image_digest, spec, lambda: trunk) for part in parts]
+    cached = [cache.extract(part.images, part.image_digest, spec, lambda: trunk) for part in parts]
 
     originals = rng.choice(len(images), 2 * COPIES, replace=False)
     copied, moved = originals[:COPIES], originals[COPIES:]
@@ -46,7 +47,7 @@ def main() -> None:
     shifted = np.stack([shift(images[row], *step) for row, step in zip(moved, steps, strict=True)])
     more = np.concatenate([images[copied], shifted])
     everything, all_labels = np.concatenate([images, more]), np.concatenate([labels, labels[originals]])
-    fresh = torch.from_numpy(features.compute(more, spec, trunk)).float()
+    fresh = torch.from_numpy(cache.compute(more, spec, trunk)).float()
     flipped = rng.choice(len(images), FLIPS, replace=False)
     all_labels[flipped] = (all_labels[flipped] + rng.integers(1, 10, FLIPS)) % 10
 

@@ -22,13 +22,13 @@ import measuring
 import numpy as np
 from numpy.typing import NDArray
 
-from attire import files
-from attire.classifier import load_bundle
-from attire.data import load_dataset
-from attire.ensemble import mean
-from attire.intervals import wilson
+from attire.data.loading import load_dataset
+from attire.evaluation.intervals import wilson
+from attire.inference.classifier import load_bundle
+from attire.inference.ensemble import mean
 from attire.recipes import from_json
-from attire.stages import validation_rows
+from attire.storage import files
+from attire.training.experiment import validation_rows
 
 ANSWERS = measuring.RESULTS / "answers"
 PARTS = ("val", "test")

@@ -21,8 +21,9 @@ from measuring import forget_peak, peak_memory, spread, told
 from PIL import Image
 from pyarrow import parquet as pq
 
-from attire import bulk, data
-from attire.prediction import Prediction
+from attire.data import dataset, loading
+from attire.inference import parquet_predict
+from attire.inference.prediction import Prediction
 
 ROUNDS = 3
 GROUP = 1000  # rows of a row group, as Hugging Face writes pictures
@@ -31,7 +32,7 @@ GROUP = 1000  # rows of a row group, as Hugging Face writes pictures
 class Idle:
     """The same answer for every picture."""
 
-    classes = data.FASHION_CLASSES
+    classes = dataset.FASHION_CLASSES
 
     def predict(self, images: Any) -> list[Prediction]:
         ranking = (("Bag", 0.5), ("Coat", 0.3), ("Shirt", 0.2))
@@ -45,7 +46,7 @@ def png(image: Any) -> bytes:
 
 
 def write_rows(path: Path, rows: int) -> None:
-    pictures = [png(image) for image in data.load_dataset(part="test").images[:GROUP]]
+    pictures = [png(image) for image in loading.load_dataset(part="test").images[:GROUP]]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("image", kind), ("label", pa.int64())])
     with pq.ParquetWriter(path, schema) as writer:
@@ -57,7 +58,7 @@ def write_rows(path: Path, rows: int) -> None:
 def one(source: Path, out: Path) -> None:
     """In a process of its own: one run, told as a line of JSON."""
     base, start = forget_peak(), time.process_time()
-    done = bulk.predict(source, out, Idle(), "idle")
+    done = parquet_predict.predict(source, out, Idle(), "idle")
     print(json.dumps({"rows": done.rows, "base": base, "peak": peak_memory(), "cpu": time.process_time() - start}))
 
 

@@ -33,13 +33,17 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 from torch import Tensor, nn
 
-from attire import augment, devices, files, heads, memory, training
-from attire.data import OFFICIAL, ImageDataset, load_dataset, split_indices
-from attire.evaluation import one_vs_rest
+from attire.data import dataset
+from attire.data.dataset import OFFICIAL, ImageDataset, split_indices
+from attire.data.loading import DataChoice, load_dataset
+from attire.evaluation.metrics import one_vs_rest
+from attire.features.sources import CachedSource
+from attire.model import devices, heads
+from attire.progress import Silent
 from attire.recipes import Recipe, from_json, named
-from attire.sources import CachedSource
-from attire.stages import DataChoice, Stage
-from attire.watching import Silent
+from attire.storage import files, memory
+from attire.training import augment, checkpoints, loop
+from attire.training.experiment import Stage
 
 OUT = Path(__file__).parent.parent / "docs" / "claim.json"
 HELD_OUT = 12_000  # a fifth of the training file, as the claim's own protocol holds out
@@ -52,7 +56,7 @@ class Joined:
     def __init__(self, first: CachedSource, second: CachedSource) -> None:
         self.first, self.second, self.standardise = first, second, first.standardise
 
-    def batches(self, order: Rows, batch_size: int, views: training.Views | None) -> Iterator[Tensor]:
+    def batches(self, order: Rows, batch_size: int, views: dataset.Views | None) -> Iterator[Tensor]:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             numbers = None if views is None else views[start : start + batch_size]
@@ -96,12 +100,12 @@ class Bench:
         """The classifier, trained on these rows; `each` sees it after every epoch."""
         head = self.head(recipe)
 
-        def report(state: training.State, done: int, total: int) -> None:
+        def report(state: checkpoints.State, done: int, total: int) -> None:
             if not done:
                 print(f"epoch {state.epoch}: {each(head) if each else state.history[-1].train_loss}"[:200], flush=True)
 
         with tempfile.TemporaryDirectory(dir=files.cache_dir()) as folder:
-            training.fit(head, source, labels, rows, rows[:0], recipe, Path(folder) / "run" / "checkpoints", report)
+            loop.fit(head, source, labels, rows, rows[:0], recipe, Path(folder) / "run" / "checkpoints", report)
         return head
 
     def right(self, head: nn.Sequential, source: CachedSource, rows: Rows, labels: Rows) -> NDArray[np.bool_]:
@@ -171,15 +175,15 @@ def leak(bench: Bench, count: int) -> dict[str, Any]:
 def stray_break(bench: Bench) -> dict[str, Any]:
     """`break` at the end of a loop's body: only the first batch of each epoch trains; only the first one is scored."""
     recipe, head = bench.recipe, bench.head(bench.recipe)
-    optimiser = training.make_optimiser(head, recipe)
+    optimiser = loop.make_optimiser(head, recipe)
     steps = -(-len(bench.stage.train) // recipe.batch_size)
     for epoch in range(recipe.epochs):
         heads.set_phase(head, False)
-        rows = training.epoch_order(bench.stage.train, recipe, epoch)[0][: recipe.batch_size]
-        training.set_learning_rate(optimiser, recipe, epoch * steps, steps)
+        rows = loop.epoch_order(bench.stage.train, recipe, epoch)[0][: recipe.batch_size]
+        loop.set_learning_rate(optimiser, recipe, epoch * steps, steps)
         x = next(iter(bench.trained.batches(rows, len(rows), None)))
         target = augment.Target(torch.from_numpy(bench.labels[rows]))
-        training.train_step(head, optimiser, x, target, recipe)
+        loop.train_step(head, optimiser, x, target, recipe)
     right = bench.right_tested(head)
     return {"steps": recipe.epochs, "instead_of": recipe.epochs * steps, "test": share(right)}
 

@@ -17,10 +17,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from attire import figures, files
-from attire.data import load_dataset
-from attire.intervals import wilson
+from attire.data.loading import load_dataset
+from attire.evaluation import figures
+from attire.evaluation.intervals import wilson
 from attire.recipes import named
+from attire.storage import files
 
 DOCS = Path(__file__).parent.parent / "docs"
 CLAIMED, PERMITTED = 0.98, 200  # of 10,000

@@ -14,8 +14,8 @@ from typing import Any
 
 import measuring
 
-from attire import files
-from attire.results import RunResult, load_result
+from attire.evaluation.run_result import RunResult, load_result
+from attire.storage import files
 
 OUT = measuring.RESULTS / "classic.json"
 

@@ -33,12 +33,16 @@ import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "tests"), str(HERE)]
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from load import Run, connect  # noqa: E402
-from nodes import Nodes, command, free_port, nodes  # noqa: E402
 
-from attire import bundles, cluster, features, fetch, files, stages  # noqa: E402
+from attire import cluster  # noqa: E402
+from attire.features import backbones, cache  # noqa: E402
+from attire.inference import bundle_files  # noqa: E402
+from attire.model import pretrained  # noqa: E402
+from attire.storage import files  # noqa: E402
+from tests.nodes import Nodes, command, free_port, nodes  # noqa: E402
 
 SHARDS, ROWS = 64, 48  # a shard takes a core a fifth of a second
 EXTRACTIONS = ("worker", "node", "driver", "head")
@@ -47,17 +51,17 @@ CLIENTS, BEFORE, AFTER = 8, 6.0, 40.0  # closed loops; seconds under load before
 WINDOW = 2.0  # seconds that a rate is taken over
 
 
-def extract(address: str, weights: Path) -> features.Features:
+def extract(address: str, weights: Path) -> cache.Features:
     """What the driver does: SHARDS shards of ROWS pictures; on one machine where no address is given."""
-    spec = features.FeatureSpec("block2", 32, 0, "official", "fp32")
-    features.SHARD_BYTES = 2 * spec.width * ROWS  # rows are rounded down to a power of two
+    spec = cache.FeatureSpec("block2", 32, 0, "official", "fp32")
+    cache.SHARD_BYTES = 2 * spec.width * ROWS  # rows are rounded down to a power of two
     images = np.random.default_rng(0).integers(0, 256, (SHARDS * spec.shard_rows, 28, 28), np.uint8)
-    load = partial(stages.frozen_trunk, weights, spec, torch.device("cpu"), len(images))
+    load = partial(backbones.frozen_trunk, weights, spec, torch.device("cpu"), len(images))
     asked = (images, "random", spec, load, None)
     if not address:
-        return features.extract(*asked)
+        return cache.extract(*asked)
     with cluster.connect(address) as found:
-        return features.extract(*asked, found.extract_shards)
+        return cache.extract(*asked, found.extract_shards)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -146,7 +150,7 @@ class Trial:
 
 
 def extractions(kinds: list[str], times: int) -> Iterator[dict[str, Any]]:
-    weights = fetch.vgg16_weights()
+    weights = pretrained.vgg16_weights()
     with tempfile.TemporaryDirectory(prefix="attire-faults-") as name:
         folder = Path(name)
         with cache_of(folder / "alone"):
@@ -202,7 +206,7 @@ class Timed(Run):
 
 def servings(kinds: list[str], times: int) -> Iterator[dict[str, Any]]:
     """A replica killed under load, and a model replaced under load."""
-    bundle, port = bundles.find_bundle(None), free_port()
+    bundle, port = bundle_files.find_bundle(None), free_port()
     settings = {"max_queue": 128, "workers": 0, "threads": 0, "hosts": ("localhost", "127.0.0.1")}
     with tempfile.TemporaryDirectory(prefix="attire-faults-") as name, nodes(Path(name)) as found:
         os.environ.update({key: found.environment[key] for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")})

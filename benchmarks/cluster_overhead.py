@@ -21,15 +21,17 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "tests"), str(HERE)]
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from cluster_faults import cache_of, digests, measured_before  # noqa: E402
-from nodes import nodes  # noqa: E402
 
-from attire import cluster, devices, features, fetch, stages  # noqa: E402
-from attire.data import load_dataset  # noqa: E402
+from attire import cluster  # noqa: E402
+from attire.data.loading import load_dataset  # noqa: E402
+from attire.features import backbones, cache  # noqa: E402
+from attire.model import devices, pretrained  # noqa: E402
+from attire.model.weights import read_weights, tensor_digest  # noqa: E402
 from attire.recipes import named  # noqa: E402
-from attire.weights import read_weights, tensor_digest  # noqa: E402
+from tests.nodes import nodes  # noqa: E402
 
 
 @contextmanager
@@ -48,11 +50,11 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=3)
     given = parser.parse_args()
     recipe, device, data = named("fast"), torch.device("cpu"), load_dataset()
-    images, weights = data.images[: given.images], fetch.vgg16_weights()
-    precision, backend = stages.choose_trunk(recipe.freeze_to, recipe.backend, recipe.precision, device)
+    images, weights = data.images[: given.images], pretrained.vgg16_weights()
+    precision, backend = backbones.choose_trunk(recipe.freeze_to, recipe.backend, recipe.precision, device)
     digest = tensor_digest(read_weights(weights))
-    spec = features.FeatureSpec(recipe.freeze_to, recipe.image_size, recipe.pool, digest, precision, backend=backend)
-    load = partial(stages.frozen_trunk, weights, spec, device, 10**6)
+    spec = cache.FeatureSpec(recipe.freeze_to, recipe.image_size, recipe.pool, digest, precision, backend=backend)
+    load = partial(backbones.frozen_trunk, weights, spec, device, 10**6)
     load()  # measured once, before any clock runs
     asked = (images, f"first {len(images)}", spec, load, None)
     alone, joined, inside, equal = [], [], [], []
@@ -63,13 +65,13 @@ def main() -> None:
             for i in range(given.times):
                 with empty_cache(folder / f"alone-{i}"):
                     start = time.perf_counter()
-                    one = digests(features.extract(*asked).folder)
+                    one = digests(cache.extract(*asked).folder)
                     alone.append(time.perf_counter() - start)
                 with empty_cache(folder / f"joined-{i}"):
                     start = time.perf_counter()
                     with cluster.connect(found.address) as there:
                         began = time.perf_counter()
-                        two = digests(features.extract(*asked, there.extract_shards).folder)
+                        two = digests(cache.extract(*asked, there.extract_shards).folder)
                         inside.append(time.perf_counter() - began)
                     joined.append(time.perf_counter() - start)
                 equal.append(one == two)

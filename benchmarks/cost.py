@@ -22,10 +22,12 @@ import measuring
 import performance
 from matplotlib.figure import Figure
 
-from attire import figures, files, recipes
-from attire.data import load_dataset
-from attire.intervals import wilson
-from attire.results import RunResult
+from attire import recipes
+from attire.data.loading import load_dataset
+from attire.evaluation import figures
+from attire.evaluation.intervals import wilson
+from attire.evaluation.run_result import RunResult
+from attire.storage import files
 
 DOCS = Path(__file__).parent.parent / "docs"
 CACHED = 5_000  # pictures/s: faster than any processor of ours extracts, so that most features were in the cache

@@ -10,8 +10,8 @@ import time
 
 import numpy as np
 
-from attire.calibration import softmax
-from attire.evaluation import evaluate
+from attire.evaluation.calibration import softmax
+from attire.evaluation.metrics import evaluate
 
 FIGURES = ("accuracy", "balanced_accuracy", "top2", "macro_f1", "log_loss", "brier", "calibration_error")
 TRUTH = 1_000_000

@@ -15,9 +15,10 @@ import numpy as np
 from measuring import RESULTS, ROUNDS, spread, told
 from PIL import Image
 
-from attire import data, files
-from attire.devices import environment
-from attire.photos import prepare
+from attire.data import loading
+from attire.data.photos import prepare
+from attire.model.devices import environment
+from attire.storage import files
 
 PNGS, PHOTOS = 2000, 12
 
@@ -37,7 +38,7 @@ def processor_seconds(work: Callable[[], object]) -> float:
 def main() -> None:
     import torch
 
-    images = data.load_dataset(part="test").images
+    images = loading.load_dataset(part="test").images
     pngs = [encoded(Image.fromarray(image), "PNG") for image in images[:PNGS]]
     large = [Image.fromarray(255 - image).resize((640, 480), Image.Resampling.LANCZOS) for image in images[:PHOTOS]]
     photos = [encoded(image.convert("RGB"), "JPEG") for image in large]

@@ -31,14 +31,17 @@ from reject import all_rows, cached
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from attire import devices, recipes, reject, vgg
+from attire import recipes
 from attire.blocks import CHANNELS
-from attire.classifier import Classifier, load_bundle
-from attire.data import ImageDataset, load_dataset, split_indices
-from attire.explain import explain
-from attire.intervals import wilson
-from attire.sources import CachedSource
-from attire.stages import validation_rows
+from attire.data.dataset import ImageDataset, split_indices
+from attire.data.loading import load_dataset
+from attire.evaluation.intervals import wilson
+from attire.features.sources import CachedSource
+from attire.inference import out_of_distribution
+from attire.inference.classifier import Classifier, load_bundle
+from attire.inference.explain import explain
+from attire.model import devices, vgg
+from attire.training.experiment import validation_rows
 
 Image = NDArray[np.uint8]  # (28, 28)
 Heat = NDArray[np.floating]  # (28, 28), any scale
@@ -265,7 +268,7 @@ def spaces(classifier: Classifier, stored: Tensor) -> dict[str, Callable[[Tensor
     assert rejecter is not None
 
     def pooled(x: Tensor) -> Tensor:
-        return reject.pooled(x, channels)
+        return out_of_distribution.pooled(x, channels)
 
     def unit(describe: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda x: F.normalize(describe(x))

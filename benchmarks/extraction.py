@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attire import cores, devices, features, fetch, memory, vgg, winograd
 from attire.blocks import BLOCKS
-from attire.data import load_dataset
+from attire.data.loading import load_dataset
+from attire.features import cache
+from attire.model import devices, microbatches, pretrained, vgg, winograd
+from attire.storage import memory
 
 ROUNDS = 7
 TRUNKS = (("block3", 32, 1024), ("block3", 64, 256), ("block5", 224, 16))
@@ -104,7 +106,7 @@ def trunk_flops(trunk: nn.Sequential, size: int) -> float:
 
 def trunks(block: str, size: int, images: int) -> None:
     """The whole trunk on real images, preprocessed before; batches as extraction makes them."""
-    cpu, weights = torch.device("cpu"), fetch.vgg16_weights()
+    cpu, weights = torch.device("cpu"), pretrained.vgg16_weights()
 
     def model() -> nn.Module:
         return vgg.vgg16(weights, block, 0, nn.Sequential())
@@ -113,14 +115,16 @@ def trunks(block: str, size: int, images: int) -> None:
     small = winograd.accelerate(model().features.to(memory_format=torch.channels_last), winograd.F2)
     pictures = vgg.preprocess(load_dataset(part="test").images[:images], size)
     exact = model().features.double()(pictures[:4].double()).flatten(1)
-    batches = pictures.to(memory_format=torch.channels_last).split(features.batch_rows(size))
+    batches = pictures.to(memory_format=torch.channels_last).split(cache.batch_rows(size))
     product, operations = matrix_product()
     variants: dict[str, Callable[[Tensor], Tensor]] = {
         "direct": direct,
-        "in small ones": lambda x: cores.in_turn(direct.features, x).flatten(1),
-        "a core each": lambda x: cores.side_by_side(direct.features, x).flatten(1),
-        "winograd 2x2": lambda x: cores.side_by_side(small, x).flatten(1),
-        "one by one": lambda x: cores.in_turn(quick.features, x).flatten(1),  # winograd 4x4, all cores on each part
+        "in small ones": lambda x: microbatches.in_turn(direct.features, x).flatten(1),
+        "a core each": lambda x: microbatches.side_by_side(direct.features, x).flatten(1),
+        "winograd 2x2": lambda x: microbatches.side_by_side(small, x).flatten(1),
+        "one by one": lambda x: microbatches.in_turn(quick.features, x).flatten(
+            1
+        ),  # winograd 4x4, all cores on each part
         "winograd 4x4": quick,
     }
     calls = {name: lambda f=f: [f(batch) for batch in batches] for name, f in variants.items()}
@@ -177,7 +181,7 @@ def main(arguments: list[str]) -> None:
         for block, size, images in TRUNKS:
             trunks(block, size, images)
         for block, size, images in (("block5", 32, 64), ("block5", 64, 16), ("block5", 224, 2)):
-            whole = vgg.vgg16(fetch.vgg16_weights(), block, 0, nn.Sequential()).features
+            whole = vgg.vgg16(pretrained.vgg16_weights(), block, 0, nn.Sequential()).features
             print(f"every layer at {size} px, {BLOCKS[block]} modules")
             layers(whole.to(memory_format=torch.channels_last), size, images)
 

@@ -18,8 +18,10 @@ import claim_page
 import measuring
 import numpy as np
 
-from attire import figures, files
-from attire.data import FASHION_CLASSES, load_dataset
+from attire.data.dataset import FASHION_CLASSES
+from attire.data.loading import load_dataset
+from attire.evaluation import figures
+from attire.storage import files
 
 CLAIM = claim_page.DOCS / "claim.json"
 ACROSS, DOWN = 5, 4

@@ -14,7 +14,8 @@ import torch
 from measuring import scratch_cache, spread, told
 from sklearn.model_selection import GridSearchCV, cross_val_score
 
-from attire import VGGClassifier, devices, load_dataset, vgg
+from attire import VGGClassifier, load_dataset
+from attire.model import devices, vgg
 
 GRID = {"lr": [1e-3, 3e-3], "hidden": [(128,), (512,)]}
 

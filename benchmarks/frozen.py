@@ -19,12 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attire import devices, features, files, sweep, training, vgg
-from attire.data import load_dataset
-from attire.intervals import wilson
+from attire.analysis import sweep
+from attire.analysis.ridge import PENALTIES
+from attire.data import dataset
+from attire.data.loading import load_dataset
+from attire.evaluation.intervals import wilson
+from attire.features import cache
+from attire.model import devices, vgg
+from attire.progress import Silent
 from attire.recipes import FAST
-from attire.ridge import PENALTIES
-from attire.watching import Silent
+from attire.storage import files
+from attire.training import loop
 
 ROWS, VAL = 10_000, 5_000
 TAPS = {32: (("block2", 4), ("block3", 4), ("block4", 2)), 64: (("block2", 8), ("block3", 8), ("block4", 4))}
@@ -43,7 +48,7 @@ class Frozen:
         spec = sweep.TapSpec(
             "+".join(bench.boundaries), size, 0, bench.weights, bench.precision, backend=bench.backend, taps=taps
         )
-        found = features.extract(data.images, data.image_digest, spec, lambda: sweep.TapTrunk(bench.trunk, taps))
+        found = cache.extract(data.images, data.image_digest, spec, lambda: sweep.TapTrunk(bench.trunk, taps))
         self.entry = found.folder.name
         table = torch.from_numpy(np.concatenate(list(found.blocks())))
         self.maps = {name: table[:, part].float().unflatten(1, (-1, side, side)) for name, side, part in spec.columns()}
@@ -133,7 +138,7 @@ class Table:
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
-    def batches(self, order: training.Rows, batch_size: int, views: training.Views | None) -> Iterator[Tensor]:
+    def batches(self, order: dataset.Rows, batch_size: int, views: dataset.Views | None) -> Iterator[Tensor]:
         for start in range(0, len(order), batch_size):
             yield self.x[torch.from_numpy(order[start : start + batch_size])]
 
@@ -144,7 +149,7 @@ def trained(x: Tensor, labels: Tensor, fit: int) -> int:
     head = vgg.build_classifier(x.shape[1], recipe.hidden, 10, recipe.dropout)
     with tempfile.TemporaryDirectory(dir=files.cache_dir()) as folder:
         table, where = Table(standardised(x, fit)), Path(folder) / "run" / "checkpoints"
-        history = training.fit(head, table, labels.numpy(), rows[:fit], rows[fit:], recipe, where)
+        history = loop.fit(head, table, labels.numpy(), rows[:fit], rows[fit:], recipe, where)
     return round((history[-1].val_accuracy or 0) * (len(x) - fit))
 
 
@@ -170,7 +175,7 @@ def main() -> None:
             flush=True,
         )
     if not given.sets:  # 430 MB at 32 px, of use to nothing else
-        features.delete_entry(found.entry)
+        cache.delete_entry(found.entry)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ import measuring
 import numpy as np
 from measuring import ROUNDS, forget_peak, peak_memory, seconds, spread, told
 
-from attire import data, files, memory, tables
+from attire.data import csv_table, dataset, loading
+from attire.storage import files, memory
 
 ROWS = (1_000, 10_000, 70_000, 700_000)
 STAGES = ("csv", "csv copy", "extraction", "epoch")
@@ -42,25 +43,25 @@ BLOCK = 8192  # rows made at a time
 
 def write_rows(path: Path, rows: int) -> None:
     """The CSV file, made in pieces."""
-    labels = np.concatenate([data.load_dataset(part="train").labels, data.load_dataset(part="test").labels])
+    labels = np.concatenate([loading.load_dataset(part="train").labels, loading.load_dataset(part="test").labels])
     piece = path.with_suffix(".piece")
     with path.open("wb") as out:
         for chosen, images in measuring.more_images(rows, BLOCK):
-            tables.write_table(piece, images, labels[chosen])
+            csv_table.write_table(piece, images, labels[chosen])
             with piece.open("rb") as text:
-                text.seek(len(tables.HEADER) + 1 if out.tell() else 0)
+                text.seek(len(csv_table.HEADER) + 1 if out.tell() else 0)
                 out.write(text.read())
             piece.unlink()
     os.sync()
 
 
 def stage_csv(path: Path, rows: int) -> dict[str, float]:
-    from attire import copies
+    from attire.data import table_cache
 
-    copies.LEAST = 0
+    table_cache.LEAST = 0
     base = forget_peak()
-    found: list[data.ImageDataset] = []
-    took = seconds(lambda: found.append(data.read_csv(path)))
+    found: list[dataset.ImageDataset] = []
+    took = seconds(lambda: found.append(loading.read_csv(path)))
     assert len(found[0]) == rows
     return {"seconds": took, "base": base, "peak": peak_memory()}
 
@@ -69,16 +70,20 @@ def stage_extraction(path: Path, rows: int) -> dict[str, float]:
     import torch
     from torch import nn
 
-    from attire import copies, devices, features, fetch, vgg
+    from attire.data import table_cache
+    from attire.features import cache as feature_cache
+    from attire.model import devices, pretrained, vgg
 
-    copies.LEAST = 0
+    table_cache.LEAST = 0
     precision = devices.choose_precision()
-    trunk = vgg.Trunk(vgg.vgg16(fetch.vgg16_weights(), "block3", 0, nn.Sequential()), torch.device("cpu"), precision)
-    images = data.read_csv(path)
-    features.compute(images.images[:64], features.FeatureSpec("block3", SIZE, 0, "", precision), trunk)
-    spec, base = features.FeatureSpec("block3", SIZE, 0, "growth", precision), forget_peak()
-    took = seconds(lambda: features.extract(images.images, images.image_digest, spec, lambda: trunk))
-    assert features.delete_entry(spec.key(images.image_digest)) > rows
+    trunk = vgg.Trunk(
+        vgg.vgg16(pretrained.vgg16_weights(), "block3", 0, nn.Sequential()), torch.device("cpu"), precision
+    )
+    images = loading.read_csv(path)
+    feature_cache.compute(images.images[:64], feature_cache.FeatureSpec("block3", SIZE, 0, "", precision), trunk)
+    spec, base = feature_cache.FeatureSpec("block3", SIZE, 0, "growth", precision), forget_peak()
+    took = seconds(lambda: feature_cache.extract(images.images, images.image_digest, spec, lambda: trunk))
+    assert feature_cache.delete_entry(spec.key(images.image_digest)) > rows
     return {"seconds": took, "base": base, "peak": peak_memory()}
 
 
@@ -86,13 +91,15 @@ def stage_epoch(folder: Path, rows: int) -> dict[str, float]:
     import head_epoch
     import torch
 
-    from attire import features, sources, vgg
+    from attire.features import cache as feature_cache
+    from attire.features import sources
+    from attire.model import vgg
     from attire.recipes import FAST
 
     memory.keep_freed()
     base = forget_peak()
-    shard_rows = features.FeatureSpec("block3", 32, 0, "").shard_rows
-    source = sources.CachedSource(features.Features(folder, rows, WIDTH, shard_rows))
+    shard_rows = feature_cache.FeatureSpec("block3", 32, 0, "").shard_rows
+    source = sources.CachedSource(feature_cache.Features(folder, rows, WIDTH, shard_rows))
     torch.manual_seed(0)
     head = vgg.build_classifier(WIDTH, FAST.hidden, 10, FAST.dropout)
     labels = np.random.default_rng(1).integers(0, 10, rows)

@@ -18,22 +18,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from attire import devices, features, files, memory, training, vgg
+from attire.features import cache as feature_cache
+from attire.features.sources import CachedSource, measure
+from attire.model import devices, vgg
 from attire.recipes import RECIPES, Recipe
-from attire.sources import CachedSource, measure
+from attire.storage import files, memory
+from attire.training import checkpoints, loop
 
 ROUNDS = 5
 
 
-def synthetic_features(folder: Path, rows: int, width: int) -> features.Features:
+def synthetic_features(folder: Path, rows: int, width: int) -> feature_cache.Features:
     """Half zeros, as after a ReLU; written as the cache writes them."""
-    shard_rows = features.FeatureSpec("block3", 32, 0, "").shard_rows * 4096 // width or 1
+    shard_rows = feature_cache.FeatureSpec("block3", 32, 0, "").shard_rows * 4096 // width or 1
     rng = np.random.default_rng(0)
     block = rng.standard_normal((shard_rows, width), np.float32).clip(0).astype(np.float16)
     files.make_dir(folder)
     for i, start in enumerate(range(0, rows, shard_rows)):
-        np.save(features.shard_path(folder, i), block[: min(shard_rows, rows - start)])
-    return features.Features(folder, rows, width, shard_rows)
+        np.save(feature_cache.shard_path(folder, i), block[: min(shard_rows, rows - start)])
+    return feature_cache.Features(folder, rows, width, shard_rows)
 
 
 def products(head: nn.Sequential, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -58,12 +61,12 @@ def bare_seconds(head: nn.Sequential, batch: int, steps: int) -> float:
 def epoch_seconds(
     head: nn.Sequential, source: CachedSource, labels: np.ndarray, rows: np.ndarray, recipe: Recipe
 ) -> float:
-    state = training.State()
-    optimiser = training.make_optimiser(head, recipe)
+    state = checkpoints.State()
+    optimiser = loop.make_optimiser(head, recipe)
     targets = torch.from_numpy(labels)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        training.run_epoch(
+        loop.run_epoch(
             head, optimiser, source, targets, rows, recipe, state, Path(folder), [], lambda state, done, total: None
         )
         return time.perf_counter() - start

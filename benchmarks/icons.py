@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from attire.classifier import load_bundle
-from attire.photos import prepare
+from attire.data.photos import prepare
+from attire.inference.classifier import load_bundle
 
 SIDE = 512  # px on which they are drawn
 MANNERS = (("flat", False, 128), ("pen", False, 128), ("outline", False, 128), ("flat", True, 400))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from attire.data import load_dataset
+from attire.data.loading import load_dataset
 
 CONNECTIONS = 600  # of an open loop: more than the server lets wait, fewer than it lets connect
 PROBE_SECONDS = 0.02  # between two requests to /healthz

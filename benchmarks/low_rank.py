@@ -15,7 +15,8 @@ from measuring import seconds
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attire import data, fetch, vgg
+from attire.data import dataset, loading
+from attire.model import pretrained, vgg
 
 SIZE, BATCH = 32, 250
 SHARES = (0.995, 0.99, 0.98)  # of the variance that the components keep
@@ -74,7 +75,7 @@ def features(trunk: nn.Sequential, images: Images) -> Tensor:
     return torch.cat([trunk(x).flatten(1) for x in batches(images)])
 
 
-def right(trunk: nn.Sequential, train: data.ImageDataset, val: data.ImageDataset) -> Tensor:
+def right(trunk: nn.Sequential, train: dataset.ImageDataset, val: dataset.ImageDataset) -> Tensor:
     """(n,) bool of the validation images, by ridge regression on standardised features (see `attire.ridge`)."""
     x, other = features(trunk, train.images), features(trunk, val.images)
     deviation, mean = torch.std_mean(x, 0)
@@ -86,10 +87,10 @@ def right(trunk: nn.Sequential, train: data.ImageDataset, val: data.ImageDataset
 
 
 def main() -> None:
-    train = data.load_dataset()
+    train = loading.load_dataset()
     order = np.random.default_rng(1).permutation(len(train))
     images, fitted, scored = train.images[order[:1500]], train.subset(order[2000:14000]), train.subset(order[-5000:])
-    whole = vgg.vgg16(fetch.vgg16_weights(), "block3", 0, nn.Sequential()).features
+    whole = vgg.vgg16(pretrained.vgg16_weights(), "block3", 0, nn.Sequential()).features
     whole = whole.to(memory_format=torch.channels_last)
     with torch.inference_mode():
         trunks = {"whole": whole} | {f"{100 * s:g} %": low_rank(whole, images, s) for s in SHARES}

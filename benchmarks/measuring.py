@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attire import fetch, files
-from attire.data import load_dataset
-from attire.intervals import mcnemar, p_text, paired_difference
-from attire.plan import flop_per_image as flop_per_image
+from attire.blocks import BLOCKS, CONVOLUTIONS, ENDS
+from attire.data import fashion_mnist
+from attire.data.loading import load_dataset
+from attire.evaluation.intervals import mcnemar, p_text, paired_difference
+from attire.evaluation.run_result import RunResult, load_result
+from attire.model import pretrained
 from attire.recipes import named
-from attire.results import RunResult, load_result
+from attire.storage import files
 
 ROUNDS = 5
 RESULTS = Path(__file__).parent / "results"
@@ -94,7 +96,7 @@ def peak_memory() -> int:
 @contextmanager
 def scratch_cache() -> Iterator[Path]:
     """A cache with data and weights and nothing else, inside the real one, for this process and its children."""
-    fetch.official_data(), fetch.vgg16_weights()
+    fashion_mnist.official_data(), pretrained.vgg16_weights()
     real, before = files.cache_dir(), os.environ.get("ATTIRE_CACHE")
     with tempfile.TemporaryDirectory(dir=real, prefix="bench-") as folder:
         for name in ("data", "weights", "precision.json", "backends"):
@@ -131,7 +133,7 @@ def command() -> str:
 
 
 def environment() -> dict[str, Any]:
-    from attire import devices
+    from attire.model import devices
 
     return {**devices.environment(devices.choose_device("cpu")), "load": os.getloadavg()[0]}
 
@@ -139,3 +141,13 @@ def environment() -> dict[str, Any]:
 def save(path: Path, value: Mapping[str, Any]) -> None:
     files.write_json(path, {"schema": 1, "command": command(), "environment": environment(), **value})
     print(f"\n{path}")
+
+
+def flop_per_image(freeze_to: str, size: int) -> float:
+    """Of the convolutions up to the boundary, each multiplication and each addition as one; as done directly."""
+    total = 0.0
+    for index, (outputs, inputs) in CONVOLUTIONS.items():
+        if index < ENDS[freeze_to]:
+            block = next(i for i, end in enumerate(BLOCKS.values()) if index < end)
+            total += 2 * 9 * outputs * inputs * (size >> block) ** 2
+    return total

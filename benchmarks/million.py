@@ -20,7 +20,8 @@ import measuring
 import numpy as np
 from measuring import forget_peak, memory_line, more_images, peak_memory
 
-from attire import features, files
+from attire.features import cache as feature_cache
+from attire.storage import files
 
 ROWS, QUICK = 1_000_000, 2_000
 SIZE = 32  # px
@@ -41,16 +42,16 @@ def extract(images: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, Any]:
     import torch
     from torch import nn
 
-    from attire import devices, fetch, vgg
+    from attire.model import devices, pretrained, vgg
 
     precision = devices.choose_precision()
     backend = devices.choose_backend("torch", precision, torch.device("cpu"))
-    spec = features.FeatureSpec("block3", SIZE, 0, "million", precision, backend=backend)
-    model = vgg.vgg16(fetch.vgg16_weights(), "block3", 0, nn.Sequential())
+    spec = feature_cache.FeatureSpec("block3", SIZE, 0, "million", precision, backend=backend)
+    model = vgg.vgg16(pretrained.vgg16_weights(), "block3", 0, nn.Sequential())
     trunk = vgg.Trunk(model, torch.device("cpu"), precision, backend == devices.WINOGRAD)
     if backend == "torch":
         trunk.layout = devices.choose_layout(f"block3 {precision}", trunk, SIZE, len(images))
-    features.compute(images[:64], spec, trunk)
+    feature_cache.compute(images[:64], spec, trunk)
     base, began = forget_peak(), time.perf_counter()
     marks, wanted = [(0, 0.0, base)], [round(len(images) * part / PARTS) for part in range(1, PARTS + 1)]
 
@@ -60,7 +61,7 @@ def extract(images: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, Any]:
             marks.append((done, time.perf_counter() - began, memory_line("VmRSS")))
             print(f"{done:>9,} of {total:,}   {rate(marks[-2], marks[-1]):,.0f} images/s", flush=True)
 
-    made = features.extract(images, "million", spec, lambda: trunk, progress)
+    made = feature_cache.extract(images, "million", spec, lambda: trunk, progress)
     seconds = time.perf_counter() - began
     parts = [
         {"rows": b[0], "seconds": b[1], "rate": rate(a, b), "resident": b[2]} for a, b in pairwise(marks) if b[0] > a[0]

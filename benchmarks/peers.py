@@ -24,7 +24,7 @@ from pathlib import Path
 
 import measuring
 
-from attire import files
+from attire.storage import files
 
 GRACE = 1.5  # of the cap, and ten minutes for scoring: then a peer that does not look at the clock is ended
 SCORING = 600.0

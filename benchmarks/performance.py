@@ -16,8 +16,9 @@ from typing import Any
 import measuring
 from measuring import significant, told
 
-from attire import figures, files
-from attire.intervals import wilson
+from attire.evaluation import figures
+from attire.evaluation.intervals import wilson
+from attire.storage import files
 
 MARKS = (0.90, 0.92, 0.93, 0.94, 0.945)
 NAMES = {

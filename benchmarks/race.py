@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attire import data, fetch
-from attire.data import ImageDataset
-from attire.vgg import MEAN, STD
+from attire.data import loading
+from attire.data.dataset import ImageDataset
+from attire.model import pretrained
+from attire.model.vgg import MEAN, STD
 
 
 class OverError(Exception):
@@ -77,7 +78,7 @@ def tell(kind: str, **values: Any) -> None:
 
 
 def start(cap: float, quick: bool, classic_cache: Path, scratch: Path) -> Race:
-    train, test = (data.load_dataset(part=part) for part in ("train", "test"))  # type: ignore[arg-type]
+    train, test = (loading.load_dataset(part=part) for part in ("train", "test"))  # type: ignore[arg-type]
     if quick:
         train, test = train.subset(np.arange(320)), test.subset(np.arange(100))
     return Race(train, test, cap, quick, classic_cache, scratch)
@@ -108,7 +109,9 @@ def vgg_tensors() -> dict[str, Tensor]:
     """The thirteen convolutions with torchvision's names, without `features.`: the same for every peer."""
     from safetensors.torch import load_file
 
-    return {name.removeprefix("features."): value.float() for name, value in load_file(fetch.vgg16_weights()).items()}
+    return {
+        name.removeprefix("features."): value.float() for name, value in load_file(pretrained.vgg16_weights()).items()
+    }
 
 
 def vgg_features() -> torch.nn.Sequential:

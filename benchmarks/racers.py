@@ -20,17 +20,22 @@ SHARE = 0.85  # of the cap that a peer plans with
 
 def attire_fast(race: Race) -> None:
     """Recipe `fast` from an empty cache, as `attire train` goes about it."""
-    from attire import devices, files, memory, tables
+    from attire.data import csv_table
+    from attire.data.loading import DataChoice
+    from attire.features.logits import predict_logits
+    from attire.features.sources import CachedSource
+    from attire.model import devices
+    from attire.progress import Silent
     from attire.recipes import FAST
-    from attire.sources import CachedSource
-    from attire.stages import DataChoice, Stage
-    from attire.training import State, fit, predict_logits
-    from attire.watching import Silent
+    from attire.storage import files, memory
+    from attire.training.checkpoints import State
+    from attire.training.experiment import Stage
+    from attire.training.loop import fit
 
     choice, recipe = DataChoice(), FAST
     if race.quick:
         for name, part in (("train", race.train), ("test", race.test)):
-            tables.write_table(race.scratch / f"{name}.csv", part.images, part.labels)
+            csv_table.write_table(race.scratch / f"{name}.csv", part.images, part.labels)
         choice, recipe = DataChoice(*(str(race.scratch / f"{name}.csv") for name in ("train", "test"))), FAST
     race.start()
     memory.keep_freed()
@@ -64,13 +69,14 @@ def attire_fast(race: Race) -> None:
 
 def classic_rows(race: Race) -> tuple[Any, Any, NDArray[np.int64]] | None:
     """Cached features of recipe `classic` (training set, test set) and its 48,000 rows of the 60,000; None without."""
-    from attire import features, fetch
-    from attire.data import split_indices
-    from attire.features import Features, FeatureSpec
+    from attire.data.dataset import split_indices
+    from attire.features import cache
+    from attire.features.cache import Features, FeatureSpec
+    from attire.model import pretrained as model_pretrained
+    from attire.model.weights import read_weights, tensor_digest
     from attire.recipes import CLASSIC
-    from attire.weights import read_weights, tensor_digest
 
-    digest = tensor_digest(read_weights(fetch.vgg16_weights()))
+    digest = tensor_digest(read_weights(model_pretrained.vgg16_weights()))
     exact = FeatureSpec(CLASSIC.freeze_to, CLASSIC.image_size, CLASSIC.pool, digest, "fp32")
     specs = exact, replace(exact, precision="int8", backend="openvino-int8"), replace(exact, precision="bf16")
     found = []
@@ -80,7 +86,7 @@ def classic_rows(race: Race) -> tuple[Any, Any, NDArray[np.int64]] | None:
         folders = [race.classic_cache / "features" / spec.key(part.image_digest) for part in (race.train, race.test)]
         if all((folder / "MANIFEST.json").exists() for folder in folders):
             for folder, part in zip(folders, (race.train, race.test), strict=True):
-                if len(features.verified_shards(folder, len(part), spec)) < -(-len(part) // spec.shard_rows):
+                if len(cache.verified_shards(folder, len(part), spec)) < -(-len(part) // spec.shard_rows):
                     raise SystemExit(f"error: {folder}: a shard is damaged")
                 found.append(Features(folder, len(part), spec.width, spec.shard_rows))
             tell("note", text=f"features of `classic` by {spec.backend} in {spec.precision}")
@@ -94,8 +100,8 @@ def classic_rows(race: Race) -> tuple[Any, Any, NDArray[np.int64]] | None:
 
 
 def made_up(folder: Path, rows: int, spec: Any) -> Any:
-    from attire import files
-    from attire.features import Features, shard_path
+    from attire.features.cache import Features, shard_path
+    from attire.storage import files
 
     files.make_dir(folder)
     for i, start in enumerate(range(0, rows, spec.shard_rows)):
@@ -106,11 +112,13 @@ def made_up(folder: Path, rows: int, spec: Any) -> Any:
 
 def attire_classic(race: Race) -> None:
     """The classifier of `classic` on cached features: accuracy after each epoch, for all who train that protocol."""
-    from attire import files, memory
+    from attire.features.logits import predict_logits
+    from attire.features.sources import CachedSource
+    from attire.model.vgg import build_classifier
     from attire.recipes import CLASSIC
-    from attire.sources import CachedSource
-    from attire.training import State, fit, predict_logits
-    from attire.vgg import build_classifier
+    from attire.storage import files, memory
+    from attire.training.checkpoints import State
+    from attire.training.loop import fit
 
     found = classic_rows(race)
     if found is None:
@@ -457,13 +465,15 @@ def attire_works(race: Race, count: int) -> dict[str, Callable[[], object]]:
     """`classic`'s extraction with every backend that is installed here."""
     from importlib.util import find_spec
 
-    from attire import features, fetch, vgg
-    from attire.features import FeatureSpec
+    from attire.features import cache
+    from attire.features.backbones import choose_trunk, open_trunk
+    from attire.features.cache import FeatureSpec
+    from attire.model import pretrained as model_pretrained
+    from attire.model import vgg
+    from attire.model.weights import read_weights, tensor_digest
     from attire.recipes import BACKENDS, CLASSIC
-    from attire.stages import choose_trunk, open_trunk
-    from attire.weights import read_weights, tensor_digest
 
-    digest = tensor_digest(read_weights(fetch.vgg16_weights()))
+    digest = tensor_digest(read_weights(model_pretrained.vgg16_weights()))
     works: dict[str, Callable[[], object]] = {}
     for backend in BACKENDS:
         if "openvino" in backend and (race.quick or not (find_spec("openvino") and find_spec("nncf"))):
@@ -472,13 +482,13 @@ def attire_works(race: Race, count: int) -> dict[str, Callable[[], object]]:
             CLASSIC.freeze_to, backend, "fp32" if backend == "torch" else "auto", torch.device("cpu")
         )
         spec = FeatureSpec(CLASSIC.freeze_to, CLASSIC.image_size, CLASSIC.pool, digest, precision, backend=named)
-        model = vgg.vgg16(fetch.vgg16_weights(), spec.freeze_to, spec.pool, nn.Sequential())
+        model = vgg.vgg16(model_pretrained.vgg16_weights(), spec.freeze_to, spec.pool, nn.Sequential())
         trunk = open_trunk(model, spec, torch.device("cpu"), 0 if race.quick else len(race.train))
 
         def work(spec: FeatureSpec = spec, trunk: Any = trunk) -> None:
-            step = features.batch_rows(spec.image_size)
+            step = cache.batch_rows(spec.image_size)
             for start in range(0, count, step):
-                features.compute(race.train.images[start : min(start + step, count)], spec, trunk)
+                cache.compute(race.train.images[start : min(start + step, count)], spec, trunk)
 
         works[f"Attire, extraction, {backend}"] = work
     return works

@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from attire import files, packages
-from attire.classifier import Classifier, load_bundle
-from attire.intervals import wilson
-from attire.photos import WORK, Steps, prepare, within
-from attire.pictures import decode_colour, read_image
+from attire.data.photos import WORK, Steps, prepare, within
+from attire.data.pictures import decode_colour, read_image
+from attire.evaluation.intervals import wilson
+from attire.inference.classifier import Classifier, load_bundle
+from attire.storage import files, packages
 
 TABLE = Path(__file__).with_suffix(".csv")
 CONFIDENT = 0.9

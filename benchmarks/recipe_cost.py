@@ -17,14 +17,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from attire import augment, devices, features, fetch, heads, training, vgg
 from attire.blocks import above, feature_shape
-from attire.data import load_dataset
-from attire.features import FeatureSpec
+from attire.data.loading import load_dataset
+from attire.evaluation.report import duration
+from attire.features import cache
+from attire.features import views as features_views
+from attire.features.backbones import open_trunk
+from attire.features.cache import FeatureSpec
+from attire.model import devices, heads, pretrained, vgg
+from attire.model.weights import read_weights, tensor_digest
 from attire.recipes import RECIPES, Recipe, named
-from attire.report import duration
-from attire.stages import open_trunk
-from attire.weights import read_weights, tensor_digest
+from attire.training import augment, loop
 
 TRAIN, TEST = 60_000, 10_000
 
@@ -38,11 +41,11 @@ def extraction(recipe: Recipe, weights: Any, seconds: float) -> float:
     digest = tensor_digest(read_weights(weights))
     spec = FeatureSpec(recipe.freeze_to, recipe.image_size, pool, digest, precision, backend=backend)
     trunk = open_trunk(vgg.vgg16(weights, recipe.freeze_to, pool, nn.Sequential()), spec, device)
-    images = load_dataset().images[: features.batch_rows(recipe.image_size)]
-    features.compute(images[:64], spec, trunk)
+    images = load_dataset().images[: cache.batch_rows(recipe.image_size)]
+    cache.compute(images[:64], spec, trunk)
     began, rows = time.perf_counter(), 0
     while (spent := time.perf_counter() - began) < seconds:
-        features.compute(images, spec, trunk)
+        cache.compute(images, spec, trunk)
         rows += len(images)
     return rows / spent
 
@@ -57,14 +60,14 @@ def new_head(recipe: Recipe, weights: Any) -> nn.Sequential:
 
 def step_seconds(recipe: Recipe, head: nn.Sequential, probing: bool, steps: int) -> float:
     width = int(np.prod(recipe.map_shape))
-    optimiser, average = training.make_optimiser(head, recipe), training.make_average(head, recipe)
+    optimiser, average = loop.make_optimiser(head, recipe), loop.make_average(head, recipe)
     labels, spent = torch.arange(recipe.batch_size) % 10, []
     heads.set_phase(head, probing)
     for step in range(steps + 1):
         x = torch.rand(recipe.batch_size, width)
         began = time.perf_counter()
         x, target = augment.augment(x, augment.Target(labels), recipe, 0, step)
-        training.train_step(head, optimiser, x, target, recipe)
+        loop.train_step(head, optimiser, x, target, recipe)
         if average is not None:
             average.update_parameters(head)
         spent.append(time.perf_counter() - began)
@@ -88,7 +91,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=8.0, help="for which extraction is watched")
     given = parser.parse_args()
-    weights = fetch.vgg16_weights()
+    weights = pretrained.vgg16_weights()
     print(f"{devices.processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     cpu = devices.choose_device("cpu")
     for recipe in map(named, given.recipes):
@@ -98,7 +101,7 @@ def main() -> None:
         learning = step_seconds(timed, head, False, given.steps)
         probing = step_seconds(timed, head, True, given.steps) if recipe.probe_epochs else 0.0
         back = answer_rate(recipe, head)
-        views = len(dict.fromkeys((*features.view_names(recipe.flips, recipe.shifts),)))
+        views = len(dict.fromkeys((*features_views.view_names(recipe.flips, recipe.shifts),)))
         extract = (TRAIN * views + TEST * recipe.test_views) / rate
         steps = -(-(TRAIN - recipe.val_size) // recipe.batch_size)
         train = steps * (probing * recipe.probe_epochs + learning * (recipe.epochs - recipe.probe_epochs))

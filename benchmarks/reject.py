@@ -19,14 +19,19 @@ from numpy.typing import NDArray
 from strangers import ALTERED, SETS, Images
 from torch import Tensor
 
-from attire import devices, features, recipes, reject, vgg
+from attire import recipes
 from attire.blocks import CHANNELS
-from attire.classifier import Classifier, load_bundle
-from attire.data import ImageDataset, load_dataset
-from attire.features import FeatureSpec
-from attire.intervals import wilson
-from attire.sources import CachedSource
-from attire.stages import validation_rows
+from attire.data.dataset import ImageDataset
+from attire.data.loading import load_dataset
+from attire.evaluation.intervals import wilson
+from attire.features import cache
+from attire.features import views as features_views
+from attire.features.cache import FeatureSpec
+from attire.features.sources import CachedSource
+from attire.inference import out_of_distribution
+from attire.inference.classifier import Classifier, load_bundle
+from attire.model import devices, vgg
+from attire.training.experiment import validation_rows
 
 Score = Callable[[Tensor], Tensor]  # (n, D) features to (n,), higher for what is stranger
 PAIRS = ((5, 8), (1, 9), (0, 6), (3, 7), (2, 4))  # every class is held out once
@@ -39,8 +44,8 @@ def main(bundle: str) -> None:
     data, test = load_dataset(part="train"), load_dataset(part="test")
     recipe = recipes.from_json(classifier.facts["recipe"])
     train, val = validation_rows(data, np.arange(len(data)), recipe)
-    source = CachedSource(*(cached(classifier, data, view) for view in features.VIEWS[: 1 + recipe.flips]))
-    rows = reject.share_rows(train, val, recipe.split_seed)
+    source = CachedSource(*(cached(classifier, data, view) for view in features_views.VIEWS[: 1 + recipe.flips]))
+    rows = out_of_distribution.share_rows(train, val, recipe.split_seed)
     choose(classifier, data, source, rows)
     report(classifier, test)
     tested = CachedSource(cached(classifier, test, "plain"))
@@ -53,19 +58,19 @@ def make_spec(classifier: Classifier) -> FeatureSpec:
     return FeatureSpec(about.freeze_to, about.image_size, about.pool, classifier.facts["trunk"], precision)
 
 
-def cached(classifier: Classifier, data: ImageDataset, view: str) -> features.Features:
+def cached(classifier: Classifier, data: ImageDataset, view: str) -> cache.Features:
     spec = replace(make_spec(classifier), view=view)
-    return features.extract(data.images, data.image_digest, spec, lambda: make_trunk(classifier))
+    return cache.extract(data.images, data.image_digest, spec, lambda: make_trunk(classifier))
 
 
-def make_trunk(classifier: Classifier) -> features.Trunk:
+def make_trunk(classifier: Classifier) -> cache.Trunk:
     return vgg.Trunk(classifier.model, classifier.device, make_spec(classifier).precision)
 
 
 def fresh(classifier: Classifier, images: Images) -> Tensor:
     """Features (n, D) of pictures that no cache has."""
     spec, trunk = make_spec(classifier), make_trunk(classifier)
-    parts = [features.compute(images[i : i + 250], spec, trunk) for i in range(0, len(images), 250)]
+    parts = [cache.compute(images[i : i + 250], spec, trunk) for i in range(0, len(images), 250)]
     return torch.from_numpy(np.concatenate(parts)).float()
 
 
@@ -96,7 +101,7 @@ def choose(
     print(f"Choosing: % rejected. {', '.join(strangers)} (n = 1,000 each); validation garments altered in")
     print(f"{len(ALTERED)} ways (n = {len(changed):,}).\n")
     for name, score in scores.items():
-        threshold = reject.find_threshold(score(validation).numpy()) or np.inf
+        threshold = out_of_distribution.find_threshold(score(validation).numpy()) or np.inf
         shares = [(score(x) > threshold).float().mean().item() for x in (*strangers.values(), changed)]
         print(f"{name:40}" + "".join(f"{100 * share:6.1f}" for share in shares), flush=True)
 
@@ -125,7 +130,7 @@ def methods(
         return torch.cat([maps.mean(2), maps.std(2, correction=0)], 1)
 
     def root(rows: Tensor) -> Tensor:
-        return reject.pooled(rows, channels)
+        return out_of_distribution.pooled(rows, channels)
 
     return {
         "max softmax": lambda rows: -logits(rows).softmax(1).amax(1),
@@ -147,9 +152,9 @@ def methods(
     }
 
 
-def mahalanobis(describe: Score, x: Tensor, labels: Tensor, shrinkage: float = reject.SHRINKAGE) -> Score:
-    fitted = reject.fit_classes(describe(x), labels, shrinkage)
-    return lambda rows: reject.nearest(describe(rows), *fitted)
+def mahalanobis(describe: Score, x: Tensor, labels: Tensor, shrinkage: float = out_of_distribution.SHRINKAGE) -> Score:
+    fitted = out_of_distribution.fit_classes(describe(x), labels, shrinkage)
+    return lambda rows: out_of_distribution.nearest(describe(rows), *fitted)
 
 
 def residual(describe: Score, x: Tensor, components: int = COMPONENTS) -> Score:
@@ -213,12 +218,12 @@ def hold_out(
     for pair in PAIRS:
         known = tuple(part[~np.isin(data.labels[part], pair)] for part in rows)
         channels = CHANNELS[classifier.architecture.freeze_to]
-        how = reject.Fitting(range(len(source.views)), (0,), False, certain)
-        rejecter = reject.fit(source, data.labels, (known[0], known[1]), channels, how)
+        how = out_of_distribution.Fitting(range(len(source.views)), (0,), False, certain)
+        rejecter = out_of_distribution.fit(source, data.labels, (known[0], known[1]), channels, how)
         assert rejecter is not None
         for name, inside in ((" and ".join(data.classes[c] for c in pair), True), ("  the eight others", False)):
             chosen = np.flatnonzero(np.isin(test.labels, pair) == inside)
-            told = reject.measure(rejecter, tested, chosen, certain(chosen, 0))["test"]
+            told = out_of_distribution.measure(rejecter, tested, chosen, certain(chosen, 0))["test"]
             share = wilson(round(told["value"] * told["n"]), told["n"])
             print(f"{name:40}{share.percent()}", flush=True)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from attire import files
-from attire.classifier import load_bundle
-from attire.data import load_dataset
-from attire.samples import sheet_png
+from attire.data.loading import load_dataset
+from attire.inference.classifier import load_bundle
+from attire.server.samples import sheet_png
+from attire.storage import files
 
 ROWS = 400  # of the test set that are looked through
 OUT = Path(__file__).parent.parent / "attire" / "shipped" / "samples.png"

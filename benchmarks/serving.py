@@ -24,9 +24,9 @@ import numpy as np
 from load import pngs
 from measuring import command, environment, spread, told
 
-from attire.answers import Model, open_model
-from attire.prediction import read_picture
-from attire.server import Settings
+from attire.inference.predict import Model, open_model
+from attire.inference.prediction import read_picture
+from attire.server.app import Settings
 
 HERE = Path(__file__).parent
 OVERLOAD = 3.0

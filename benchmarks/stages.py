@@ -24,17 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import head_epoch
+import machine
 import measuring
 import numpy as np
 import torch
+from machine import Machine
 from measuring import ROUNDS, flop_per_image, seconds, spread, told
 from torch import nn
 
-from attire import copies, data, devices, features, fetch, files, machine, memory, sources, tables, vgg
-from attire.features import FeatureSpec
-from attire.machine import Machine
+from attire.data import csv_table, loading, table_cache
+from attire.features import cache, sources
+from attire.features.backbones import open_trunk
+from attire.features.cache import FeatureSpec
+from attire.model import devices, pretrained, vgg
 from attire.recipes import RECIPES, Recipe
-from attire.stages import open_trunk
+from attire.storage import files, memory
 
 TAPS = (("block3", 32, 1660), ("block3", 64, 415), ("block5", 224, 33))  # boundary, px, images: one forward pass each
 MANY = 0 if "--quick" in sys.argv else 10**6  # rows to come: enough that a layout is measured before, as in a long run
@@ -85,8 +89,8 @@ def round_limits(found: Machine, names: tuple[str, ...], quick: bool) -> Callabl
 
 
 def extractions(quick: bool, precision: str, scratch: Path) -> Iterator[Stage]:
-    images = data.load_dataset().images
-    weights = fetch.vgg16_weights()
+    images = loading.load_dataset().images
+    weights = pretrained.vgg16_weights()
     for freeze_to, size, count in TAPS:
         count = max(2, count // 16) if quick else count
         spec = FeatureSpec(freeze_to, size, 0, "", precision)
@@ -96,8 +100,8 @@ def extractions(quick: bool, precision: str, scratch: Path) -> Iterator[Stage]:
 
         def extract(part: Any = part, spec: FeatureSpec = spec, trunk: Any = trunk) -> None:
             key = os.urandom(16).hex()  # never in the cache
-            features.extract(part, key, spec, lambda: trunk)
-            features.delete_entry(spec.key(key))
+            cache.extract(part, key, spec, lambda: trunk)
+            cache.delete_entry(spec.key(key))
 
         def forward(pictures: Any = pictures, trunk: Any = trunk) -> None:
             with torch.inference_mode():
@@ -154,25 +158,25 @@ def head_epochs(quick: bool, scratch: Path, found: Machine) -> Iterator[Stage]:
 
 
 def csvs(quick: bool, scratch: Path, found: Machine) -> Iterator[Stage]:
-    copies.LEAST = 0  # a small file too
-    train = data.load_dataset()
+    table_cache.LEAST = 0  # a small file too
+    train = loading.load_dataset()
     rows = 600 if quick else len(train)
     path = scratch / "rows.csv"
-    tables.write_table(path, train.images[:rows], train.labels[:rows])
+    csv_table.write_table(path, train.images[:rows], train.labels[:rows])
     size = path.stat().st_size
 
     def parse() -> None:
-        copies.delete_copies()
-        data.read_csv(path)
+        table_cache.delete_copies()
+        loading.read_csv(path)
 
     def digests() -> None:
-        for file in (path, *copies.folder().iterdir()):
+        for file in (path, *table_cache.folder().iterdir()):
             with file.open("rb") as opened:
                 hashlib.file_digest(opened, "sha256")
 
     yield Stage("CSV, parsed and kept", "disk read rate", parse, lambda limits: size / limits["disk read"], rows)
     yield Stage(
-        "CSV, from its copy", "SHA-256 of both", lambda: data.read_csv(path), lambda limits: seconds(digests), rows
+        "CSV, from its copy", "SHA-256 of both", lambda: loading.read_csv(path), lambda limits: seconds(digests), rows
     )
 
 
@@ -196,16 +200,16 @@ def cold_starts(bundle: Path | None, exports: list[Path], scratch: Path) -> Iter
 
 
 def one_picture() -> bytes:
-    from attire import figures
+    from attire.evaluation import figures
 
-    return figures.tile(data.load_dataset(part="test").images[:1], 1)
+    return figures.tile(loading.load_dataset(part="test").images[:1], 1)
 
 
 def predictions(bundle: Path, quick: bool) -> Iterator[Stage]:
-    from attire.classifier import load_bundle
+    from attire.inference.classifier import load_bundle
 
     classifier = load_bundle(bundle, "cpu")
-    images = data.load_dataset(part="test").images
+    images = loading.load_dataset(part="test").images
     about = classifier.architecture
     flop = len(about.views) * flop_per_image(about.end, about.image_size)
     for count, calls in ((1, 3 if quick else 100), (256, 1 if quick else 8)):

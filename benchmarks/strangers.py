@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_digits, load_sample_images
 
-from attire.pictures import read_image
+from attire.data.pictures import read_image
 
 Images = NDArray[np.uint8]
 Rng = np.random.Generator

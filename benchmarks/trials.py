@@ -21,17 +21,22 @@ import measuring
 import numpy as np
 from numpy.typing import NDArray
 
-from attire import devices, features, files, memory, recipes, training
-from attire.intervals import wilson
+from attire import progress, recipes
+from attire.data.loading import DataChoice
+from attire.evaluation.intervals import wilson
+from attire.features import logits as features_logits
+from attire.features import views as features_views
+from attire.model import devices
+from attire.progress import Silent
 from attire.recipes import Recipe
-from attire.stages import DataChoice, Stage
-from attire.watching import Silent
+from attire.storage import files, memory
+from attire.training.experiment import Stage
 
 
 class Progress(Silent):
     """A line for each epoch."""
 
-    def epoch(self, epoch: training.Epoch) -> None:
+    def epoch(self, epoch: progress.Epoch) -> None:
         told = f"loss {epoch.train_loss:.4f}  val {100 * (epoch.val_accuracy or 0):.2f} %  {epoch.seconds:.0f} s"
         print(f"    epoch {epoch.epoch:3}  {told}", flush=True)
 
@@ -57,11 +62,11 @@ def trial(recipe: Recipe, rows: int | None, rest: bool) -> NDArray[np.bool_]:
     labels, told = stage.splits.data.labels[scored], []
     shown = [("one view", [0])]
     for count in sorted({recipe.test_views, 2 if recipe.flips else 1} - {1}):
-        names = features.answer_views(count)
+        names = features_views.answer_views(count)
         if set(names) <= set(source.names):
             shown.append((f"{count} views", [source.names.index(name) for name in names]))
     for what, views in shown:
-        logits = training.predict_logits(head, source, scored, 1024, views).numpy()
+        logits = features_logits.predict_logits(head, source, scored, 1024, views).numpy()
         correct = np.asarray(logits.argmax(1) == labels)
         right, n = int(correct.sum()), len(labels)
         told.append(f"{what} {100 * right / n:.2f} % ({wilson(right, n).span()}, n = {n:,})")

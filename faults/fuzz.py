@@ -44,7 +44,7 @@ def written(data: bytes, path: Path) -> Path:
 
 
 def read_idx(data: bytes, folder: Path) -> object:
-    from attire import idx
+    from attire.data import idx
 
     return idx.read_idx(written(data, folder / "x-idx3-ubyte"))
 
@@ -57,12 +57,12 @@ def idx_seeds() -> list[bytes]:
 
 def read_csv(data: bytes, folder: Path) -> object:
     """An odd first byte stands for the header, which no fuzzer would find."""
-    from attire import tables
+    from attire.data import csv_table
 
-    whole = tables.HEADER + b"\n" + data[1:] if data[:1] and data[0] % 2 else data[1:]
+    whole = csv_table.HEADER + b"\n" + data[1:] if data[:1] and data[0] % 2 else data[1:]
     path = written(whole, folder / "x.csv")
     with path.open("rb") as file:
-        return tables.joined(tables.read_parts(path, file))
+        return csv_table.joined(csv_table.read_parts(path, file))
 
 
 def csv_seeds() -> list[bytes]:
@@ -71,7 +71,7 @@ def csv_seeds() -> list[bytes]:
 
 
 def read_picture(data: bytes, folder: Path) -> object:
-    from attire import photos, pictures
+    from attire.data import photos, pictures
 
     found = pictures.read_image(data)
     assert found.shape == (28, 28)
@@ -93,18 +93,22 @@ def picture_seeds() -> list[bytes]:
 
 def read_manifest(data: bytes, folder: Path) -> object:
     """Of the feature cache, of an ensemble, of a run, of a sweep; a recipe's fields."""
-    from attire import ensemble, features, files, recipes, results
+    from attire import recipes
+    from attire.evaluation import run_result
+    from attire.features import cache
+    from attire.inference import ensemble
+    from attire.storage import files
 
     entry = folder / "cache" / "features" / "0123"
     entry.mkdir(parents=True, exist_ok=True)
     written(data, entry / "MANIFEST.json")
     os.environ["ATTIRE_CACHE"] = str(folder / "cache")
-    line = features.ledger_line(entry, 0)
+    line = cache.ledger_line(entry, 0)
     assert line is None or isinstance(line["rows"], int)
-    told = [one.describe() + json.dumps(one.to_json()) for one in features.cache_entries()]
+    told = [one.describe() + json.dumps(one.to_json()) for one in cache.cache_entries()]
     for read in (
         lambda: ensemble.read_members(written(data, folder / "ensemble.json")),
-        lambda: results.check_digests(with_digests(folder, data)),
+        lambda: run_result.check_digests(with_digests(folder, data)),
         lambda: recipes.from_json(files.read_json(folder / "ensemble.json"), "config.json"),
     ):
         refused(read)
@@ -144,7 +148,7 @@ def manifest_seeds() -> list[bytes]:
 
 def resealed(data: bytes) -> bytes:
     """JSON with the seal that belongs to it; what is no JSON object as it is."""
-    from attire import files
+    from attire.storage import files
 
     try:
         value = json.loads(data)
@@ -156,7 +160,8 @@ def resealed(data: bytes) -> bytes:
 
 def read_bundle(data: bytes, folder: Path) -> object:
     """Up to the first zero byte the description, behind it the weights, with the digest that belongs to them."""
-    from attire import bundles, classifier, files
+    from attire.inference import bundle_files, classifier
+    from attire.storage import files
 
     about, _, weights = data.partition(b"\0")
     try:
@@ -166,8 +171,8 @@ def read_bundle(data: bytes, folder: Path) -> object:
     except (ValueError, TypeError, RecursionError):
         pass
     (folder / "model").mkdir(exist_ok=True)
-    written(resealed(about), folder / "model" / bundles.ABOUT)
-    written(weights, folder / "model" / bundles.WEIGHTS)
+    written(resealed(about), folder / "model" / bundle_files.ABOUT)
+    written(weights, folder / "model" / bundle_files.WEIGHTS)
     return classifier.load_bundle(folder / "model", "cpu")
 
 
@@ -175,7 +180,7 @@ def bundle_seeds() -> list[bytes]:
     import torch
     from safetensors.torch import save
 
-    from attire import vgg
+    from attire.model import vgg
 
     about = {
         "schema": 1,
@@ -195,26 +200,26 @@ def bundle_seeds() -> list[bytes]:
 def read_checkpoint(data: bytes, folder: Path) -> object:
     from hashlib import sha256
 
-    from attire import training
+    from attire.training import checkpoints
 
-    return training.read_checkpoint(written(data + sha256(data).digest(), folder / "epoch-001-step-000000.ckpt"))
+    return checkpoints.read_checkpoint(written(data + sha256(data).digest(), folder / "epoch-001-step-000000.ckpt"))
 
 
 def checkpoint_seeds() -> list[bytes]:
     import torch
 
-    from attire import training
     from attire.recipes import FAST
+    from attire.training import checkpoints, loop
 
     head = torch.nn.Sequential(torch.nn.Linear(3, 2))
     with tempfile.TemporaryDirectory() as folder:
-        training.save_checkpoint(head, training.make_optimiser(head, FAST), training.State(epoch=1), Path(folder))
+        checkpoints.save_checkpoint(head, loop.make_optimiser(head, FAST), checkpoints.State(epoch=1), Path(folder))
         return [path.read_bytes()[:-32] for path in Path(folder).glob("*.ckpt")]
 
 
 def read_export(data: bytes, folder: Path) -> object:
     """The first byte chooses the format."""
-    from attire import runtimes
+    from attire.inference import runtimes
 
     kind, body = list(runtimes.SUFFIXES)[data[0] % 4 if data else 0], data[1:]
     path = folder / f"x{runtimes.SUFFIXES[kind]}"
@@ -227,7 +232,7 @@ def read_export(data: bytes, folder: Path) -> object:
 
 
 def export_seeds() -> list[bytes]:
-    from attire import runtimes
+    from attire.inference import runtimes
 
     facts = {"format": "onnx", "schema": 1, "classes": ["a", "b"], "seal": runtimes.NO_SEAL}
     text = json.dumps(facts).encode()
@@ -264,8 +269,8 @@ def fuzz(name: str, seconds: int, options: Sequence[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["attire"]):
-        import attire.classifier  # with all that it imports
-        import attire.ensemble  # noqa: F401
+        import attire.inference.classifier  # with all that it imports
+        import attire.inference.ensemble  # noqa: F401
     target = TARGETS[name]
     with tempfile.TemporaryDirectory(prefix="attire-fuzz-", dir=shared_memory()) as scratch:
         folder, corpus = Path(scratch) / "files", Path(scratch) / "corpus"

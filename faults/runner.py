@@ -184,11 +184,11 @@ def child(
         sys.argv = ["attire", *arguments]
         setting()
         time.perf_counter = lambda: 0.0
-        from attire import cli
+        from attire.cli import main as cli_main
 
         arm(root, fault, files[2], reads)
         try:
-            cli.main()
+            cli_main.main()
             status = 0
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 1
@@ -215,7 +215,7 @@ def copied(source: Path, at: Path) -> Iterator[Path]:
 def contents(root: Path) -> dict[str, str]:
     """Digest of every file below `root` by its name; not of what is only linked to, nor of empty files to lock, which
     stay: whoever removed one would take it from under another who waits for it."""
-    from attire.files import sha256_file
+    from attire.storage.files import sha256_file
 
     found = {}
     for path in sorted(root.rglob("*")):

@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 from runner import Scenario, attire
 
-from attire import cli, devices, export, features, fetch, files, runs, stages, training
-from attire.data import load_dataset, write_csv
-
-__all__ = ["SCENARIOS", "cli", "runs", "stages"]
+from attire.data import fashion_mnist
+from attire.data.loading import load_dataset, write_csv
+from attire.export import export
+from attire.features import cache as feature_cache
+from attire.model import devices, pretrained
+from attire.storage import files
+from attire.training import checkpoints
 
 for name in (
     "matplotlib.backends.backend_svg",
@@ -22,6 +25,8 @@ for name in (
     "sklearn.model_selection",
     "torch._dynamo",
     "torchvision",
+    "attire.cli.main",
+    "attire.training.run",
 ):
     import_module(name)
 
@@ -32,13 +37,13 @@ TUNED = "--freeze-to block1 --train-blocks 1 --batch-norm --ema 0.9 --probe-epoc
 
 def small_shards() -> None:
     """Sixteen rows a shard, and a checkpoint after every step."""
-    features.SHARD_BYTES = 2**16
-    training.CHECKPOINT_SECONDS = -1.0
+    feature_cache.SHARD_BYTES = 2**16
+    checkpoints.CHECKPOINT_SECONDS = -1.0
 
 
 def official(root: Path) -> Path:
     """A cache that has the real data and weights, which lie elsewhere, and what was measured of this machine."""
-    data, weights = fetch.official_data(), fetch.vgg16_weights()
+    data, weights = fashion_mnist.official_data(), pretrained.vgg16_weights()
     cache = root / "cache"
     cache.mkdir()
     (cache / "data").symlink_to(data.parent)
@@ -77,10 +82,10 @@ def nothing(root: Path) -> None:
     beside = root.parent / "inputs"
     if not beside.exists():
         beside.mkdir()
-        for path in fetch.official_data().iterdir():
+        for path in fashion_mnist.official_data().iterdir():
             if path.suffix != ".lock" and path.name != ".lock":
                 shutil.copy(path, beside)
-        shutil.copy(fetch.vgg16_weights(), beside / "weights.safetensors")
+        shutil.copy(pretrained.vgg16_weights(), beside / "weights.safetensors")
 
 
 def fetched(root: Path) -> list[str]:

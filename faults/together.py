@@ -27,15 +27,15 @@ from typing import Any
 
 import numpy as np
 
-from attire import fetch
-from attire.data import load_dataset, write_csv
+from attire.data.loading import load_dataset, write_csv
+from attire.model import pretrained
 
 PROCESSES = 8
 PATIENCE = 300.0  # seconds; whoever is slower is killed, and that is a failure
 TINY = (
     "--freeze-to block2 --image-size 16 --hidden 16 --batch-size 16 --precision fp32 --test-views 1 --no-flips --epochs"
 )
-COMMAND = "from attire.cli import main; main()"
+COMMAND = "from attire.cli.main import main; main()"
 EXTRACTS = """
 import sys, time
 import numpy as np, torch
@@ -54,7 +54,8 @@ features.extract(images, "digest", features.FeatureSpec("block2", 16, 0, "x"), l
 """
 REFUSED = """
 import sys, time
-from attire import cli, runs
+from attire.cli import main as cli
+from attire.training import run as runs
 print("ready", flush=True)
 sys.stdin.readline()
 start = time.monotonic()
@@ -102,7 +103,7 @@ def train(folder: Path, run: str, epochs: int) -> list[str]:
 
 def inputs(folder: Path) -> Path:
     write_csv(load_dataset(part="test").subset(np.arange(60)), folder / "small.csv")
-    shutil.copy(fetch.vgg16_weights(), folder / "weights.safetensors")
+    shutil.copy(pretrained.vgg16_weights(), folder / "weights.safetensors")
     return folder
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from attire import cli
+from attire.cli import main
 
 # The recipe `tiny` of conftest.py.
 TINY = shlex.split(
@@ -42,6 +42,6 @@ def attire(*arguments: object) -> Done:
         patch.setattr(sys, "argv", ["attire", *map(str, arguments)])
         patch.setattr(warnings, "showwarning", warnings.showwarning)  # which `main` replaces
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            main.main()
     assert isinstance(caught.value.code, int)
     return Done(caught.value.code, out.getvalue(), err.getvalue())

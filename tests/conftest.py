@@ -8,19 +8,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import stores
 from hypothesis import HealthCheck, settings
 
-from attire import devices, fetch, files, shared
-from attire.data import FASHION_CLASSES, ImageDataset, write_csv
-from attire.files import cache_dir
+from attire.blocks import SHAPES
+from attire.data import fashion_mnist
+from attire.data.dataset import FASHION_CLASSES, ImageDataset
+from attire.data.loading import write_csv
+from attire.features import remote_cache
+from attire.model import devices, pretrained
+from attire.model.weights import Tensors, write_weights
 from attire.recipes import Recipe
-from attire.weights import SHAPES, Tensors, write_weights
+from attire.storage import files
+from attire.storage.files import cache_dir
+from tests import stores
 
 if TYPE_CHECKING:
-    from command import Done
-
-    from attire.classifier import Classifier
+    from attire.inference.classifier import Classifier
+    from tests.command import Done
 
 slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("few", derandomize=True, max_examples=60, deadline=None, suppress_health_check=slow)
@@ -51,15 +55,15 @@ def cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
     """An empty cache folder; for tests marked `real` one that holds the official data and weights, and no features."""
     folder = tmp_path / "cache"
     if request.node.get_closest_marker("real"):
-        fetch.official_data(), fetch.vgg16_weights()
+        fashion_mnist.official_data(), pretrained.vgg16_weights()
         folder.mkdir()
         for part in ("data", "weights"):
             (folder / part).symlink_to(cache_dir() / part)
         shutil.copy(convolutions, folder)
     monkeypatch.setenv("ATTIRE_CACHE", str(folder))
-    monkeypatch.delenv(shared.VARIABLE, raising=False)
-    shared.unread.clear()
-    shared.unwritten.clear()
+    monkeypatch.delenv(remote_cache.VARIABLE, raising=False)
+    remote_cache.unread.clear()
+    remote_cache.unwritten.clear()
     return folder
 
 
@@ -107,7 +111,7 @@ def weights(random_weights: Path, monkeypatch: pytest.MonkeyPatch, cache: Path, 
     """`random_weights`, given to whoever asks for VGG16's: no network."""
     cache.mkdir(exist_ok=True)
     shutil.copy(convolutions, cache)
-    monkeypatch.setattr(fetch, "vgg16_weights", lambda source=None, progress=None: random_weights)
+    monkeypatch.setattr(pretrained, "vgg16_weights", lambda source=None, progress=None: random_weights)
     return random_weights
 
 
@@ -155,8 +159,8 @@ def classifier(weights: Path) -> "Classifier":
     """Not trained: the random trunk up to block2, a random head, a temperature that is not 1."""
     import torch  # not for the many tests that need none of it
 
-    from attire import vgg
-    from attire.classifier import Architecture, Classifier
+    from attire.inference.classifier import Architecture, Classifier
+    from attire.model import vgg
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -187,7 +191,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def finished(random_weights: Path, convolutions: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, "Done"]:
     """A run of `tiny`, made once, in the folder `run` beside its `small.csv`; and what `attire train --json` said."""
-    from command import TINY, attire
+    from tests.command import TINY, attire
 
     folder = tmp_path_factory.mktemp("finished")
     write_csv(blocks_and_noise(60), folder / "small.csv")
@@ -195,6 +199,6 @@ def finished(random_weights: Path, convolutions: Path, tmp_path_factory: pytest.
     shutil.copy(convolutions, folder / "cache")  # the choice that the tests which make this run again have
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATTIRE_CACHE", str(folder / "cache"))
-        patch.setattr(fetch, "vgg16_weights", lambda source=None, progress=None: random_weights)
+        patch.setattr(pretrained, "vgg16_weights", lambda source=None, progress=None: random_weights)
         said = attire("train", "--data", folder / "small.csv", *TINY, "--out", folder / "run", "--json")
     return folder / "run", said

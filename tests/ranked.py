@@ -20,11 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attire import files, heads, ranks, training
+from attire.data.dataset import Rows
 from attire.errors import AttireError, UsageError
-from attire.norms import BatchNorm
+from attire.model import distributed, heads
+from attire.model.batch_norm import BatchNorm
+from attire.progress import Epoch
 from attire.recipes import FAST, Recipe
-from attire.training import Epoch, Rows, State
+from attire.storage import files
+from attire.training import guards, loop
+from attire.training.checkpoints import State
 
 SHAPE = (64, 4, 4)  # of block1 at 8 px
 SIZE = 100
@@ -105,10 +109,10 @@ def train(folder: Path, recipe: Recipe, each_step: Any = lambda head, state: Non
         if done:
             each_step(head, state)
         else:
-            digests.append(files.sha256(training.weights_digest(head)))
+            digests.append(files.sha256(guards.weights_digest(head)))
 
     given = (LABELS, TRAIN, VAL, recipe, folder / "checkpoints", report, answers(recipe))
-    history = training.fit(head, table, *given)
+    history = loop.fit(head, table, *given)
     return Trained({k: v.numpy() for k, v in head.state_dict().items()}, history, digests, table.seen)
 
 
@@ -133,7 +137,7 @@ def disturbance(what: str) -> Any:
 
     def disturb(head: nn.Sequential, state: State) -> None:
         steps.append(None)
-        if ranks.rank() != int(who) or len(steps) != int(when):
+        if distributed.rank() != int(who) or len(steps) != int(when):
             return
         if name == "change":
             with torch.no_grad():
@@ -149,8 +153,8 @@ def begin_otherwise(what: Sequence[str]) -> None:
     """`error 0 0`: the first process finds a fault for all; `rows 1 0`: process 1 has other rows than the others."""
     name, who, _ = what[0].split() if what else ("", "", "")
     if name == "error":
-        ranks.shared(fault)
-    if name == "rows" and ranks.rank() == int(who):
+        distributed.shared(fault)
+    if name == "rows" and distributed.rank() == int(who):
         LABELS[0] = 3
 
 
@@ -163,11 +167,11 @@ def main() -> None:
     torch.set_num_threads(1)
     disturb = (disturbance(what[0]),) if what else ()
     try:
-        with ranks.joined():
+        with distributed.joined():
             begin_otherwise(what)
             for name in names:
                 found = train(folder / name, CASES[name], *disturb)
-                save(found, folder / name / f"rank-{ranks.rank()}.npz")
+                save(found, folder / name / f"rank-{distributed.rank()}.npz")
     except AttireError as error:
         print(error, file=sys.stderr)
         sys.exit(error.status)

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from attire import listener
-from attire.classifier import Architecture, Classifier, Prediction
-from attire.data import FASHION_CLASSES
-from attire.prediction import ranked
-from attire.server import Service, create_app
+from attire.data.dataset import FASHION_CLASSES
+from attire.inference.classifier import Architecture, Classifier
+from attire.inference.prediction import Prediction, ranked
+from attire.server import listener
+from attire.server.app import Service, create_app
 
 PATIENCE = 30.0  # seconds; only a test that fails waits so long
 

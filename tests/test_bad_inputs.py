@@ -20,17 +20,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import TINY, Done, attire
 from PIL import Image
-from test_classifier import Payload, put, rewrite, spoil
-from test_idx import image_bytes, label_bytes
-from test_pictures import encode, png_header
-from test_tables import ROW, header, with_cell
 
-from attire import files, listener, runtimes
-from attire.data import FASHION_CLASSES, ImageDataset, write_csv
-from attire.results import load_result
-from attire.tables import COLUMNS, HEADER
+from attire.data.csv_table import COLUMNS, HEADER
+from attire.data.dataset import FASHION_CLASSES, ImageDataset
+from attire.data.loading import write_csv
+from attire.evaluation.run_result import load_result
+from attire.inference import runtimes
+from attire.server import listener
+from attire.storage import files
+from tests.command import TINY, Done, attire
+from tests.data.test_csv_table import ROW, header, with_cell
+from tests.data.test_idx import image_bytes, label_bytes
+from tests.data.test_pictures import encode, png_header
+from tests.inference.test_classifier import Payload, put, rewrite, spoil
 
 pytestmark = pytest.mark.usefixtures("here")
 WARNED = pytest.mark.filterwarnings("always::attire.errors.AttireWarning")  # told as to a user, not raised

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command import TINY, Done, attire
 
-from attire import fetch, files
-from attire.features import shard_path
-from attire.weights import read_weights
+from attire.features.cache import shard_path
+from attire.model import pretrained
+from attire.model.weights import read_weights
+from attire.storage import files
+from tests.command import TINY, Done, attire
 
 
 class Payload:
@@ -157,7 +158,7 @@ def workplace(
     shutil.copy(finished[0].parent / "small.csv", here)
     (here / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01\0\0\0\x01\0")
     (here / "cache").symlink_to(cache)
-    monkeypatch.setattr(fetch, "vgg16_weights", lambda source=None, progress=None: read_or(source, weights))
+    monkeypatch.setattr(pretrained, "vgg16_weights", lambda source=None, progress=None: read_or(source, weights))
     return here
 
 

@@ -19,21 +19,24 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from command import TINY, Done, attire
-from nodes import Nodes, free_port, nodes
 
 from attire import cluster as clusters
-from attire import devices, features, files, stages, training
 from attire.errors import AttireError, UsageError
-from attire.features import Features, FeatureSpec
-from attire.results import load_result
-from attire.samples import grey_png
-from attire.training import Epoch
-from attire.watching import Silent
+from attire.evaluation.run_result import load_result
+from attire.features import backbones
+from attire.features import cache as feature_cache
+from attire.features.cache import Features, FeatureSpec
+from attire.model import devices
+from attire.progress import Epoch, Silent
+from attire.server.samples import grey_png
+from attire.storage import files
+from attire.training import checkpoints
+from tests.command import TINY, Done, attire
+from tests.nodes import Nodes, free_port, nodes
 
 if TYPE_CHECKING:
-    from attire.classifier import Classifier
     from attire.cluster import Cluster
+    from attire.inference.classifier import Classifier
 
 ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray: pip install 'attire[ray]'")
 pytestmark = pytest.mark.filterwarnings(
@@ -76,15 +79,17 @@ class Work:
     def __init__(self, weights: Path) -> None:
         self.images = np.random.default_rng(0).integers(0, 256, (64 * 16 + 5, 28, 28), np.uint8)
         self.spec = FeatureSpec("block2", 16, 0, "random", "fp32")
-        self.load = partial(stages.frozen_trunk, weights, self.spec, torch.device("cpu"), len(self.images))
+        self.load = partial(backbones.frozen_trunk, weights, self.spec, torch.device("cpu"), len(self.images))
 
-    def extract(self, make: features.Maker | None = None, progress: features.Progress | None = None) -> Features:
-        return features.extract(self.images, "digest", self.spec, self.load, progress, make)
+    def extract(
+        self, make: feature_cache.Maker | None = None, progress: feature_cache.Progress | None = None
+    ) -> Features:
+        return feature_cache.extract(self.images, "digest", self.spec, self.load, progress, make)
 
 
 @pytest.fixture
 def work(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
-    monkeypatch.setattr(features, "SHARD_BYTES", 16 * 2 * 2048)
+    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 16 * 2 * 2048)
     return Work(weights)
 
 
@@ -155,8 +160,8 @@ def test_a_node_that_does_not_see_the_cache_folder_says_so(
 def test_a_node_that_would_compute_other_bits_is_refused(
     joined: "Cluster", work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute = features.compute
-    monkeypatch.setattr(features, "compute", lambda *told: compute(*told) + np.float16(0.001))
+    compute = feature_cache.compute
+    monkeypatch.setattr(feature_cache, "compute", lambda *told: compute(*told) + np.float16(0.001))
     work.spec = FeatureSpec("block2", 16, 0, "of other bits", "fp32")  # which no worker has opened yet
     with pytest.raises(AttireError, match="computes other features than the machine that asks"):
         work.extract(joined.extract_shards)
@@ -172,9 +177,8 @@ def test_another_version_on_a_node_is_refused(joined: "Cluster", work: Work, mon
 
 @ray
 def test_answers_are_those_of_one_machine_in_their_order(over: "Cluster", tmp_path: Path) -> None:
-    from conftest import blocks_and_noise
-
-    from attire.data import write_csv
+    from attire.data.loading import write_csv
+    from tests.conftest import blocks_and_noise
 
     write_csv(blocks_and_noise(300), tmp_path / "some.csv")
     (tmp_path / "bad.png").write_bytes(b"no picture")
@@ -195,7 +199,7 @@ def test_answers_are_those_of_one_machine_in_their_order(over: "Cluster", tmp_pa
 
 @ray
 def test_another_model_on_a_node_is_refused(joined: "Cluster", bundle: Path) -> None:
-    from attire.intake import Asked
+    from attire.inference.inputs import Asked
 
     asked = [Asked("one", np.zeros((28, 28), np.uint8))]
     answers = joined.answer(bundle, "cpu", asked)
@@ -372,11 +376,11 @@ def test_epochs_that_others_write_are_told(tmp_path: Path) -> None:
             told.append(line)
             seen.set()
 
-    training.write_history(tmp_path / "history.csv", first)
+    checkpoints.write_history(tmp_path / "history.csv", first)
     with clusters.following(tmp_path, Watch()):
-        training.write_history(tmp_path / "history.csv", [*first, Epoch(2, 0.5, 0.6, 0.75, 0.5)])
+        checkpoints.write_history(tmp_path / "history.csv", [*first, Epoch(2, 0.5, 0.6, 0.75, 0.5)])
         assert seen.wait(30)
-        training.write_history(
+        checkpoints.write_history(
             tmp_path / "history.csv", [*first, Epoch(2, 0.5, 0.6, 0.75, 0.5), Epoch(3, 0.1, None, None, 1.0)]
         )
     assert [line.epoch for line in told] == [2, 3]

@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 import attire
-from attire.samples import read_samples
+from attire.server.samples import read_samples
 
 ROOT = Path(__file__).parent.parent
 

@@ -20,13 +20,15 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-from command import Done, attire
-from conftest import blocks_and_noise
 from PIL import Image
-from stores import png, write_parquet
 
-from attire import cli, doctor, fetch, recipes, shell
-from attire.data import write_csv
+from attire import recipes
+from attire.cli import doctor, main, shell
+from attire.data import fashion_mnist
+from attire.data.loading import write_csv
+from tests.command import Done, attire
+from tests.conftest import blocks_and_noise
+from tests.stores import png, write_parquet
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -104,12 +106,12 @@ def parse(given: list[str], whole: bool) -> None:
     """As click would, without running it. whole: what it requires must be there as well."""
     rest = [word for word in given if word not in ("-h", "--help")]
     while rest and rest[0].startswith("-"):
-        assert rest.pop(0) in shell.options(cli.cli), given
+        assert rest.pop(0) in shell.options(main.cli), given
     if not rest:
         return
-    assert rest[0] in cli.cli.commands, given
-    command = cli.cli.commands[rest[0]]
-    root = shell.Context(cli.cli, info_name="attire", **cli.cli.context_settings)
+    assert rest[0] in main.cli.commands, given
+    command = main.cli.commands[rest[0]]
+    root = shell.Context(main.cli, info_name="attire", **main.cli.context_settings)
     try:
         if whole and rest == given:
             command.make_context(rest[0], rest[1:], parent=root).close()
@@ -209,7 +211,7 @@ def sandbox(
 ) -> Iterator[Path]:
     folder = tmp_path / "sandbox"
     shutil.copytree(prepared, folder)
-    monkeypatch.setattr(fetch, "official_data", lambda source=None, progress=None: miniature)
+    monkeypatch.setattr(fashion_mnist, "official_data", lambda source=None, progress=None: miniature)
     monkeypatch.setattr(doctor, "reached", lambda url: "not asked")
     for name, changes in MINIATURES.items():
         monkeypatch.setitem(recipes.RECIPES, name, replace(recipes.RECIPES[name], **changes))

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import blocks_and_noise
 from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
@@ -20,14 +19,17 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import parametrize_with_checks
-from test_heads import TUNED
 
 import attire
-from attire import VGGClassifier, features, fetch, vgg
-from attire.data import load_dataset, write_csv
+from attire import VGGClassifier
+from attire.data.loading import load_dataset, write_csv
 from attire.errors import AttireError, Stopped
 from attire.estimator import ArrayStage
+from attire.features import cache
+from attire.model import pretrained, vgg
 from attire.recipes import Recipe
+from tests.conftest import blocks_and_noise
+from tests.model.test_heads import TUNED
 
 DATA = blocks_and_noise(60)
 NAMES = np.array(["hat", "coat", "scarf", "glove", "sock", "cap", "belt", "tie", "vest", "bib"])
@@ -244,13 +246,13 @@ def test_another_boundary_has_features_of_its_own(model: VGGClassifier, seen: li
 
 def test_without_the_cache_nothing_is_left_on_the_disk(model: VGGClassifier, seen: list[int]) -> None:
     kept = model.set_params(epochs=1).fit(DATA.images, DATA.labels).predict_proba(DATA.images)
-    for entry in features.cache_entries():
-        features.delete_entry(entry.key)
+    for entry in cache.cache_entries():
+        cache.delete_entry(entry.key)
     seen.clear()
     model.set_params(cache=False).fit(DATA.images, DATA.labels)
     assert np.array_equal(model.predict_proba(DATA.images), kept)
     assert sum(seen) == 3 * 60
-    assert not features.cache_entries()
+    assert not cache.cache_entries()
 
 
 def darker(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -287,9 +289,9 @@ def test_pickled_it_is_arrays_and_answers_the_same_without_a_download(
 ) -> None:
     model.set_params(**changed).fit(DATA.images, NAMES[DATA.labels])
     expected, stored = model.predict_proba(DATA.images), pickle.dumps(model)
-    monkeypatch.setattr(fetch, "vgg16_weights", lambda *_: pytest.fail("weights were asked for"))
-    for entry in features.cache_entries():
-        features.delete_entry(entry.key)
+    monkeypatch.setattr(pretrained, "vgg16_weights", lambda *_: pytest.fail("weights were asked for"))
+    for entry in cache.cache_entries():
+        cache.delete_entry(entry.key)
     unpickler = Recording(io.BytesIO(stored))
     back = unpickler.load()
     assert not unpickler.modules & {"torch", "torchvision", "safetensors"}

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import attire
 
-from attire.data import load_dataset
-from attire.intervals import wilson
+from attire.data.loading import load_dataset
+from attire.evaluation.intervals import wilson
+from tests.command import attire
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "examples" / "story.ipynb"

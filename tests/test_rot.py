@@ -9,16 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command import attire
 
-from attire import features, files, results, training, vgg
-from attire.classifier import Classifier, load_bundle
-from attire.data import ImageDataset
+from attire.data.dataset import ImageDataset
 from attire.errors import AttireError
-from attire.export import export
-from attire.features import FeatureSpec
+from attire.evaluation import run_result
+from attire.export.export import export
+from attire.features import cache
+from attire.features.cache import FeatureSpec
+from attire.inference.classifier import Classifier, load_bundle
+from attire.inference.runtimes import load_export
+from attire.model import vgg
 from attire.recipes import FAST
-from attire.runtimes import load_export
+from attire.storage import files
+from attire.training import checkpoints, loop
+from tests.command import attire
 
 PAGE = 4096
 
@@ -82,28 +86,28 @@ def test_a_damaged_export_is_refused(kind: str, bundle: Path, synthetic: ImageDa
 
 def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
     head = torch.nn.Sequential(torch.nn.Linear(40, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
-    training.save_checkpoint(head, training.make_optimiser(head, FAST), training.State(epoch=1), tmp_path)
-    (path,) = training.checkpoints(tmp_path)
-    refused(path, lambda: training.read_checkpoint(path))
+    checkpoints.save_checkpoint(head, loop.make_optimiser(head, FAST), checkpoints.State(epoch=1), tmp_path)
+    (path,) = checkpoints.checkpoints(tmp_path)
+    refused(path, lambda: checkpoints.read_checkpoint(path))
 
 
-REPORTED = [*results.TOLD, *(f"evaluation/{name}" for name in ("metrics.json", "predictions.csv", "gallery.png"))]
+REPORTED = [*run_result.TOLD, *(f"evaluation/{name}" for name in ("metrics.json", "predictions.csv", "gallery.png"))]
 
 
 @pytest.mark.parametrize("name", REPORTED)
 def test_no_report_is_made_of_damaged_figures(name: str, finished: tuple[Path, object], tmp_path: Path) -> None:
     run = shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("model", "checkpoints"))
-    refused(run / name, lambda: results.load_result(run))
+    refused(run / name, lambda: run_result.load_result(run))
 
 
 def test_damaged_digests_of_a_report_are_noticed_or_say_the_same(finished: tuple[Path, object], tmp_path: Path) -> None:
     run = shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("model", "checkpoints"))
-    path = run / results.DIGESTS
+    path = run / run_result.DIGESTS
     whole, told = path.read_bytes(), files.read_json(path)
     for what, data in damages(whole):
         path.write_bytes(data)
         try:
-            results.load_result(run)
+            run_result.load_result(run)
         except AttireError:
             continue
         assert json.loads(data) == told, what
@@ -122,8 +126,8 @@ def test_commands_refuse_damaged_figures_in_one_line(
 
 def test_a_run_from_before_there_were_digests_is_read(finished: tuple[Path, object], tmp_path: Path) -> None:
     run = shutil.copytree(finished[0], tmp_path / "run")
-    (run / results.DIGESTS).unlink()
-    assert results.load_result(run).command == results.load_result(finished[0]).command
+    (run / run_result.DIGESTS).unlink()
+    assert run_result.load_result(run).command == run_result.load_result(finished[0]).command
 
 
 class Counting:
@@ -140,18 +144,18 @@ class Counting:
 def test_a_damaged_shard_is_made_again_with_one_warning(
     classifier: Classifier, synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "SHARD_BYTES", 2**16)  # sixteen rows
+    monkeypatch.setattr(cache, "SHARD_BYTES", 2**16)  # sixteen rows
     trunk, spec = Counting(classifier), FeatureSpec("block2", 16, 0, "x")
-    made = features.extract(synthetic.images, "digest", spec, lambda: trunk)
+    made = cache.extract(synthetic.images, "digest", spec, lambda: trunk)
     expected = [np.array(shard) for shard in made.shards]
-    path = features.shard_path(made.folder, 1)
+    path = cache.shard_path(made.folder, 1)
     whole = path.read_bytes()
     for what, data in damages(whole):
         path.write_bytes(data)
         trunk.pictures = 0
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            again = features.extract(synthetic.images, "digest", spec, lambda: trunk)
+            again = cache.extract(synthetic.images, "digest", spec, lambda: trunk)
         assert [str(line.message).endswith("set aside as *.damaged and made again") for line in caught] == [True], what
         assert trunk.pictures == 16, what
         assert all(map(np.array_equal, again.shards, expected)), what
@@ -161,11 +165,11 @@ def test_whatever_happens_to_a_manifest_no_wrong_feature_comes_of_it(
     classifier: Classifier, synthetic: ImageDataset
 ) -> None:
     trunk, spec = Counting(classifier), FeatureSpec("block2", 16, 0, "x")
-    made = features.extract(synthetic.images[:8], "digest", spec, lambda: trunk)
+    made = cache.extract(synthetic.images[:8], "digest", spec, lambda: trunk)
     expected, path = np.array(made.shards[0]), made.folder / "MANIFEST.json"
     for what, data in damages(path.read_bytes()):
         path.write_bytes(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            again = features.extract(synthetic.images[:8], "digest", spec, lambda: trunk)
+            again = cache.extract(synthetic.images[:8], "digest", spec, lambda: trunk)
         assert np.array_equal(again.shards[0], expected), what

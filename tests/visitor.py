@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from attire.classifier import Classifier
-from attire.server import create_app
+from attire.inference.classifier import Classifier
+from attire.server.app import create_app
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page

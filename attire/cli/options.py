@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from attire.blocks import ENDS
+from attire.cli.shell import among
 from attire.errors import AttireError, UsageError
 from attire.recipes import BACKENDS, RECIPES, Recipe
-from attire.shell import among
 
 if TYPE_CHECKING:
     from attire.cluster import Cluster
@@ -27,7 +27,7 @@ class DataName(click.Path):
     """A file, folder or URL of images. That there is no such file is said before PyTorch is loaded."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from attire.storage import is_url
+        from attire.storage.stores import is_url
 
         if not is_url(value) and is_missing(value):
             raise AttireError(Path(value), "no such file")
@@ -38,8 +38,8 @@ class BundlePath(click.Path):
     """A bundle or an exported file. That there is none is said before PyTorch is loaded."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from attire.bundles import find_bundle
-        from attire.runtimes import format_of
+        from attire.inference.bundle_files import find_bundle
+        from attire.inference.runtimes import format_of
 
         if is_missing(value):
             if format_of(Path(value)):
@@ -174,7 +174,7 @@ device_option = click.option(
 
 def limit_memory(context: click.Context, option: click.Parameter, value: str | None) -> None:
     """Until the command ends."""
-    from attire import memory
+    from attire.storage import memory
 
     context.with_resource(memory.limited(value))
 
@@ -221,9 +221,10 @@ def class_names(value: Any) -> list[str] | None:
 def get_sources(data_from: Path | None, weights_from: Path | None) -> None:
     """Local files named on the command line are taken into the cache first, verified."""
     if data_from or weights_from:
-        from attire import fetch as fetching
+        from attire.data import fashion_mnist as fetching
+        from attire.model import pretrained
 
         if data_from:
             fetching.official_data(data_from)
         if weights_from:
-            fetching.vgg16_weights(weights_from)
+            pretrained.vgg16_weights(weights_from)

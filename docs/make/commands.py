@@ -5,9 +5,9 @@ python docs/make/commands.py
 
 from pathlib import Path
 
-from attire.cli import cli
-from attire.files import write_text
-from attire.shell import Context
+from attire.cli.main import cli
+from attire.cli.shell import Context
+from attire.storage.files import write_text
 
 PAGE = Path(__file__).parent.parent / "commands.md"
 COLUMNS = 80

@@ -10,7 +10,7 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 
-from attire import files
+from attire.storage import files
 
 NOTEBOOK = Path(__file__).parent.parent.parent / "examples" / "story.ipynb"
 SECONDS = 600  # at most, a cell

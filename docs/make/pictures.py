@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from attire import fetch, files, vgg
 from attire.blocks import BLOCKS
-from attire.data import load_dataset
-from attire.figures import png
+from attire.data.loading import load_dataset
+from attire.evaluation.figures import png
+from attire.model import pretrained, vgg
+from attire.storage import files
 
 FOLDER = Path(__file__).parent.parent / "pictures"
 GARMENTS = ("Ankle boot", "Shirt", "Bag")  # the first training image of each
@@ -27,7 +28,7 @@ GREYS = 24  # of the palette that the PNG is saved with
 
 def feature_maps(images: NDArray[np.uint8], size: int) -> dict[str, NDArray[np.float32]]:
     """What each block makes of (n, 28, 28) images seen at `size` px: (n, C, H, W), all of it frozen."""
-    features = vgg.vgg16(fetch.vgg16_weights(), "block5", 0, nn.Sequential()).features
+    features = vgg.vgg16(pretrained.vgg16_weights(), "block5", 0, nn.Sequential()).features
     x: Tensor = vgg.preprocess(images, size)
     found = {}
     with torch.inference_mode():

@@ -18,7 +18,7 @@ def printed(command: str) -> str:
     """What `attire plan ...` says."""
     from click.testing import CliRunner
 
-    from attire.cli import cli
+    from attire.cli.main import cli
 
     return CliRunner().invoke(cli, command.split()[1:], catch_exceptions=False).output
 

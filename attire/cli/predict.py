@@ -1,0 +1,162 @@
+"""predict, explain: answers for pictures, and where they come from."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from attire.cli.options import BUNDLE, NAME, PATH, cluster_at, cluster_option, device_option, json_option
+from attire.cli.shell import Command
+from attire.errors import AttireError, UsageError, one_line
+
+if TYPE_CHECKING:
+    from attire.inference.classifier import Classifier
+
+
+@click.command(cls=Command)
+@click.argument("arguments", nargs=-1, type=NAME, metavar="FILE...")
+@click.option("--model", type=PATH, help="A bundle, a run or an exported file.  [default: ours]")
+@click.option(
+    "--format", "form", type=click.Choice(["table", "jsonl", "csv"]), help="Of the answers.  [default: table]"
+)
+@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="How many classes to show.")
+@click.option("--show", type=PATH, metavar="FOLDER", help="What the model saw, as PNG.")
+@click.option("--out", type=NAME, metavar="PATH", help="Of Parquet: the answers, a Parquet file or a folder of parts.")
+@device_option
+@cluster_option
+@click.option("--json", "as_json", is_flag=True, help="The same as --format jsonl: an object a line.")
+def predict(
+    arguments: tuple[str, ...],
+    model: Path | None,
+    form: str | None,
+    as_json: bool,
+    device: str,
+    out: str | None,
+    cluster: str | None,
+    **options: Any,
+) -> None:
+    """Name the garment in pictures: files, folders, patterns, rows of CSV files, or - for standard input.
+
+    \b
+    attire predict shoe.jpg
+    attire predict photos/ 'more/*.png' --format csv > answers.csv
+    attire predict --model runs/1/model --json fashion-mnist_test.csv
+    attire predict mine.parquet --out answers.parquet      resumable; s3:// and such too
+
+    Needs no training and no network: a trained model is part of Attire. What looks unlike the training images is "none
+    of the ten"; so are about 5 % of garments. A bad file is one line on stderr; the others are answered, and the exit
+    status is 1. A CSV file holds pixel1 .. pixel784, with or without labels. --show writes one strip a picture, into
+    a folder, or into a file for a single picture.
+    """
+    from attire.inference.predict import lacks_verdict, open_model, split_model, tell
+
+    if as_json and form not in (None, "jsonl"):
+        raise UsageError("--json", f"given together with --format {form}", do="give one of them")
+    path, asked = split_model(arguments, model)
+    if out is not None and (form or options["show"] or len(asked) != 1):
+        what = "neither --format nor --show goes with it" if len(asked) == 1 else f"{len(asked)} inputs, expected one"
+        raise UsageError("--out", what)
+    opened = open_model(path, device)
+    if lacks_verdict(opened):
+        from attire.inference.classifier import CANNOT_REJECT, TRAIN_AGAIN
+
+        click.echo(f"warning: {one_line(str(path))}: {CANNOT_REJECT}; {TRAIN_AGAIN}", err=True)
+    if out is not None:
+        if cluster is not None:
+            raise UsageError("--cluster", "given together with --out", do="give one of them")
+        failed = predict_parquet(asked[0], out, opened, path, options["top"], as_json)
+    else:
+        with cluster_at(cluster) as machines:
+            ask = partial(machines.answer, path, device) if machines else None
+            failed = tell(asked, opened, form="jsonl" if as_json else form or "table", ask=ask, **options)
+    if failed:
+        click.get_current_context().exit(1)
+
+
+def predict_parquet(where: str, out: str, model: Any, path: Path | None, top: int, as_json: bool) -> int:
+    """Parquet to Parquet; how many rows have no answer."""
+    from attire.inference import parquet_predict
+    from attire.terminal import Terminal
+
+    watch = Terminal(as_json)
+    try:
+        done = parquet_predict.predict(
+            where,
+            out,
+            model,
+            parquet_predict.model_digest(path),
+            top=top,
+            progress=lambda rows, total: watch.advance("Pictures", rows, total),
+            complain=lambda line: click.echo(f"error: {line}", err=True),
+        )
+    finally:
+        watch.close()
+    click.echo(json.dumps(done.to_json()) if as_json else f"{done}")
+    return done.errors
+
+
+@click.command(cls=Command)
+@click.argument("paths", nargs=-1, required=True, type=PATH, metavar="FILE...")
+@click.option("--model", type=BUNDLE, metavar="BUNDLE", help="Whose answer.  [default: the one that ships]")
+@click.option("--out", type=PATH, default=".", help="Folder for the pictures.  [default: here]")
+@click.option("--label", metavar="CLASS", help="What speaks for this class.  [default: for the answer]")
+@device_option
+@json_option
+def explain(
+    paths: tuple[Path, ...], model: Path | None, out: Path, label: str | None, device: str, as_json: bool
+) -> None:
+    """Show where in a picture the answer comes from, and the training images it is most like.
+
+    \b
+    attire explain shoe.jpg                            writes shoe-explained.png
+    attire explain --model runs/1/model --label Coat shirt.jpg
+
+    Bright in the heat map is what the class loses most by when it is covered. Distances: 0 for the same picture, 1.4
+    for unrelated ones. A bad file is one line on stderr; the others are explained, and the exit status is 1.
+    """
+    from attire.inference.classifier import load_bundle
+    from attire.inference.explain import NO_NEIGHBOURS
+
+    classifier, failed, taken = load_bundle(model, device), 0, set[str]()
+    if classifier.neighbours is None:
+        click.echo(f"warning: {one_line(str(model or 'shipped'))}: {NO_NEIGHBOURS}; train it again", err=True)
+    for path in paths:
+        try:
+            explain_file(classifier, path, out, label, as_json, taken)
+        except UsageError:
+            raise
+        except AttireError as error:
+            click.echo(f"error: {error}", err=True)
+            failed += 1
+    if failed:
+        click.get_current_context().exit(1)
+
+
+def explain_file(
+    classifier: "Classifier", path: Path, out: Path, label: str | None, as_json: bool, taken: set[str]
+) -> None:
+    from attire.inference import explain as explaining
+
+    original, image = explaining.open_picture(path)
+    found = explaining.explain(classifier, image, label)
+    picture = out / free_name(path.stem, taken)
+    explaining.write_sheet(picture, original, image, found)
+    if as_json:
+        told = {"file": str(path), **explaining.to_json(found), "picture": str(picture)}
+        click.echo(json.dumps(told))
+        return
+    click.echo(f"{one_line(str(path)):24} {found.prediction}")
+    if found.neighbours:
+        near = ", ".join(f"{one.label} {one.distance:.2f}" for one in found.neighbours)
+        click.echo(f"{'':24} nearest      {found.tally}   ({near})")
+    click.echo(f"{'':24} picture      {one_line(str(picture))}")
+
+
+def free_name(stem: str, taken: set[str]) -> str:
+    """`shoe-explained.png`; `shoe-2-explained.png` where another picture of this call is called so."""
+    numbered = (f"{stem}{f'-{i}' if i > 1 else ''}-explained.png" for i in range(1, len(taken) + 2))
+    name = next(name for name in numbered if name not in taken)
+    taken.add(name)
+    return name

@@ -1,0 +1,154 @@
+"""Any picture file is decoded, safely, or becomes 28x28 grey; and folders of pictures, one folder per class."""
+
+import io
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from attire.errors import AttireError, one_line
+from attire.storage.formats import is_text, name_format, opened
+
+SIDE = 28
+SHOULD = "expected a PNG, JPEG, WebP or BMP picture"
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MAX_BYTES = 256 << 20  # a file of 50 megapixels at 4 uncompressed bytes each, and its metadata
+MAX_PIXELS = 50_000_000  # above what phones and most cameras take; 200 MB in memory
+MIN_SIDE = 2
+MAX_RATIO = 20  # longer side to shorter: beyond it, less than 2 of 28 rows would be left of the picture
+
+
+class StrictPillow:
+    """While anyone is inside, what Pillow warns about is an error.
+
+    The list of warning filters belongs to the process, and a server decodes in threads: the first one in sets the
+    filter, the last one out puts the list back, and in between they decode side by side.
+    """
+
+    def __init__(self) -> None:
+        self.inside, self.lock = 0, threading.Lock()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.before = warnings.catch_warnings()
+                self.before.__enter__()
+                warnings.filterwarnings("error", module=r"PIL\.")
+            self.inside += 1
+
+    def __exit__(self, *raised: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.before.__exit__(None, None, None)
+
+
+strict_pillow = StrictPillow()
+
+
+def read_image(source: str | Path | bytes, name: str = "picture") -> NDArray[np.uint8]:
+    """One picture as (28, 28) uint8 grey; `name` stands for it in errors when `source` is its bytes.
+
+    Turned as EXIF says; transparency becomes black, the background of Fashion-MNIST; 16-bit grey keeps its high byte,
+    rounded; colour becomes luma by ITU-R BT.601 (Pillow's "L"). 28x28 is taken as it is; any other size is
+    resized to fit (Lanczos, ratio kept) and centred on black.
+
+    Raises AttireError for what is damaged, cut off, animated, of another format, or of a size out of bounds; sizes are
+    refused from the header, before anything is decoded.
+    """
+    image = decode(source, name)
+    if image.size == (SIDE, SIDE):
+        return np.array(image)
+    return np.array(ImageOps.pad(image, (SIDE, SIDE), Image.Resampling.LANCZOS, color=0))
+
+
+def decode(source: str | Path | bytes, name: str = "picture") -> Image.Image:
+    """The whole picture as grey (Pillow mode L), upright, at its own size; checked as `read_image` says."""
+    return grey(decode_colour(source, name))
+
+
+def decode_colour(source: str | Path | bytes, name: str = "picture") -> Image.Image:
+    """The whole picture in 8 bits (mode L, RGB, or RGBA where it may be transparent), upright, at its own size;
+    checked as `read_image` says."""
+    data, name = (source, name) if isinstance(source, bytes) else (read_bytes(Path(source)), str(source))
+    if not data:
+        raise AttireError(name, "empty file", do=SHOULD)
+    with damage(name, data), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        check(name, image)
+        if image.format == "PNG":  # load() leaves the checksums of pixel data alone, verify() leaves nothing else
+            image.verify()
+    with damage(name, data), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        image.load()
+        return eight_bits(ImageOps.exif_transpose(image))
+
+
+def read_bytes(path: Path) -> bytes:
+    with opened(path) as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise AttireError(path, f"larger than {MAX_BYTES >> 20} MB", do=SHOULD)
+    return data
+
+
+@contextmanager
+def damage(name: str, data: bytes) -> Iterator[None]:
+    """Whatever Pillow raises or warns about while it reads `data` becomes one AttireError."""
+    with strict_pillow:
+        try:
+            yield
+        except AttireError:
+            raise
+        except UnidentifiedImageError as error:
+            found = name_format(data[:4096]) or ("text" if is_text(data[:4096]) else "of no known format")
+            if found in ("a PNG picture", "a JPEG picture", "a WebP picture"):
+                raise AttireError(name, f"{found}, damaged or cut off", do="get the file again") from error
+            raise AttireError(name, f"{found}, not a picture that can be read", do=SHOULD) from error
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise too_large(name, "") from error
+        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+            raise AttireError(name, "damaged or cut off", one_line(str(error))[:80], "get the file again") from error
+
+
+def check(name: str, image: Image.Image) -> None:
+    """Raises AttireError for what the header alone rules out."""
+    width, height = image.size
+    size = f"{width:,} x {height:,} pixels"
+    if min(width, height) < MIN_SIDE:
+        raise AttireError(name, f"{size}, too small", do=f"each side needs at least {MIN_SIDE}")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise AttireError(name, f"{size}, too narrow", do=f"one side may be {MAX_RATIO} times the other at most")
+    if width * height > MAX_PIXELS:
+        raise too_large(name, f"{size}, ")
+    frames = getattr(image, "n_frames", 1)
+    if frames != 1:
+        raise AttireError(name, f"{frames} pictures in one file, expected one", do="save one of them by itself")
+
+
+def too_large(name: str, size: str) -> AttireError:
+    return AttireError(name, f"{size}more than {MAX_PIXELS // 1_000_000} megapixels", do="make it smaller first")
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Any mode of the allowed formats as L, RGB, or, with transparency data of any kind, RGBA."""
+    if image.mode.startswith("I"):  # 16 bits
+        levels = np.asarray(image).astype(np.uint32)
+        small = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+        if not isinstance(clear := image.info.get("transparency"), int):
+            return small
+        return Image.merge("RGBA", (small, small, small, Image.fromarray((levels != clear).astype(np.uint8) * 255)))
+    if image.has_transparency_data:
+        return image.convert("RGBA")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def grey(image: Image.Image) -> Image.Image:
+    """What `eight_bits` gives as L, transparency on black."""
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return image.convert("L")

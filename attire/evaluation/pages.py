@@ -1,0 +1,29 @@
+"""HTML pages that need nothing else: no script, no network, every picture and style inside."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from attire.storage.files import write_text
+
+
+def render(template: str, **values: Any) -> str:
+    """`attire/<template>`, such as `evaluation/report.html`, which extends `evaluation/base.html`.
+
+    Equal values give equal pages. Text is escaped.
+    """
+    loader = jinja2.FunctionLoader(lambda name: files("attire").joinpath(name).read_text(encoding="utf-8"))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader)
+    environment.globals["percent"] = percent
+    return environment.get_template(template).render(**values)
+
+
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    write_text(path, render(template, **values))
+    return path
+
+
+def percent(share: float) -> str:
+    return "undefined" if share != share else f"{100 * share:.1f} %"

@@ -1,0 +1,170 @@
+"""A run's bundle made fit to ship: 16-bit weights, ONNX Runtime's graph, card, report, and its own measured figures."""
+
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attire.data.dataset import ImageDataset
+from attire.data.loading import load_dataset
+from attire.errors import AttireError
+from attire.evaluation.intervals import Interval, wilson
+from attire.evaluation.model_card import model_card
+from attire.evaluation.report import page
+from attire.evaluation.run_result import load_result
+from attire.export.bundle_graph import write_graph
+from attire.inference.bundle_files import ABOUT, GRAPH, WEIGHTS
+from attire.inference.classifier import Classifier, load_bundle
+from attire.inference.runtimes import load_graph
+from attire.progress import Silent, Watcher, in_parts
+from attire.storage import files
+
+CARD, REPORT, SAMPLES = "MODEL_CARD.md", "report.html", "samples.png"
+KEPT = (SAMPLES,)  # what lies beside the bundle and is not made of a run
+DTYPE = "float16"  # kept 9,999 of 10,000 classes and every verdict; bfloat16 kept all classes and changed 8 verdicts
+SOME = 2000  # the first official test images: what a test can afford to score
+LEAST = 0.999  # share of the test images that must keep their class
+LARGEST = 0.01  # difference of a probability that 16 bits may make
+LIMIT = 16_000_000  # bytes, all files together
+
+
+def release(run: Path, out: Path, watcher: Watcher | None = None, data: ImageDataset | None = None) -> dict[str, Any]:
+    """Write the bundle of a finished run into `out`, with 16-bit weights, and return what it measured.
+
+    data: labelled images, default the official test set. All of them decide: the class must stay the same on 99.9 %,
+    every probability within 0.01; on the first 2,000 the graph must answer as the bundle. Raises AttireError, and
+    leaves `out` as it was, where that fails or the files exceed 16 MB.
+    """
+    files.check_writable(out.parent)
+    watcher, data = watcher or Silent(), data or load_dataset(part="test")
+    result, whole = load_result(run), load_bundle(run, "cpu")
+    config, told_of = without_places(result.config), without_places(result.data)
+    result = replace(result, command=without_folders(result.command), config=config, data=told_of)
+    if data.classes != whole.classes:
+        raise AttireError(data.source, "its classes are not the bundle's")
+    expected = probabilities(whole, data, "Bundle", watcher)
+    with replaced(out) as part:
+        whole.save(part, DTYPE)
+        half = load_bundle(part, "cpu")
+        found = probabilities(half, data, "16 bits", watcher)
+        told = compare(found, expected, data)
+        judge(told, out)
+        texts = {REPORT: page(result), CARD: shipped_card(model_card(result), told, data)}
+        digests = {name: files.sha256(text.encode()) for name, text in texts.items()}
+        half.facts |= {"release": {**told, "dtype": DTYPE, "digests": digests}}
+        half.save(part, DTYPE)
+        for name, text in texts.items():
+            files.write_text(part / name, text)
+        gate = write_graph(part, data.subset(range(min(SOME, len(data)))))
+        watcher.note("Gate", str(gate))
+        size = sum(path.stat().st_size for path in part.iterdir())
+        if size > LIMIT:
+            raise AttireError(out, f"{size:,} bytes altogether, allowed {LIMIT:,}", do="release a smaller recipe")
+        watcher.note("Size", files.human_size(size))
+    return {**told, "gate": gate.to_json(), "bytes": size}
+
+
+def without_folders(command: str) -> str:
+    """A command line whose paths are names alone: where things lay on one machine is nobody else's business."""
+    return shlex.join(Path(word).name if "/" in word else word for word in shlex.split(command))
+
+
+def without_places(told: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's config or data, its teachers named by their runs alone."""
+    teacher = told.get("teacher")
+    if not teacher:
+        return dict(told)
+    names = [path.parent.name if path.name == "model" else path.name for path in map(Path, teacher["bundles"])]
+    return {**told, "teacher": {**teacher, "bundles": names}}
+
+
+def probabilities(model: Classifier, data: ImageDataset, what: str, watcher: Watcher) -> NDArray[np.float32]:
+    return np.concatenate([model.predict_proba(part) for part in in_parts(data.images, 1000, what, watcher)])
+
+
+def compare(found: NDArray[np.float32], expected: NDArray[np.float32], data: ImageDataset) -> dict[str, Any]:
+    """What the card says: how often the 16-bit bundle (n, K) is right, and how near it is to the run's (n, K)."""
+    right = found.argmax(1) == data.labels
+    same = found.argmax(1) == expected.argmax(1)
+    return {
+        "n": len(data),
+        "correct": int(right.sum()),
+        "first": {"n": len(right[:SOME]), "correct": int(right[:SOME].sum())},
+        "before": int((expected.argmax(1) == data.labels).sum()),
+        "same": int(same.sum()),
+        "largest": float(np.abs(found - expected).max()),
+        "digest": data.image_digest,
+    }
+
+
+def judge(told: dict[str, Any], out: Path) -> None:
+    if told["same"] < LEAST * told["n"] or told["largest"] > LARGEST:
+        what = f"not written: {DTYPE} keeps the class of {told['same']:,} of {told['n']:,} images"
+        raise AttireError(out, f"{what}, probabilities within {told['largest']:.1e}")
+
+
+def shipped_card(card: str, told: dict[str, Any], data: ImageDataset) -> str:
+    """The run's card, and what was measured with the weights that ship."""
+    share: Interval = wilson(told["correct"], told["n"])
+    first = told["first"]
+    return (
+        f"{card}\n## What ships\n\n"
+        f"The weights are kept in 16 bits ({DTYPE}) and computed with in float32. With them, on {data.source}:\n\n"
+        "| Images | Right | Of |\n|---|---:|---:|\n"
+        f"| all | {told['correct']:,} | {told['n']:,} |\n"
+        f"| the first {first['n']:,} | {first['correct']:,} | {first['n']:,} |\n\n"
+        f"That is {100 * share.value:.2f} % ({share.span()}); with 32 bits {told['before']:,} were right."
+        f" {told['same']:,} images keep their class, and no probability moves by more than {told['largest']:.4f}."
+        " The figures above are of the run, with 32 bits.\n"
+    )
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """A new folder that takes this one's place when all is written; on failure the old one stays as it was."""
+    if folder.exists() and not (folder.is_dir() and ((folder / ABOUT).exists() or holds_only(folder, KEPT))):
+        raise AttireError(folder, "holds something else than a bundle", do="give --out another name")
+    parent = files.make_dir(folder.absolute().parent)
+    try:
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=parent))
+    except OSError as error:
+        raise files.cannot("write", folder, error) from error
+    old = part.with_suffix(".old")
+    try:
+        for name in KEPT:
+            if (folder / name).exists():
+                files.write_bytes(part / name, (folder / name).read_bytes())
+        yield part
+        part.chmod(0o777 & ~files.umask())
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for path in (part, old):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def holds_only(folder: Path, names: tuple[str, ...]) -> bool:
+    return all(path.name in names for path in folder.iterdir())
+
+
+def check_release(folder: Path, data: ImageDataset) -> list[str]:
+    """What is not as the bundle says of itself: digests, and how many of the first images are right, by both ways."""
+    classifier = load_bundle(folder, "cpu")
+    told = classifier.facts["release"]
+    wrong = [name for name, digest in told["digests"].items() if files.sha256_file(folder / name) != digest]
+    some = data.subset(range(told["first"]["n"]))
+    for what, model in ((WEIGHTS, classifier), (GRAPH, load_graph(folder))):
+        correct = int((model.predict_proba(some.images).argmax(1) == some.labels).sum())
+        if correct != told["first"]["correct"]:
+            wrong.append(f"{what}: {correct} of {len(some)}, {told['first']['correct']} was said")
+    return wrong

@@ -1,0 +1,208 @@
+"""Where `fit` gets its feature rows: from the cache, or on the fly from the images through the frozen trunk."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from attire.data.dataset import Rows, Views
+from attire.features.cache import Features
+from attire.features.views import seen
+from attire.model import heads
+from attire.model.vgg import preprocess
+from attire.storage import memory
+
+IN_MEMORY = 1_200 * 2**20  # bytes of cached features that are read into memory once; above it rows are read as needed
+STREAMED = 4 * 2**30  # bytes; above it the system cannot be expected to keep the files in memory either
+STRETCH = 2**19  # bytes that lie together on the disk, so that it need not be searched for each row
+WINDOW = 128 * 2**20  # bytes of rows held and drawn from at a time, from 256 such places
+SPREAD = 0.05  # of the mean deviation, added to each: features that hardly vary are not blown up
+
+
+class Source(Protocol):
+    """Where feature rows come from: the cache, or the trunk on the fly."""
+
+    def batches(self, order: Rows, batch_size: int, views: Views | None) -> Iterator[Tensor]:
+        """Feature rows (b, D) float in this order, each of its view: 0 the picture, 1 mirrored, then shifted ones."""
+
+
+class GarmentDataset(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """The on-the-fly path: each row of 784 pixels becomes a normalised picture when it is asked for.
+
+    rows: (N, 784) or (N, 28, 28) uint8, labels: (N,) integers. Item i is ((3, size, size) float32, label).
+    """
+
+    def __init__(self, rows: NDArray[np.uint8], labels: NDArray[np.int64], size: int = 224) -> None:
+        self.rows, self.labels, self.size = rows, labels, size
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = np.array(self.rows[index]).reshape(1, 28, 28)
+        return preprocess(image, self.size)[0], int(self.labels[index])
+
+
+class Standardiser:
+    """(x - mean) / scale with the training rows' moments; or, when made from none, no change."""
+
+    def __init__(self, mean: Tensor | None = None, scale: Tensor | None = None) -> None:
+        self.mean, self.scale = mean, scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.mean is None or self.scale is None:
+            return x
+        return x.sub_(self.mean).div_(self.scale)
+
+    def undo(self, x: Tensor) -> Tensor:
+        """Features again, of standardised ones (n, D)."""
+        return x if self.mean is None or self.scale is None else x * self.scale + self.mean
+
+
+def measure(blocks: Iterator[Tensor]) -> Standardiser:
+    """Mean and deviation of each feature (D,), in float64 over the blocks (n, D), the plain view of training rows."""
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for part in (part for block in blocks for part in torch.split(block, 256)):
+        x = part.double()
+        count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
+    mean = total / count
+    deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
+    return Standardiser(mean.float(), (deviation + SPREAD * deviation.mean() + 1e-6).float())
+
+
+class CachedSource:
+    """Rows of finished cache entries: the plain view first, then the others in the order of their numbers."""
+
+    def __init__(self, *views: Features, names: Sequence[str] = ("plain",)) -> None:
+        self.standardise = Standardiser()
+        self.views, self.names = list(views), tuple(names)
+        self.rows = len(views[0])
+        row = 2 * views[0].shape[1]
+        size = row * sum(len(view) for view in self.views)
+        small = size <= min(IN_MEMORY, memory.for_rows())
+        self.table = whole(self.views) if small else None  # (views * N, D): view after view
+        large = size > STREAMED  # whatever the limit on memory: the order of an epoch is the recipe's
+        # Rows that lie together, and rows of a window: what the order of an epoch keeps to, see `training.epoch_order`.
+        self.stretch = (max(1, STRETCH // row), max(1, WINDOW // row)) if large else None
+
+    def batches(self, order: Rows, batch_size: int, views: Views | None) -> Iterator[Tensor]:
+        """(b, D) float32; see `training.Source`."""
+        window = batch_size
+        if self.stretch:
+            window *= max(1, self.stretch[1] // batch_size)
+        # One buffer for all windows: pages that the kernel has to find anew cost more than the rows that fill them.
+        buffer = np.empty((min(window, len(order)), self.views[0].shape[1]), np.float16) if self.stretch else None
+        for first in range(0, len(order), window):
+            held = slice(first, first + window)
+            rows, numbers = order[held], None if views is None else views[held]
+            places = None if buffer is None else self._fill(buffer, rows, numbers)
+            for start in range(0, len(rows), batch_size):
+                part = slice(start, start + batch_size)
+                if buffer is not None and places is not None:
+                    yield self.standardise(torch.from_numpy(buffer)[torch.from_numpy(places[part])].float())
+                else:
+                    yield self.standardise(self._rows(rows[part], None if numbers is None else numbers[part]))
+
+    def _fill(self, buffer: NDArray[np.float16], rows: Rows, views: Views | None) -> Rows:
+        """Read rows into the buffer in the order of the files; where in it each of them is."""
+        places, done = np.empty(len(rows), np.int64), 0
+        number = self._numbers(rows, views)
+        for i, view in enumerate(self.views):
+            own = np.flatnonzero(number == i)
+            own = own[np.argsort(rows[own])]
+            places[own] = np.arange(done, done + len(own))
+            view.read(rows[own], buffer[done : done + len(own)])
+            done += len(own)
+        return places
+
+    def _numbers(self, rows: Rows, views: Views | None) -> Rows:
+        return np.zeros(len(rows), np.int64) if views is None or len(self.views) == 1 else views.astype(np.int64)
+
+    def _rows(self, rows: Rows, views: Views | None) -> Tensor:
+        number = self._numbers(rows, views)
+        if self.table is not None:
+            return self.table[torch.from_numpy(rows + self.rows * number)].float()
+        out = torch.empty(len(rows), self.views[0].shape[1])
+        for i, view in enumerate(self.views):
+            if (mask := number == i).any():
+                out[torch.from_numpy(mask)] = torch.from_numpy(view.gather(rows[mask])).float()
+        return out
+
+
+def whole(views: Sequence[Features]) -> Tensor:
+    """All rows of all views in memory, (views * N, D) float16."""
+    table = torch.empty(sum(len(view) for view in views), views[0].shape[1], dtype=torch.float16)
+    start = 0
+    for view in views:
+        for block in view.blocks():
+            table[start : start + len(block)] = torch.from_numpy(block)
+            start += len(block)
+    return table
+
+
+class Viewed(Dataset[Tensor]):
+    """Rows of a GarmentDataset in this order, each in its view; all as they are where `names` is None."""
+
+    def __init__(self, dataset: GarmentDataset, order: Rows, names: Sequence[str] | None) -> None:
+        self.dataset, self.order, self.names = dataset, order, names
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Tensor:
+        row = int(self.order[index])
+        if self.names is None or self.names[index] == "plain":
+            return self.dataset[row][0]
+        image = np.array(self.dataset.rows[row]).reshape(1, 28, 28)
+        return preprocess(seen(image, self.names[index]), self.dataset.size)[0]
+
+
+class OnTheFlySource:
+    """`--no-cache`: each batch goes from rows of pixels through `GarmentDataset` and the frozen trunk, every epoch.
+
+    Features are rounded to 16 bits as the cache rounds them, so that both ways train on the same numbers.
+    """
+
+    def __init__(
+        self,
+        dataset: GarmentDataset,
+        trunk: Callable[[Tensor], Tensor],
+        forward_rows: int,
+        names: Sequence[str] = ("plain", "flip"),
+    ) -> None:
+        self.dataset, self.trunk, self.forward_rows, self.names = dataset, trunk, forward_rows, names
+        self.standardise = Standardiser()
+
+    def batches(self, order: Rows, batch_size: int, views: Views | None) -> Iterator[Tensor]:
+        """(b, D) float32; see `training.Source`."""
+        # A generator of its own: a loader draws from torch's global one, which would shift the dropout that follows.
+        own = torch.Generator().manual_seed(0)
+        names = None if views is None else [self.names[int(view)] for view in views]
+        shown = Viewed(self.dataset, order, names)
+        loader: DataLoader[Any] = DataLoader(shown, batch_size=batch_size, generator=own)
+        for x in loader:
+            yield self.standardise(self._features(x))
+
+    def _features(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            parts = [self.trunk(part).half().float().cpu() for part in torch.split(x, self.forward_rows)]
+        return torch.cat(parts).clone()
+
+
+class TunedSource:
+    """Features behind the trained blocks, for the Rejecter: what the bundle will hand to its classifier."""
+
+    def __init__(self, source: Source, head: heads.TunedHead) -> None:
+        self.source, self.head, self.standardise = source, head.eval(), Standardiser()
+
+    def batches(self, order: Rows, batch_size: int, views: Views | None) -> Iterator[torch.Tensor]:
+        """(b, D) float32; see `training.Source`."""
+        device = next(self.head.parameters()).device
+        for x in self.source.batches(order, batch_size, views):
+            with torch.inference_mode():
+                found = self.head.tuned(x.to(device)).cpu()
+            yield found

@@ -1,0 +1,162 @@
+"""The pictures and rows that arguments name: files, folders, patterns, standard input; read ahead, in their order."""
+
+import glob
+import io
+import os
+import shutil
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attire.data.pictures import SHOULD, SUFFIXES
+from attire.errors import AttireError
+from attire.inference.prediction import read_picture
+from attire.storage import files
+from attire.storage.formats import is_folder, is_text, name_format
+from attire.storage.stores import is_url
+
+STDIN = "-"
+THREADS = 2  # one reads a file while another decodes
+AHEAD = 256  # pictures waiting, 784 bytes each
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """One image (28, 28) and what it is called; picture: its file, or its bytes, where it is not a row of a table."""
+
+    name: str
+    image: NDArray[np.uint8]
+    picture: Path | bytes | None = None
+
+
+Reading = Generator[Asked | AttireError, None, None]
+
+
+def expand(arguments: Iterable[str], globs: bool = True) -> Iterator[str | AttireError]:
+    """Every file that the arguments name: themselves, pictures below folders, what matches a pattern."""
+    for argument in arguments:
+        path = Path(argument)
+        if argument == STDIN and globs:
+            yield argument
+        elif is_url(argument):
+            do = "Parquet files may lie elsewhere, with --out; fetch others first"
+            yield AttireError(argument, "a URL, expected a file", do=do)
+        elif is_folder(path):
+            yield from below(path)
+        elif globs and glob.has_magic(argument) and not os.path.lexists(path):
+            matches = sorted(glob.iglob(argument, recursive=True))  # noqa: PTH207  (absolute patterns too)
+            yield from expand(matches, globs=False) if matches else [AttireError(path, "no file matches the pattern")]
+        else:
+            yield argument
+
+
+def below(folder: Path) -> Iterator[str | AttireError]:
+    """The pictures of a folder and of those in it, by name, hidden ones left out."""
+    refused: list[OSError] = []
+    empty = True
+    for here, folders, names in os.walk(folder, onerror=refused.append):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
+                empty = False
+                yield str(Path(here) / name)
+    yield from (files.cannot("read the folder", Path(error.filename), error) for error in refused)
+    if empty and not refused:
+        yield AttireError(folder, "no pictures in this folder", do=SHOULD)
+
+
+def read_ahead(found: Iterator[str | AttireError], classes: Sequence[str]) -> Reading:
+    """The images of these files in their order, pictures read by threads some way ahead; an error takes its place."""
+    waiting: deque[Future[Asked | AttireError] | Callable[[], Iterator[Asked | AttireError]]] = deque()
+    pool = ThreadPoolExecutor(THREADS, "read")
+    try:
+        for source in found:
+            if isinstance(source, AttireError):
+                waiting.append(partial(iter, (source,)))
+            elif source == STDIN:
+                waiting.append(partial(read_stdin, classes))
+            elif source.lower().endswith(".csv"):
+                waiting.append(partial(read_rows, source, source, classes))  # when its turn comes: it may be large
+            elif source.lower().endswith(".parquet"):
+                waiting.append(partial(read_parquet, source))
+            else:
+                waiting.append(pool.submit(read_file, source))
+            if len(waiting) >= AHEAD:
+                yield from next_of(waiting)
+        while waiting:
+            yield from next_of(waiting)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def next_of(waiting: deque[Any]) -> Iterator[Asked | AttireError]:
+    first = waiting.popleft()
+    if isinstance(first, Future):
+        yield first.result()
+    else:
+        yield from first()
+
+
+def read_file(source: str) -> Asked | AttireError:
+    try:
+        return Asked(source, read_picture(Path(source)), Path(source))
+    except AttireError as error:
+        return error
+
+
+def read_rows(path: str, name: str, classes: Sequence[str]) -> Iterator[Asked | AttireError]:
+    """Each row of a CSV file, called by its line in the file."""
+    from attire.data.loading import read_csv_images
+
+    try:
+        images = read_csv_images(path, classes)
+    except AttireError as error:
+        yield error if name == path else renamed(error)
+        return
+    yield from (Asked(f"{name}:{line}", image) for line, image in enumerate(images, 2))  # after the header
+
+
+def read_parquet(path: str) -> Iterator[Asked | AttireError]:
+    """Each row of a Parquet file, called by its number in the file; a bad one is an error in its place."""
+    from attire.data import parquet
+
+    try:
+        (source,) = parquet.sources(path)
+        cells = (data for batch in source.batches([parquet.IMAGE]) for data in parquet.image_bytes(batch))
+        for row, data in enumerate(cells, 1):
+            try:
+                yield Asked(f"{path}:{row}", parquet.prepared(data, source, row), data)
+            except AttireError as error:
+                yield error
+    except AttireError as error:
+        yield error
+
+
+def read_stdin(classes: Sequence[str]) -> Iterator[Asked | AttireError]:
+    """A picture or a table, whichever its first bytes are; kept on disk meanwhile."""
+    with tempfile.TemporaryDirectory(prefix="attire-") as folder:
+        path = Path(folder) / "stdin"
+        with path.open("wb") as file:
+            shutil.copyfileobj(getattr(sys.stdin, "buffer", io.BytesIO()), file)
+        with path.open("rb") as file:
+            head = file.read(4096)
+        if head and is_text(head) and name_format(head) in ("", "UTF-16 text"):
+            yield from read_rows(str(path), STDIN, classes)
+            return
+        try:
+            yield Asked(STDIN, read_picture(path), path.read_bytes())
+        except AttireError as error:
+            yield renamed(error)
+
+
+def renamed(error: AttireError) -> AttireError:
+    return AttireError("standard input", error.what, error.where, error.do)

@@ -1,0 +1,351 @@
+"""Exported files, each run in its own runtime: from raw uint8 images to probabilities, nothing rewritten by hand.
+
+No torch is imported here but where a format needs it: a picture is then answered in less than half the time.
+"""
+
+import hashlib
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from attire.errors import AttireError
+from attire.inference.bundle_files import ABOUT, GRAPH, WEIGHTS, find_bundle
+from attire.inference.prediction import Prediction, as_images, ranked
+from attire.storage import files
+
+SCHEMA = 1
+NO_SEAL = "0" * 64  # stands in the metadata while the digest over the file is computed
+SUFFIXES = {"onnx": ".onnx", "openvino": ".openvino", "torch-export": ".pt2", "safetensors": ".safetensors"}
+EXTRAS = {"onnx": "onnx", "openvino": "openvino"}  # what `pip install 'attire[...]'` is called
+METADATA = "attire.json"
+BATCH = 256
+
+# (n, 28, 28), n from 1 to BATCH, to probabilities (n, K), and distances (n,) from the training images where it can tell
+Run = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float32], NDArray[np.float32] | None]]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that `attire export` wrote, opened: it answers as the bundle it was made from does."""
+
+    path: Path
+    format: str
+    facts: dict[str, Any]  # schema, format, precision, classes, bundle, runtime, gate; reject where it can tell
+    run: Run
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.facts["classes"])
+
+    @property
+    def threshold(self) -> float | None:
+        """The distance beyond which an image is rejected; None where this file cannot tell."""
+        told = self.facts.get("reject")
+        return float(told["threshold"]) if told else None
+
+    def predict_proba(self, images: ArrayLike) -> NDArray[np.float32]:
+        """Calibrated probabilities (n, K) float32 of (n, 28, 28) or (n, 784) uint8 images."""
+        return self.answers(as_images(images))[0]
+
+    def answers(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Probabilities (n, K) and distances (n,), None where this file cannot tell, of (n, 28, 28) images."""
+        parts = [self.run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+        found = np.concatenate([np.empty((0, len(self.classes)), np.float32), *(p for p, _ in parts)])
+        if self.threshold is None:
+            return found, None
+        return found, np.concatenate([np.empty(0, np.float32), *(d for _, d in parts if d is not None)])
+
+    def predict(self, images: ArrayLike) -> list[Prediction]:
+        """As `Classifier.predict` for (n, 28, 28) images; without a verdict where this file cannot reject."""
+        found, far = self.answers(as_images(images))
+        distances = [None] * len(found) if far is None else far.tolist()
+        rows = zip(found, distances, strict=True)
+        return [ranked(self.classes, row, distance, self.threshold) for row, distance in rows]
+
+
+def format_of(path: Path) -> str | None:
+    """The export format that a path's name stands for; None for anything else, a bundle's folder for one."""
+    return next((name for name, suffix in SUFFIXES.items() if path.suffix == suffix), None)
+
+
+def load_export(path: str | Path) -> Exported:
+    """Open an exported file. Raises AttireError for what is not ours, damaged, or lacks its runtime here."""
+    path = Path(path)
+    kind = format_of(path)
+    if kind is None:
+        raise AttireError(path, "not an exported file by its name", do=f"expected {', '.join(SUFFIXES.values())}")
+    if not path.exists():
+        raise AttireError(path, "no such file")
+    read, run = READERS[kind]
+    try:
+        facts = read(path)
+    except (AttireError, MemoryError):
+        raise
+    except Exception as error:  # a seal tells damage: whoever writes facts of his own can seal them
+        found = f"{type(error).__name__} {error}"[:80]
+        raise AttireError(path, "not a file that `attire export` wrote", found) from error
+    if not isinstance(facts, dict) or facts.get("format") != kind or not facts.get("classes"):
+        raise AttireError(path, "not a file that `attire export` wrote")
+    schema = facts.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise AttireError(path, f"made by a newer Attire (schema {schema})", do="update attire")
+    if schema != SCHEMA:
+        raise AttireError(path, "not a file that `attire export` wrote", f"schema {schema!r}"[:80])
+    try:
+        return Exported(path, kind, facts, run(path, facts))
+    except Exception as error:  # the seal fits, and still it is no network: each runtime raises errors of its own
+        if isinstance(error, MemoryError) or getattr(error, "status", 0) == 1:
+            raise
+        found = f"{type(error).__name__} {error}"[:80]
+        raise AttireError(path, "cannot be opened by its runtime", found, "export again") from error
+
+
+def load_graph(bundle: str | Path | None = None) -> Exported:
+    """A bundle through ONNX Runtime, by its `network.onnx`; None is the shipped bundle. Raises AttireError."""
+    return load_export(find_bundle(bundle) / GRAPH)
+
+
+def damaged(path: Path) -> AttireError:
+    return AttireError(path, "damaged, or changed after it was written: its digest does not match", do="export again")
+
+
+def missing(kind: str, error: ImportError) -> AttireError:
+    return AttireError(kind, "its runtime is not installed", str(error), f"pip install 'attire[{EXTRAS[kind]}]'")
+
+
+# ONNX: the seal is the SHA-256 of the file with NO_SEAL in the seal's place. It is checked before anything parses the
+# file; the facts are found by the bytes that precede them in every ONNX file (onnx.proto: StringStringEntryProto).
+
+FACTS = b"\n\x06attire\x12"
+
+
+def seal_bytes(data: bytes) -> bytes:
+    """The file with its digest where NO_SEAL stands. Raises ValueError where that is not exactly once."""
+    if data.count(NO_SEAL.encode()) != 1:
+        raise ValueError("expected the place of the seal once")
+    return data.replace(NO_SEAL.encode(), files.sha256(data).encode())
+
+
+def read_onnx(path: Path) -> dict[str, Any]:
+    data = read(path)
+    try:
+        facts: dict[str, Any] = json.loads(field(data, data.rindex(FACTS) + len(FACTS)))
+        seal = str(facts["seal"])
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+        raise AttireError(path, "not an ONNX file that `attire export` wrote, or damaged") from error
+    if files.sha256(data.replace(seal.encode(), NO_SEAL.encode())) != seal:
+        raise damaged(path)
+    return facts
+
+
+def field(data: bytes, at: int) -> bytes:
+    """A protobuf field of bytes: its length as a varint at `at`, then so many bytes."""
+    length = shift = 0
+    while True:
+        byte = data[at]
+        length, shift, at = length | (byte & 0x7F) << shift, shift + 7, at + 1
+        if not byte & 0x80:
+            return data[at : at + length]
+
+
+def onnx_runtime() -> Any:
+    """The module. Left to itself, 1.32 sends usage data to its maker from the moment it is imported: it is asked not
+    to, unless the environment says otherwise. Raises ImportError."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    return onnxruntime
+
+
+def run_onnx(path: Path, facts: dict[str, Any]) -> Run:
+    try:
+        onnxruntime = onnx_runtime()
+    except ImportError as error:
+        raise AttireError(path, "ONNX Runtime is not installed", str(error), "pip install onnxruntime") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads_wanted()
+    options.log_severity_level = 3  # errors; its warnings are about what it optimises
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others want the cores: a server's loop
+    if tensors := bundle_tensors(path, facts):
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in tensors.values()]
+        options.add_external_initializers(list(tensors), values)
+    session = onnxruntime.InferenceSession(read(path), options, providers=["CPUExecutionProvider"])
+    names = ["probabilities", "distances"] if facts.get("reject") else ["probabilities"]
+
+    def run(images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        found = session.run(names, {"images": images})
+        return found[0], found[1] if facts.get("reject") else None
+
+    return run
+
+
+def threads_wanted() -> int:
+    """By OMP_NUM_THREADS, as torch's are, which ONNX Runtime by itself does not heed; 0: one a core."""
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    return int(text) if text.isascii() and text.isdigit() else 0
+
+
+def bundle_tensors(path: Path, facts: dict[str, Any]) -> dict[str, NDArray[Any]]:
+    """The weights of a graph that lies in a bundle, from the bundle; none for a file that holds its own.
+
+    Raises AttireError where the bundle is not the one that the graph was made of.
+    """
+    if not (names := facts.get("weights")):
+        return {}
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    data = read(path.parent / WEIGHTS)
+    if files.sha256(data) != names["sha256"] or files.sha256(read(path.parent / ABOUT)) != facts["bundle"]:
+        raise AttireError(path, f"{WEIGHTS} or {ABOUT} beside it is damaged or another's", do="use a fresh copy")
+    try:
+        tensors = load(data)
+        return {name: tensors[key] for name, key in names["tensors"].items()}
+    except (SafetensorError, KeyError) as error:
+        raise damaged(path) from error
+
+
+# OpenVINO: a folder, since its runtime reads a pair of files; `attire.json` is written last and holds their digests.
+
+
+def read_openvino(path: Path) -> dict[str, Any]:
+    if not (path / METADATA).is_file():
+        raise AttireError(path, "not a folder that `attire export` wrote")
+    facts = files.read_json(path / METADATA)
+    seal = facts.pop("seal", "")
+    if seal != files.sha256(files.canonical_json(facts)):
+        raise damaged(path / METADATA)
+    for name, digest in facts["sha256"].items():
+        part = path / Path(name).name
+        if not part.is_file() or files.sha256_file(part) != digest:
+            raise damaged(part)
+    return facts
+
+
+def run_openvino(path: Path, facts: dict[str, Any]) -> Run:
+    try:
+        import openvino
+    except ImportError as error:
+        raise missing("openvino", error) from error
+    from attire.model.devices import signal_stack_kept
+
+    hint = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}[facts["precision"]]
+    with signal_stack_kept():
+        network = openvino.Core().compile_model(path / "network.xml", "CPU", {"INFERENCE_PRECISION_HINT": hint})
+    return lambda images: (np.array(network(images)[0], np.float32), None)
+
+
+# torch.export: a zip; the seal covers every record but the metadata itself. A seal tells damage, not malice, and
+# torch.export.load goes on to unpickle anything where a record is not of tensors alone, or to run native code that lies
+# in the file (torch 2.14): so that no other records than these are let in, and pickles may hold tensors only.
+
+TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+RECORDS = re.compile(
+    r"archive_format|archive_version|version|byteorder|\.format_version|\.data/\w+|models/\w+\.json"
+    r"|data/(weights/(weight_\d+|\w+_weights_config\.json)|constants/(tensor_\d+|\w+_constants_config\.json))"
+    r"|data/sample_inputs/\w+\.pt|extra/[\w.]+"
+)
+
+
+def records_digest(path: Path) -> str:
+    sha = hashlib.sha256()
+    with zipfile.ZipFile(path) as archive:
+        for name in sorted(archive.namelist()):
+            if not name.endswith(f"extra/{METADATA}"):
+                sha.update(name.partition("/")[2].encode() + b"\0" + hashlib.sha256(archive.read(name)).digest())
+    return sha.hexdigest()
+
+
+def read_torch_export(path: Path) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            name = next(name for name in names if name.endswith(f"extra/{METADATA}"))
+            facts: dict[str, Any] = json.loads(archive.read(name))
+        seal = facts.pop("seal")
+        digest = records_digest(path)
+    except (OSError, zipfile.BadZipFile, StopIteration, ValueError, KeyError) as error:
+        raise AttireError(path, "not a torch.export file that `attire export` wrote, or damaged") from error
+    if seal != files.sha256(files.canonical_json(facts)) or facts["records"] != digest:
+        raise damaged(path)
+    if foreign := [name for name in names if not RECORDS.fullmatch(name.partition("/")[2])]:
+        raise AttireError(path, "holds more than a network", foreign[0], do="nothing in it was executed")
+    return facts
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """torch.load refuses pickles of anything else, whatever its caller asks for."""
+    before = {name: os.environ.pop(name, None) for name in (TENSORS_ONLY, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")}
+    os.environ[TENSORS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[TENSORS_ONLY]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def run_torch_export(path: Path, facts: dict[str, Any]) -> Run:
+    import torch
+
+    with tensors_only():
+        module = torch.export.load(path).module()
+
+    def run(images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], None]:
+        with torch.inference_mode():
+            return np.asarray(module(torch.from_numpy(np.ascontiguousarray(images))).float().numpy()), None
+
+    return run
+
+
+# safetensors: tensors named as torchvision names them, everything else in the header; sealed as ONNX is.
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    data = read(path)
+    try:
+        length = int.from_bytes(data[:8], "little")
+        facts: dict[str, Any] = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["attire"])
+        seal = str(facts["seal"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise AttireError(path, "not a safetensors file that `attire export` wrote, or damaged") from error
+    if files.sha256(data.replace(seal.encode(), NO_SEAL.encode())) != seal:
+        raise damaged(path)
+    return facts
+
+
+def run_safetensors(path: Path, facts: dict[str, Any]) -> Run:
+    """In PyTorch, in fp32 whatever the weights are kept in."""
+    from safetensors.torch import load
+
+    from attire.inference.classifier import Architecture, Classifier, assemble
+
+    about = {**facts["architecture"], "hidden": tuple(facts["architecture"]["hidden"])}
+    classes = tuple(facts["classes"])
+    model = assemble(Architecture(**about), len(classes), load(read(path)), path)
+    classifier = Classifier(model, Architecture(**about), classes, facts["temperature"], {})
+    return lambda images: (classifier.predict_proba(images), None)
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise files.cannot("read", path, error) from error
+
+
+READERS: dict[str, tuple[Callable[[Path], dict[str, Any]], Callable[[Path, dict[str, Any]], Run]]] = {
+    "onnx": (read_onnx, run_onnx),
+    "openvino": (read_openvino, run_openvino),
+    "torch-export": (read_torch_export, run_torch_export),
+    "safetensors": (read_safetensors, run_safetensors),
+}

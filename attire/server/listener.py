@@ -1,0 +1,222 @@
+"""Sockets: the HTTP server under the app, its limits, and how it stops. The only code that knows uvicorn."""
+
+import asyncio
+import ctypes
+import errno
+import logging
+import signal
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http import HTTPStatus
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from attire.errors import AttireError
+from attire.server.guards import HEAD_BYTES
+from attire.server.problems import MEDIA_TYPE, Problem
+
+HEAD_SECONDS = 10.0  # from the first byte of a request to the end of its headers
+LINGER_SECONDS = 5.0  # for the rest of a body that was refused, so that the client gets to read why
+KEEP_ALIVE_SECONDS = 15
+CONNECTIONS = 800  # below the 1,024 open files that most systems allow a process
+DRAIN_SECONDS = 1.0  # after SIGTERM: still answering, not ready, so that balancers and clients look elsewhere
+LAST_SECONDS = 0.5  # after that without new connections: what those that are there ask is answered
+SO_ATTACH_FILTER = 26  # of asm-generic/socket.h
+# struct sock_filter (code, jt, jf, k), four times: load byte 13, TCP's flags; is SYN set? yes: drop; no: let through
+DROP_SYN = (0x30, 0, 0, 13, 0x45, 0, 1, 0x02, 0x06, 0, 0, 0, 0x06, 0, 0, 0xFFFFFFFF)
+GRACE_SECONDS = 60  # for what is being answered; longer than any deadline of the app
+
+
+class Protocol(H11Protocol):
+    """uvicorn's, with a time limit on headers and on refused bodies, a limit on connections, and problem+json."""
+
+    head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > CONNECTIONS:
+            transport.abort()
+            return
+        self.start_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.stop_head_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.watch_head()
+
+    def watch_head(self) -> None:
+        """The time of a head runs from its first byte, however many follow."""
+        waits_for_head = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
+        if not waits_for_head:
+            self.stop_head_timer()
+        elif self.head_timer is None:
+            self.start_head_timer()
+
+    def start_head_timer(self) -> None:
+        self.head_timer = self.loop.call_later(HEAD_SECONDS, self.head_late)
+
+    def stop_head_timer(self) -> None:
+        if self.head_timer is not None:
+            self.head_timer.cancel()
+            self.head_timer = None
+
+    def head_late(self) -> None:
+        self.head_timer = None
+        if self.conn.trailing_data[0]:
+            self.refuse(408, "slow-head", "the headers did not arrive in time")
+        else:
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """Called while h11's exception is being handled, which says whether 431 or 501 fits better."""
+        status = getattr(sys.exc_info()[1], "error_status_hint", 400)
+        self.refuse(status if status in (400, 431, 501) else 400, "http", "not a valid HTTP request")
+
+    def refuse(self, status: int, code: str, detail: str) -> None:
+        body = Problem(status, code, detail).body()
+        headers = [
+            (b"content-type", MEDIA_TYPE.encode()),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        response = h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase.encode())
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        if self.cycle is not None and not self.cycle.response_complete:  # the app was about to answer this very request
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.close()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.watch_head()
+        if self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing():
+            self.loop.call_later(LINGER_SECONDS, self.close_if_lingering, self.cycle)
+
+    def close_if_lingering(self, cycle: object) -> None:
+        if self.cycle is cycle and self.conn.their_state is h11.SEND_BODY:
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which after SIGTERM goes on for a moment as not ready, and does not raise the signal once more.
+
+    leave: called at the first signal; listening: called once connections are accepted.
+    """
+
+    def __init__(self, config: uvicorn.Config, leave: Callable[[], None], listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.leave, self.listening = leave, listening
+        self.signal = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.listening()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.leave()
+        if self.signal == signal.SIGTERM:
+            await asyncio.sleep(DRAIN_SECONDS)
+            for found in sockets or []:
+                take_nobody_new(found)  # who waits to be accepted still is
+            await asyncio.sleep(LAST_SECONDS / 2)
+            for server in self.servers:
+                server.close()
+            await asyncio.sleep(LAST_SECONDS / 2)  # who has just been accepted may be about to ask
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.leave()
+        self.force_exit = self.should_exit and sig == signal.SIGINT  # the second Ctrl-C does not wait
+        self.should_exit = True
+        self.signal = self.signal or sig
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # only there can they be listened to
+            yield
+            return
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
+
+
+def take_nobody_new(found: socket.socket) -> None:
+    """Let the kernel begin no further connection; those it has begun or taken stay, and can be accepted.
+
+    Closing alone resets who was taken between the last accept and the close, and `listen(0)` still takes one. So on
+    Linux a socket filter (bpf(4), socket(7)) drops segments with SYN: who asks again a second later is refused.
+    """
+    found.listen(0)
+    if sys.platform != "linux":
+        return
+    code = ctypes.create_string_buffer(struct.pack("=" + 4 * "HBBI", *DROP_SYN))
+    with suppress(OSError):  # a kernel without it: the one in the queue may be reset
+        found.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 4, ctypes.addressof(code)))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound there, not yet listening. Raises AttireError where that cannot be."""
+    name = f"{host}:{port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise AttireError(name, "no such address", do="give an address of this machine to --host") from error
+    try:
+        if sys.platform != "win32":  # there it would let two servers share a port
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        found.close()
+        if error.errno == errno.EADDRINUSE:
+            raise AttireError(name, "the port is in use", do="give another to --port, or 0 for a free one") from error
+        raise AttireError(name, "cannot listen there", error.strerror or "") from error
+    return found
+
+
+def url_of(found: socket.socket) -> str:
+    host, port = found.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def make_server(app: Any, leave: Callable[[], None], listening: Callable[[], None]) -> Server:
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # not a line for each request that is no HTTP
+    config = uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        h11_max_incomplete_event_size=HEAD_BYTES,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    return Server(config, leave, listening)
+
+
+def serve(app: Any, found: socket.socket, leave: Callable[[], None], listening: Callable[[], None]) -> int:
+    """Answer on this socket until a signal ends it; which signal that was."""
+    server = make_server(app, leave, listening)
+    server.run([found])
+    return server.signal

@@ -1,0 +1,125 @@
+"""What Debian's and Python's package managers can fetch where the public mirrors are out of reach."""
+
+import io
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from attire.errors import one_line
+from attire.storage.files import cache_dir, make_dir
+from attire.storage.http import MirrorError
+
+SECONDS = 900.0  # 64 MB at 70 kB/s
+
+
+@contextmanager
+def apt_package(name: str) -> Iterator[Path]:
+    """The .deb of a Debian package, for the length of the block: `apt-get download`, which needs no root.
+
+    Where the system has no package lists (as in container images), lists of our own are fetched first.
+    """
+    with scratch() as folder:
+        for sub in ("lists/partial", "cache/archives/partial"):
+            (folder / sub).mkdir(parents=True)
+        quick = ["apt-get", "-q", "-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=10"]
+        own = [*quick, "-o", f"Dir::State::Lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache"]
+        try:
+            call([*quick, "download", name], folder)
+        except MirrorError:
+            call([*own, "update"], folder)
+            call([*own, "download", name], folder)
+        yield only(folder, "*.deb")
+
+
+@contextmanager
+def pip_sdist(name: str, version: str, digest: str) -> Iterator[Path]:
+    """A source archive from the index that pip is configured for, for the length of the block.
+
+    pip builds a source archive's metadata, which runs its `setup.py`: the hash is therefore given to pip, which then
+    refuses any other archive before it looks inside.
+    """
+    with scratch() as folder:
+        (folder / "pinned.txt").write_text(f"{name}=={version} --hash=sha256:{digest}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+        command += ["--no-deps", "--no-binary", name, "--require-hashes", "--retries", "1", "--timeout", "10"]
+        call([*command, "--dest", str(folder), "--requirement", "pinned.txt"], folder)
+        yield only(folder, "*.tar.gz")
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder in the cache, since the system's may be small."""
+    with tempfile.TemporaryDirectory(prefix="tmp-", dir=make_dir(cache_dir() / "downloads")) as name:
+        yield Path(name)
+
+
+def only(folder: Path, pattern: str) -> Path:
+    found = list(folder.glob(pattern))
+    if len(found) != 1:
+        raise MirrorError(f"delivered {len(found)} files, expected 1")
+    return found[0]
+
+
+def call(command: list[str], folder: Path) -> bytes:
+    """Run a program in `folder` and return its output; MirrorError, with its own words, where it fails."""
+    if shutil.which(command[0]) is None:
+        raise MirrorError(f"no {Path(command[0]).name} here")
+    environment = os.environ | {"LC_ALL": "C", "PYTHONWARNINGS": "ignore"}
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise MirrorError(f"not done after {SECONDS:g} s") from error
+    except OSError as error:
+        raise MirrorError(f"cannot run {command[0]}: {error.strerror}") from error
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.decode(errors="replace").split("\n") if line.strip()]
+        said = [line for line in lines if line.startswith(("ERROR", "E:"))] or lines or ["it failed"]
+        raise MirrorError(one_line(said[-1])[:120])
+    return done.stdout
+
+
+def deb_files(path: Path, limits: Mapping[str, int]) -> dict[str, bytes]:
+    """The named files inside a .deb, each with the most bytes it may have; see deb(5).
+
+    Raises MirrorError where the archive is damaged or lacks one.
+    """
+    found = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data_tar(path))) as archive:
+            for name, limit in limits.items():
+                member = archive.getmember(f"./{name}")
+                content = archive.extractfile(member)
+                if content is None or member.size > limit:
+                    raise MirrorError(f"its {name} is no file of at most {limit} bytes")
+                found[name] = content.read()
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, KeyError, ValueError, OSError) as error:
+        raise MirrorError("not the expected package, or damaged") from error
+    return found
+
+
+def data_tar(path: Path) -> bytes:
+    """The archive of a .deb's files, itself the `data.tar.*` member of an `ar` archive."""
+    with path.open("rb") as file:
+        if file.read(8) != b"!<arch>\n":
+            raise ValueError("not an ar archive")
+        while len(header := file.read(60)) == 60:  # name 16, time 12, owner 6, group 6, mode 8, size 10, end 2
+            length = int(header[48:58])
+            if header.startswith(b"data.tar.zst"):  # Ubuntu's; Python reads zstd from 3.14 on
+                return call(["dpkg-deb", "--fsys-tarfile", str(path)], path.parent)
+            if header.startswith(b"data.tar"):
+                data = file.read(length)
+                if len(data) < length:
+                    raise ValueError("cut off")
+                return data
+            file.seek(length + length % 2, os.SEEK_CUR)
+    raise ValueError("no data.tar")

@@ -1,0 +1,100 @@
+"""The bench: what it measures, its ratios, its table, picture and refusals. No test looks at a time."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from attire.analysis import bench
+from attire.analysis.bench import Bench, Measured, time_calls, write_bench
+from attire.data.dataset import ImageDataset
+from attire.data.loading import write_csv
+from attire.evaluation.intervals import wilson
+from tests.command import attire
+
+
+def measured(name: str, *speeds: float) -> Measured:
+    return Measured(name, "bundle", "fp32", 10**7, 100, 2.0, 3.5, 32, speeds, 2**28, 2**29, wilson(9, 10))
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    found = Bench((measured("a", 100, 50, 200), measured("b", 150, 100, 200)), {})
+    assert found.ratio(found.candidates[1]) == (1.5, 1.0, 2.0)
+    assert found.ratio(found.candidates[0]) == (1, 1, 1)
+    assert found.candidates[1].speed == 150
+
+
+def test_the_files(tmp_path: Path) -> None:
+    picture = write_bench(Bench((measured("a", 1, 2, 3), measured("b", 2, 4, 6)), {"cores": 2}), tmp_path)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    told = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["ratio"][0] for row in told["candidates"]] == [1, 2]
+    assert told["environment"] == {"cores": 2}
+
+
+def test_few_images_make_any_batch(synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Model:
+        def predict_proba(self, images: np.ndarray) -> np.ndarray:
+            asked.append(len(images))
+            return np.zeros((len(images), 10))
+
+    monkeypatch.setattr(bench, "_opened", Model())
+    monkeypatch.setattr(bench, "SECONDS", 0)
+    for batch in (1, 32, 60, 256):
+        assert len(time_calls(synthetic.images, batch)) == 3
+    assert asked == [1] * 3 + [32] * 3 + [60] * 3 + [256] * 3
+
+
+def test_the_command_measures_a_bundle_and_an_export(
+    bundle: Path, synthetic: ImageDataset, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "BATCHES", (1, 8))
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    write_csv(synthetic, "test.csv")
+    from attire.export.export import export
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        export(bundle, "torch-export", out=Path("m.pt2"), data=synthetic)
+    done = attire("bench", bundle, "m.pt2", "--data", "test.csv", "--images", 40, "--json")
+    assert done.status == 0, done
+    told = json.loads(done.out)
+    one, two = told["candidates"]
+    assert (one["kind"], two["kind"]) == ("bundle", "torch-export")
+    assert one["accuracy"] == two["accuracy"]
+    assert one["accuracy"]["n"] == 40
+    assert two["size"] == Path("m.pt2").stat().st_size
+    assert min(one["memory"], two["memory"]) > 2**26
+    assert one["ratio"] == [1, 1, 1]
+    assert 0 < one["p50"] <= one["p99"]
+    assert Path(told["picture"]).exists()
+
+
+def test_what_is_no_model_is_one_line(here: Path, small_csv: Path) -> None:
+    assert attire("bench", "nothing", "--data", small_csv).status == 1
+    assert "nothing" in attire("bench", "nothing", "--data", small_csv).error
+    assert not Path("bench").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system counts otherwise")
+def test_the_peak_is_the_process_s_own_and_not_that_of_who_started_it() -> None:
+    ballast = np.ones(2**26)  # 512 MiB
+    run = "from attire.analysis.bench import peak_memory; a = peak_memory(); b = b'1' * 2**27; print(a, peak_memory())"
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert ballast.nbytes == 2**29 <= bench.peak_memory()
+    assert before > 2**24
+    assert before + 2**26 < after < before + 2**28
+
+
+def test_a_bundle_s_size_leaves_out_the_training_images(tmp_path: Path) -> None:
+    for name, size in (("model.safetensors", 70), ("model.json", 7), ("neighbours.safetensors", 1000)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert bench.size_of(tmp_path) == 77
+    assert bench.size_of(tmp_path / "model.json") == 7

@@ -1,0 +1,167 @@
+"""The shared feature cache: pulled instead of computed, pushed once, never trusted unseen, never in the way."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from attire.data.dataset import ImageDataset
+from attire.errors import AttireWarning, UsageError
+from attire.features import cache, remote_cache
+from attire.storage import files
+from attire.storage.stores import Place, StoreError, place
+from tests.features.test_cache import SPEC, CountingTrunk, rows_of, run, small_shards  # noqa: F401  (a fixture)
+
+
+@pytest.fixture(params=["folder", "s3"])
+def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    root = str(tmp_path / "shared") if request.param == "folder" else request.getfixturevalue("bucket")
+    monkeypatch.setenv(remote_cache.VARIABLE, f"{root}/features/")
+    return place(f"{root}/features")
+
+
+@pytest.fixture
+def entry(remote: Place, synthetic: ImageDataset) -> Place:
+    """What the first machine shared; the local cache is empty again."""
+    run(synthetic, CountingTrunk())
+    forget()
+    return place(f"{remote.url}/{SPEC.key(synthetic.image_digest)}")
+
+
+def forget() -> None:
+    shutil.rmtree(cache.cache_folder())
+
+
+def test_what_one_machine_made_another_pulls(entry: Place, synthetic: ImageDataset) -> None:
+    assert sorted(name[:11] for name in entry.sizes()) == ["MANIFEST.js", *(f"shard-{i:05d}" for i in range(4))]
+    trunk, told = CountingTrunk(), list[tuple[int, int]]()
+    found = cache.extract(
+        synthetic.images, synthetic.image_digest, SPEC, lambda: trunk, lambda done, total: told.append((done, total))
+    )
+    assert trunk.calls == 0
+    assert told[:4] == [(16, 60), (32, 60), (48, 60), (60, 60)]
+    assert np.array_equal(rows_of(found), cache.compute(synthetic.images, SPEC, CountingTrunk()))
+    assert sorted(path.name for path in found.folder.iterdir()) == [
+        "MANIFEST.json",
+        *(f"shard-{i:05d}.npy" for i in range(4)),
+    ]
+
+
+def test_a_finished_entry_is_never_written_again(entry: Place, synthetic: ImageDataset) -> None:
+    entry.write("MANIFEST.json", entry.read("MANIFEST.json").replace(b'"schema": 1', b'"schema": 1, "first": true'))
+    run(synthetic, CountingTrunk())
+    run(synthetic, CountingTrunk())
+    assert b'"first": true' in entry.read("MANIFEST.json")
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut off", "gone"])
+def test_a_damaged_shard_is_computed_here(harm: str, entry: Place, synthetic: ImageDataset) -> None:
+    name = next(name for name in sorted(entry.sizes()) if name.startswith("shard-00002"))
+    data = entry.read(name)
+    if harm == "gone":
+        entry.remove(name)
+    else:
+        entry.write(name, data[:-1] if harm == "cut off" else data[:500] + bytes([data[500] ^ 1]) + data[501:])
+    trunk = CountingTrunk()
+    line = rf"^{remote_cache.VARIABLE}: .*{name}: damaged or missing; features are computed here$"
+    with pytest.warns(AttireWarning, match=line) as told:
+        found = run(synthetic, trunk)
+    assert (trunk.calls, len(told)) == (1, 1)
+    assert np.array_equal(rows_of(found), cache.compute(synthetic.images, SPEC, CountingTrunk()))
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b'{"shards": []}', b'{"shards": 1}'])
+def test_a_damaged_manifest_is_as_good_as_none(text: bytes, entry: Place, synthetic: ImageDataset) -> None:
+    entry.write("MANIFEST.json", text)
+    trunk = CountingTrunk()
+    with pytest.warns(AttireWarning, match="damaged, or not of these features; delete it there; features are computed"):
+        run(synthetic, trunk)
+    assert trunk.calls == 4
+
+
+def test_features_of_other_images_are_not_taken(entry: Place, synthetic: ImageDataset) -> None:
+    """Whatever lies under the key: the manifest must say of itself what the key is made of."""
+    lied = entry.read("MANIFEST.json").replace(synthetic.image_digest.encode(), b"0" * 64)
+    entry.write("MANIFEST.json", lied)
+    with pytest.warns(AttireWarning, match="not of these features"):
+        run(synthetic, CountingTrunk())
+
+
+def test_a_push_that_was_stopped_is_finished_later(
+    remote: Place, synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, written = Place.write, list[str]()
+
+    def write(self: Place, name: str, data: bytes) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(name)
+        real(self, name, data)
+
+    monkeypatch.setattr(remote_cache, "THREADS", 1)
+    monkeypatch.setattr(Place, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        run(synthetic, CountingTrunk())
+    monkeypatch.setattr(Place, "write", real)
+    at = place(f"{remote.url}/{SPEC.key(synthetic.image_digest)}")
+    assert "MANIFEST.json" not in at.sizes()
+    trunk = CountingTrunk()
+    run(synthetic, trunk)
+    assert trunk.calls == 0
+    assert len(at.sizes()) == 5
+
+
+def test_two_machines_that_made_it_differently_do_not_mix(entry: Place, synthetic: ImageDataset) -> None:
+    """Another kernel rounds otherwise: its shards have other digests, and so other names."""
+    there = entry.sizes()
+    entry.remove("MANIFEST.json")
+    run(synthetic, Doubled())
+    assert len(entry.sizes()) == len(there) + 4
+    forget()
+    found = run(synthetic, CountingTrunk(fail_at=1))
+    assert np.array_equal(rows_of(found), cache.compute(synthetic.images, SPEC, Doubled()))
+
+
+class Doubled(CountingTrunk):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
+def test_without_the_store_work_goes_on(synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv(remote_cache.VARIABLE, "s3://bucket/features")
+    with pytest.warns(AttireWarning, match="the store did not serve it .*; features are computed here"):
+        run(synthetic, CountingTrunk())
+    run(synthetic.subset(range(20)), CountingTrunk())  # it is not asked again: here a warning would be an error
+
+
+def test_who_may_not_write_goes_on_reading(
+    entry: Place, synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Place, name: str, data: bytes) -> None:
+        raise StoreError(self.name(name), "the store did not serve it", "ACCESS_DENIED")
+
+    monkeypatch.setattr(Place, "write", refused)
+    with pytest.warns(AttireWarning, match="ACCESS_DENIED.*; new features are not shared"):
+        run(synthetic.subset(range(20)), CountingTrunk())
+    run(synthetic.subset(range(30)), CountingTrunk())  # told once
+    trunk = CountingTrunk()
+    run(synthetic, trunk)
+    assert trunk.calls == 0
+
+
+def test_a_name_that_cannot_be_meant_is_an_error(synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(remote_cache.VARIABLE, "ftp://host/x")
+    with pytest.raises(UsageError, match="ftp:// is not known"):
+        run(synthetic, CountingTrunk())
+
+
+def test_nothing_is_shared_unless_it_is_asked_for(synthetic: ImageDataset, tmp_path: Path) -> None:
+    run(synthetic, CountingTrunk())
+    assert remote_cache.shared_place("key", set()) is None
+    assert files.cache_dir().parent == tmp_path
+    assert not (tmp_path / "shared").exists()

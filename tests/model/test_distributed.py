@@ -1,0 +1,343 @@
+"""Several processes train what one does: each row once, one answer, one checkpoint, and none that waits for ever."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from attire.errors import AttireError, UsageError
+from attire.evaluation.run_result import load_result
+from attire.model import distributed
+from attire.training import checkpoints
+from tests import ranked
+from tests.command import TINY
+from tests.ranked import CASES, TRAIN, VAL, Ended, Trained
+
+STEPS = 5  # of an epoch of most cases
+LOST = "another process of this training ended, or does not answer"
+
+
+# Which rows are whose.
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_are_neighbours_that_together_are_every_row_once(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "count", lambda: count)
+    for rows in (0, 1, 2, 3, 11, 16, 100):
+        found = []
+        for rank in range(count):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            found.append(range(rows)[distributed.share_of(rows)])
+        assert [row for part in found for row in part] == list(range(rows))
+        assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(("rows", "start", "size"), [(75, 0, 16), (75, 48, 16), (75, 75, 16), (7, 0, 1), (8, 0, 3)])
+def test_of_each_step_every_row_is_learnt_from_once(
+    rows: int, start: int, size: int, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "count", lambda: 3)
+    learnt: list[list[int]] = []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        plan = distributed.shares(rows, start, size, whole)
+        read = [range(rows)[share.read] for share in plan]
+        assert all(read), "a process that reads nothing knows of no shape"
+        assert max([1, *map(len, read)]) == distributed.most_read(plan)
+        assert [share.rows for share in plan] == [min(size, rows - first) for first in range(start, rows, size)]
+        learnt += [list(part[share.own]) for part, share in zip(read, plan, strict=True)]
+    assert Counter(row for part in learnt for row in part) == Counter(range(start, rows))
+
+
+def test_alone_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")  # of somebody else, who has not said how many there are
+    with distributed.joined():
+        assert (distributed.count(), distributed.rank(), distributed.leads(), distributed.command()) == (1, 0, True, "")
+    value = torch.rand(3, 2)
+    assert distributed.gathered(value, 3) is value
+    assert distributed.stacked(value) is value
+    assert distributed.any_of(True, False) == [True, False]
+    assert distributed.shared(lambda: (1, "a")) == (1, "a")
+    assert distributed.after_first(lambda: value) is value
+    distributed.agree(b"", "anything", "")
+    with pytest.raises(UsageError, match="--out: wrong"):
+        distributed.shared(lambda: (_ for _ in ()).throw(UsageError("--out", "wrong")))
+
+
+def test_each_process_has_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = set()
+    for rank in range(4):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        found |= {distributed.own_seed(0), distributed.own_seed(1)}
+        torch.manual_seed(distributed.own_seed(0))
+    assert len(found) == 8
+
+
+# Two processes, and three, that each train all cases.
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["two", "three"])
+def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """The folder of all cases, trained by so many processes."""
+    folder = tmp_path_factory.mktemp("together")
+    done = ranked.start(request.param, folder, ",".join(CASES))
+    assert [process.status for process in done] == [0] * request.param, done
+    return folder, request.param
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    folder, threads = tmp_path_factory.mktemp("alone"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = {name: ranked.train(folder / name, recipe) for name, recipe in CASES.items()}
+    torch.set_num_threads(threads)
+    return found
+
+
+def each(together: tuple[Path, int], case: str) -> list[Trained]:
+    return [ranked.load(together[0] / case / f"rank-{rank}.npz") for rank in range(together[1])]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_after_each_epoch_all_have_the_same_bits(together: tuple[Path, int], case: str) -> None:
+    first, *others = each(together, case)
+    assert len(set(first.digests)) == CASES[case].epochs
+    for other in others:
+        assert other.digests == first.digests
+        assert all(np.array_equal(other.weights[name], value) for name, value in first.weights.items())
+        assert [replace(epoch, seconds=0) for epoch in other.history] == [
+            replace(epoch, seconds=0) for epoch in first.history
+        ]
+
+
+@pytest.mark.parametrize("case", sorted(set(CASES) - {"dropout", "bf16"}))
+def test_all_together_find_what_one_does(together: tuple[Path, int], alone: dict[str, Trained], case: str) -> None:
+    """Dropout is drawn by each process for its own rows, and bf16 rounds the sum of each one's rows: not those two."""
+    found, expected = each(together, case)[0].history, alone[case].history
+    assert len(found) == len(expected) == CASES[case].epochs
+    for epoch, other in zip(found, expected, strict=True):
+        assert epoch.train_loss == pytest.approx(other.train_loss, rel=1e-5)
+        assert epoch.val_loss == pytest.approx(other.val_loss, rel=1e-4)
+        assert epoch.val_accuracy == other.val_accuracy
+
+
+def test_batch_statistics_are_of_the_whole_batch(together: tuple[Path, int], alone: dict[str, Trained]) -> None:
+    found, expected = each(together, "conv")[0].weights, alone["conv"].weights
+    names = [name for name in expected if "running" in name or "tracked" in name]
+    assert len(names) == 9
+    for name in names:
+        assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_no_row_is_read_twice_and_each_is_validated_once(together: tuple[Path, int]) -> None:
+    """But the 64 that are compared before the first step, and the views are the same for all."""
+    seen = Counter(row for process in each(together, "plain") for row in process.seen)
+    epochs, sample = CASES["plain"].epochs, set(TRAIN[:64].tolist())
+    assert all(seen[row] == epochs + together[1] * (row in sample) for row in TRAIN.tolist())
+    assert all(seen[row] == epochs for row in VAL.tolist())
+
+
+def test_each_process_drops_other_values(together: tuple[Path, int]) -> None:
+    path = checkpoints.checkpoints(together[0] / "dropout" / "checkpoints")[0]
+    state, tensors = checkpoints.read_checkpoint(path)
+    assert state.ranks == together[1] == len(tensors["random.cpu"])
+    assert len({row.numpy().tobytes() for row in tensors["random.cpu"]}) == together[1]
+
+
+def test_the_first_process_alone_writes(together: tuple[Path, int]) -> None:
+    folder = together[0] / "plain"
+    lines = (folder / "history.csv").read_text().splitlines()
+    assert [row["epoch"] for row in csv.DictReader(lines)] == ["1", "2"]
+    assert len(checkpoints.checkpoints(folder / "checkpoints")) == 2
+
+
+# What goes wrong in one of them.
+
+
+def same(found: Trained, expected: Trained) -> bool:
+    return all(np.array_equal(found.weights[name], value) for name, value in expected.weights.items())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    ranked.start(2, folder, "dropout")
+    return ranked.load(folder / "dropout" / "rank-0.npz")
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_of_a_killed_process_the_other_says_so_and_the_run_goes_on_bit_for_bit(
+    who: int, undisturbed: Trained, tmp_path: Path
+) -> None:
+    """In the middle of the second epoch; that nobody waits for ever is what `ranked.start` looks after."""
+    done = ranked.start(2, tmp_path, "dropout", f"SIGKILL {who} {STEPS + 2}")
+    assert (done[who].status, done[1 - who].status) == (-9, 1)
+    line = next(line for line in done[1 - who].err.splitlines() if LOST in line)
+    assert line.startswith(f"process {1 - who} of 2: {LOST} (")
+    assert line.endswith("what ended first says why; then go on with --resume and as many processes")
+    assert [path.name for path in checkpoints.checkpoints(tmp_path / "dropout/checkpoints")] == [
+        "epoch-001-step-000000.ckpt"
+    ]
+    assert [process.status for process in ranked.start(2, tmp_path, "dropout")] == [0, 0]
+    assert all(same(ranked.load(tmp_path / f"dropout/rank-{rank}.npz"), undisturbed) for rank in (0, 1))
+
+
+@pytest.mark.parametrize("disturbance", [f"SIGTERM 1 {STEPS + 2}", "SIGINT 0 3"])
+def test_who_is_told_to_stop_stops_all_at_the_same_step(disturbance: str, undisturbed: Trained, tmp_path: Path) -> None:
+    epoch, step = divmod(int(disturbance.split()[-1]), STEPS)
+    done = ranked.start(2, tmp_path, "dropout", disturbance)
+    line = f"{tmp_path / 'dropout'}: stopped in epoch {epoch + 1} after step {step} of {STEPS}"
+    assert [(process.status, process.err.splitlines()[-1]) for process in done] == [(130, line)] * 2
+    newest = checkpoints.checkpoints(tmp_path / "dropout/checkpoints")[0]
+    assert newest.name == f"epoch-{epoch:03d}-step-{step:06d}.ckpt"
+    assert [process.status for process in ranked.start(2, tmp_path, "dropout")] == [0, 0]
+    assert same(ranked.load(tmp_path / "dropout/rank-1.npz"), undisturbed)
+
+
+def test_weights_that_differ_after_an_epoch_are_an_error_in_all(tmp_path: Path) -> None:
+    done = ranked.start(2, tmp_path, "plain", "change 1 7")
+    said = "training: the weights after epoch 2 differ between processes (0 and 1 of 2); one of them computes otherwise"
+    assert [(process.status, said in process.err) for process in done] == [(1, True)] * 2
+    names = [path.name for path in checkpoints.checkpoints(tmp_path / "plain/checkpoints")]
+    assert names == ["epoch-001-step-000000.ckpt"], "what differs is not kept"
+
+
+def test_other_rows_in_one_of_them_are_an_error_before_the_first_step(tmp_path: Path) -> None:
+    done = ranked.start(2, tmp_path, "plain", "rows 1 0")
+    said = "training: features, rows, recipe or checkpoint differ between processes (0 and 1 of 2); give them one cache"
+    assert [(process.status, said in process.err) for process in done] == [(1, True)] * 2
+
+
+def test_an_error_of_the_first_is_everybody_s(tmp_path: Path) -> None:
+    done = ranked.start(2, tmp_path, "plain", "error 0 0")
+    assert [(process.status, process.err.splitlines()[-1]) for process in done] == [
+        (2, "--out: full (here); choose another")
+    ] * 2
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(together: tuple[Path, int], tmp_path: Path) -> None:
+    folder, count = together
+    with pytest.raises(AttireError) as caught:
+        ranked.train(folder / "plain", CASES["plain"])
+    do = f"resume with as many: torchrun --nproc-per-node {count} -m attire train --resume RUN"
+    assert str(caught.value).endswith(f".ckpt: a checkpoint of {count} processes, found 1; {do}")
+    ranked.train(tmp_path / "plain", replace(CASES["plain"], epochs=1))
+    done = ranked.start(2, tmp_path, "plain")
+    line = "a checkpoint of 1 processes, found 2; resume without torchrun: attire train --resume RUN\n"
+    assert [(process.status, process.err.endswith(line)) for process in done] == [(1, True)] * 2
+
+
+# All of `attire train`, by torchrun.
+
+# `attire` with other weights, whose process RANK is killed in its training step `last`; 0: none.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from attire import fetch, training
+weights, last = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
+fetch.vgg16_weights = lambda source=None, progress=None: weights
+step, steps = training.train_step, []
+def stepping(*given):
+    steps.append(None)
+    if len(steps) == last and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*given)
+training.train_step = stepping
+from attire.cli import main
+main()
+"""
+FLAGS = [*TINY, "--dropout", "0"]
+
+
+def torchrun(*arguments: object, count: int = 2) -> Ended:
+    """`torchrun --nproc-per-node 2 ...`, each process on one core."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count, "--master-port"]
+    given = [str(value) for value in (*command, ranked.free_port(), *arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return ranked.ended([subprocess.Popen(given, env=environment, text=True, **pipes)])[0]  # type: ignore[call-overload]
+
+
+def own(done: Ended) -> list[str]:
+    """The lines of Attire's errors, without what torchrun says of the same."""
+    return [line for line in done.err.splitlines() if line.startswith("error: ")]
+
+
+@pytest.fixture
+def script(here: Path) -> Path:
+    (here / "killed.py").write_text(KILLED)
+    return here / "killed.py"
+
+
+def test_attire_train_by_torchrun_is_the_run_of_one_process(
+    script: Path, here: Path, small_csv: Path, weights: Path
+) -> None:
+    done = torchrun(script, weights, 0, "train", "--data", small_csv, *FLAGS, "--out", "two", "--json")
+    assert done.status == 0, done
+    assert json.loads(done.out)["run"] == "two", "one line, of the first process"
+    one = torchrun(script, weights, 0, "train", "--data", small_csv, *FLAGS, "--out", "one", count=1)
+    assert one.status == 0, one
+    found, expected = load_result(here / "two"), load_result(here / "one")
+    for epoch, other in zip(found.history, expected.history, strict=True):
+        assert epoch["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+    assert found.test.n == expected.test.n == 12
+    assert found.predictions.probabilities == pytest.approx(expected.predictions.probabilities, abs=1e-4)
+    assert (found.environment["processes"], expected.environment.get("processes")) == (2, None)
+    written = [{path.relative_to(run) for path in run.rglob("*")} for run in (here / "two", here / "one")]
+    assert written[0] == written[1]
+
+    killed = torchrun(script, weights, 5, "train", "--data", small_csv, *FLAGS, "--out", "cut")
+    assert killed.status == 1
+    assert LOST in own(killed)[0]
+    again = torchrun(script, weights, 0, "train", "--resume", "cut", "--json")
+    assert again.status == 0, again
+    network = "model/model.safetensors"
+    assert (here / "cut" / network).read_bytes() == (here / "two" / network).read_bytes()
+
+
+def test_seeds_and_folds_by_torchrun(script: Path, here: Path, small_csv: Path, weights: Path) -> None:
+    for many, name in (("--seeds", "seeds.json"), ("--folds", "evaluation/metrics.json")):
+        done = torchrun(
+            script, weights, 0, "train", "--data", small_csv, *FLAGS, many, "2", "--out", many[2:], "--json"
+        )
+        assert done.status == 0, done
+        assert json.loads(done.out)["run"] == many[2:]
+        assert (here / many[2:] / name).exists()
+
+
+def test_an_error_under_torchrun_is_one_line_a_process(here: Path) -> None:
+    done = torchrun("-m", "attire", "train", "--data", "none.csv")
+    assert done.status == 1
+    assert own(done) == ["error: none.csv: no such file"] * 2
+    assert not list(here.iterdir())
+
+
+def test_python_m_attire_is_attire() -> None:
+    done = subprocess.run([sys.executable, "-m", "attire", "--version"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("attire, version ")
+
+
+def test_other_commands_ask_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Within torchrun's environment, of which nobody else is there."""
+    environment = ranked.environment(1, 2, ranked.free_port())
+    command = [sys.executable, "-m", "attire", "evaluate", str(tmp_path / "none")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path}/none: ")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.real
+def test_two_processes_train_on_two_devices(here: Path, small_csv: Path) -> None:
+    done = torchrun("-m", "attire", "train", "--data", small_csv, *FLAGS, "--device", "cuda", "--out", "two")
+    assert done.status == 0, done
+    assert load_result(here / "two").environment["processes"] == 2
