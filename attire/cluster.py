@@ -29,14 +29,14 @@ from numpy.typing import NDArray
 from attire import progress
 from attire.errors import AttireError, Stopped, UsageError
 from attire.evaluation import run_result
-from attire.features.cache import FeatureSpec, Ledger, Progress, Trunk, batch_rows, compute, extract_shard
+from attire.features.cache import FeatureSpec, Ledger, ProgressCallback, Trunk, batch_rows, compute, extract_shard
 from attire.inference import predict
 from attire.inference.bundle_files import ABOUT, find_bundle, is_bundle
 from attire.inference.classifier import Classifier, load_bundle
-from attire.inference.inputs import Asked
+from attire.inference.inputs import PictureInput
 from attire.inference.prediction import Prediction
 from attire.model import devices
-from attire.progress import Watcher
+from attire.progress import Progress
 from attire.server.app import Seen, create_app
 from attire.storage import files, memory
 from attire.training import run
@@ -183,7 +183,7 @@ class Cluster:
         load_trunk: Callable[[], Trunk],
         folder: Path,
         total: int,
-        report: Progress,
+        report: ProgressCallback,
     ) -> Ledger:
         """A `features.Maker`: a task for each shard, which commits it; few of them under way at a time."""
         if not spec.backend.startswith("torch"):
@@ -214,7 +214,7 @@ class Cluster:
 
     # Training.
 
-    def resume(self, folder: Path, watcher: Watcher) -> None:
+    def resume(self, folder: Path, watcher: Progress) -> None:
         """Carry out the run in `folder` by `runs.resume` in each of the workers, which train it together."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -245,7 +245,7 @@ class Cluster:
     # Answers.
 
     def answer(
-        self, model: Path | None, device: str, asked: Iterable[Asked | AttireError]
+        self, model: Path | None, device: str, asked: Iterable[PictureInput | AttireError]
     ) -> Iterator[list[predict.Answer]]:
         """As `answers.answer`, each batch by a task, in the order of what is asked, few of them under way at a time."""
         about = model_file(model)
@@ -259,7 +259,7 @@ class Cluster:
         while waiting:
             yield self.answered(*waiting.popleft())
 
-    def answered(self, batch: list[Asked | AttireError], reference: Any) -> list[predict.Answer]:
+    def answered(self, batch: list[PictureInput | AttireError], reference: Any) -> list[predict.Answer]:
         return predict.in_places(batch, self.result(reference) if reference is not None else [])
 
     # Serving.
@@ -447,7 +447,7 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def following(folder: Path, watcher: Watcher) -> Iterator[None]:
+def following(folder: Path, watcher: Progress) -> Iterator[None]:
     """Tells of the epochs that others add to the run's history."""
     path, over = folder / "history.csv", threading.Event()
     before = len(run_result.read_history(path)) if path.exists() else 0

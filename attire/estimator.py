@@ -29,10 +29,10 @@ from attire.inference.classifier import Architecture, Classifier, assemble
 from attire.inference.ensemble import behind, below
 from attire.model import devices
 from attire.model.heads import fold_standardisation
-from attire.progress import Watcher
+from attire.progress import Progress
 from attire.recipes import Recipe
 from attire.terminal import Terminal
-from attire.training.experiment import Stage
+from attire.training.experiment import Experiment
 
 PIXELS = 28 * 28
 CALIBRATED = 200  # rows below which none are cut for validation: a temperature fitted on fewer than 20 says nothing
@@ -104,7 +104,7 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         try:
             told = ArrayData(held=ImageDataset(images, labels.astype(np.int64), names_of(classes), "X"))
             device = devices.choose_device(self.device)
-            self._train(ArrayStage(self._recipe(labels), told, device, terminal, self.cache))
+            self._train(ArrayExperiment(self._recipe(labels), told, device, terminal, self.cache))
         except UsageError as error:
             raise InputError("VGGClassifier", str(error)) from error
         except Stopped as stop:
@@ -114,7 +114,7 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         self.classes_ = classes
         return self
 
-    def _train(self, stage: "ArrayStage") -> None:
+    def _train(self, stage: "ArrayExperiment") -> None:
         source, _ = stage.cached()
         with tempfile.TemporaryDirectory(prefix="attire-") as folder:
             head, self.history_ = stage.fit(source, Path(folder))
@@ -211,11 +211,11 @@ class ArrayData(DataChoice):
         return Splits(self.held, np.arange(len(self.held)), self.held, np.empty(0, np.int64), 0, {"test": "none"})
 
 
-class ArrayStage(Stage):
+class ArrayExperiment(Experiment):
     """A Stage whose features are found image by image."""
 
     def __init__(
-        self, recipe: Recipe, source: DataChoice, device: torch.device, watcher: Watcher, cache: bool = True
+        self, recipe: Recipe, source: DataChoice, device: torch.device, watcher: Progress, cache: bool = True
     ) -> None:
         super().__init__(recipe, source, device, watcher)
         self.find = row_lookup.collect if cache else row_lookup.compute

@@ -19,7 +19,7 @@ class Epoch:
     seconds: float
 
 
-class Watcher(Protocol):
+class Progress(Protocol):
     """Who is told how a run goes: the terminal's bars, or nobody."""
 
     def note(self, name: str, text: str) -> None:
@@ -38,14 +38,14 @@ class Watcher(Protocol):
         """Nothing further is shown."""
 
 
-def in_parts(images: NDArray[np.uint8], size: int, stage: str, watcher: Watcher) -> Iterator[NDArray[np.uint8]]:
+def in_parts(images: NDArray[np.uint8], size: int, stage: str, watcher: Progress) -> Iterator[NDArray[np.uint8]]:
     """Images (n, ...), so many at a time; the watcher is told of each part once the next one is asked for."""
     for start in range(0, len(images), size):
         yield images[start : start + size]
         watcher.advance(stage, min(start + size, len(images)), len(images))
 
 
-class Silent:
+class NoProgress:
     """Nobody watches."""
 
     def note(self, name: str, text: str) -> None: ...

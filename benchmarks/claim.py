@@ -39,11 +39,11 @@ from attire.data.loading import DataChoice, load_dataset
 from attire.evaluation.metrics import one_vs_rest
 from attire.features.sources import CachedSource
 from attire.model import devices, heads
-from attire.progress import Silent
+from attire.progress import NoProgress
 from attire.recipes import Recipe, from_json, named
 from attire.storage import files, memory
 from attire.training import augment, checkpoints, loop
-from attire.training.experiment import Stage
+from attire.training.experiment import Experiment
 
 OUT = Path(__file__).parent.parent / "docs" / "claim.json"
 HELD_OUT = 12_000  # a fifth of the training file, as the claim's own protocol holds out
@@ -75,7 +75,7 @@ class Bench:
     """The official data with the recipe's cached features; validation rows are cut off as in every run."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.stage = Stage(recipe, DataChoice(), devices.choose_device("cpu"), Silent())
+        self.stage = Experiment(recipe, DataChoice(), devices.choose_device("cpu"), NoProgress())
         self.recipe = replace(recipe, precision=self.stage.train_precision)
         memory.keep_freed()
         trained, tested = self.stage.cached()

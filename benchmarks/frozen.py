@@ -26,7 +26,7 @@ from attire.data.loading import load_dataset
 from attire.evaluation.intervals import wilson
 from attire.features import cache
 from attire.model import devices, vgg
-from attire.progress import Silent
+from attire.progress import NoProgress
 from attire.recipes import FAST
 from attire.storage import files
 from attire.training import loop
@@ -44,7 +44,7 @@ class Frozen:
         data, self.fit = sweep.draw(load_dataset(), ROWS, VAL)
         self.labels = torch.from_numpy(data.labels)
         taps = TAPS[size]
-        bench = sweep.Bench(data, self.fit, [name for name, _ in taps], devices.choose_device("cpu"), Silent())
+        bench = sweep.Bench(data, self.fit, [name for name, _ in taps], devices.choose_device("cpu"), NoProgress())
         spec = sweep.TapSpec(
             "+".join(bench.boundaries), size, 0, bench.weights, bench.precision, backend=bench.backend, taps=taps
         )
@@ -138,7 +138,7 @@ class Table:
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
-    def batches(self, order: dataset.Rows, batch_size: int, views: dataset.Views | None) -> Iterator[Tensor]:
+    def batches(self, order: dataset.RowIndices, batch_size: int, views: dataset.Views | None) -> Iterator[Tensor]:
         for start in range(0, len(order), batch_size):
             yield self.x[torch.from_numpy(order[start : start + batch_size])]
 

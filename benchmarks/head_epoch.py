@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from attire.features import cache as feature_cache
-from attire.features.sources import CachedSource, measure
+from attire.features.sources import CachedSource, fit_standardiser
 from attire.model import devices, vgg
 from attire.recipes import RECIPES, Recipe
 from attire.storage import files, memory
@@ -79,7 +79,7 @@ def compare(recipe: Recipe, rows: int, width: int, timed: int, cache: Path) -> N
     labels = np.random.default_rng(1).integers(0, 10, rows)
     chosen = np.sort(np.random.default_rng(2).permutation(rows)[:timed])
     if recipe.standardise:
-        source.standardise = measure(
+        source.standardise = fit_standardiser(
             torch.from_numpy(source.views[0].gather(part)) for part in np.array_split(chosen, 30)
         )
     pairs = []

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attire.errors import AttireError
 from attire.model import devices
-from attire.progress import Silent, Watcher
+from attire.progress import NoProgress, Progress
 from attire.storage import files
 from attire.terminal import Terminal
 
@@ -65,7 +65,7 @@ class Machine:
         return {"schema": 1, "limits": {x.name: x.to_json() for x in self.limits}, "environment": self.environment}
 
 
-def measure(device: str = "cpu", *, threads: int = 0, quick: bool = False, watcher: Watcher | None = None) -> Machine:
+def measure(device: str = "cpu", *, threads: int = 0, quick: bool = False, watcher: Progress | None = None) -> Machine:
     """Measure every limit, `ROUNDS` times each.
 
     threads: for PyTorch, 0 for the machine's. quick: small matrices and arrays, to see that it works; their figures are
@@ -73,7 +73,7 @@ def measure(device: str = "cpu", *, threads: int = 0, quick: bool = False, watch
     """
     if threads:
         torch.set_num_threads(threads)
-    where, watcher = devices.choose_device(device), watcher or Silent()
+    where, watcher = devices.choose_device(device), watcher or NoProgress()
     sides, memory, disk = ((128,), 2**22, 2**22) if quick else (SIDES, memory_bytes(), DISK_BYTES)
     with disk_trials(disk) as trials:
         works = [*matrix_trials(sides, where), *memory_trials(memory, where), *trials]

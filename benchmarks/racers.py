@@ -25,11 +25,11 @@ def attire_fast(race: Race) -> None:
     from attire.features.logits import predict_logits
     from attire.features.sources import CachedSource
     from attire.model import devices
-    from attire.progress import Silent
+    from attire.progress import NoProgress
     from attire.recipes import FAST
     from attire.storage import files, memory
     from attire.training.checkpoints import State
-    from attire.training.experiment import Stage
+    from attire.training.experiment import Experiment
     from attire.training.loop import fit
 
     choice, recipe = DataChoice(), FAST
@@ -39,7 +39,7 @@ def attire_fast(race: Race) -> None:
         choice, recipe = DataChoice(*(str(race.scratch / f"{name}.csv") for name in ("train", "test"))), FAST
     race.start()
     memory.keep_freed()
-    stage = Stage(recipe, choice, devices.choose_device("cpu"), Silent())
+    stage = Experiment(recipe, choice, devices.choose_device("cpu"), NoProgress())
     trained = stage.train_features()
     trained.standardise = stage.measured(trained)
     tell("note", text="features of the training images", seconds=race.seconds)

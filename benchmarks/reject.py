@@ -223,7 +223,7 @@ def hold_out(
         assert rejecter is not None
         for name, inside in ((" and ".join(data.classes[c] for c in pair), True), ("  the eight others", False)):
             chosen = np.flatnonzero(np.isin(test.labels, pair) == inside)
-            told = out_of_distribution.measure(rejecter, tested, chosen, certain(chosen, 0))["test"]
+            told = out_of_distribution.evaluate_ood(rejecter, tested, chosen, certain(chosen, 0))["test"]
             share = wilson(round(told["value"] * told["n"]), told["n"])
             print(f"{name:40}{share.percent()}", flush=True)
 

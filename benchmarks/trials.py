@@ -27,13 +27,13 @@ from attire.evaluation.intervals import wilson
 from attire.features import logits as features_logits
 from attire.features import views as features_views
 from attire.model import devices
-from attire.progress import Silent
+from attire.progress import NoProgress
 from attire.recipes import Recipe
 from attire.storage import files, memory
-from attire.training.experiment import Stage
+from attire.training.experiment import Experiment
 
 
-class Progress(Silent):
+class Progress(NoProgress):
     """A line for each epoch."""
 
     def epoch(self, epoch: progress.Epoch) -> None:
@@ -49,7 +49,7 @@ def changed(recipe: Recipe, text: str) -> Recipe:
 
 def trial(recipe: Recipe, rows: int | None, rest: bool) -> NDArray[np.bool_]:
     """Train it and print what it reads; which of the scored rows it names rightly, its views averaged."""
-    stage = Stage(recipe, DataChoice(), devices.choose_device("cpu"), Progress())
+    stage = Experiment(recipe, DataChoice(), devices.choose_device("cpu"), Progress())
     memory.keep_freed()
     unseen = stage.train[rows:] if rest and rows else stage.train[:0]
     stage.train, scored = stage.train[:rows], np.concatenate([stage.val, unseen])

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attire.data.dataset import Rows
+from attire.data.dataset import RowIndices
 from attire.errors import AttireError, UsageError
 from attire.model import distributed, heads
 from attire.model.batch_norm import BatchNorm
@@ -62,7 +62,7 @@ class Table:
         self.rows = torch.from_numpy(rng.random((10, width))[LABELS] / 2 + rng.random((SIZE, width)) / 2).float()
         self.seen: list[int] = []
 
-    def batches(self, order: Rows, batch_size: int, views: np.ndarray | None) -> Iterator[Tensor]:
+    def batches(self, order: RowIndices, batch_size: int, views: np.ndarray | None) -> Iterator[Tensor]:
         for start in range(0, len(order), batch_size):
             part = slice(start, start + batch_size)
             self.seen += order[part].tolist()

@@ -27,7 +27,7 @@ from attire.features import backbones
 from attire.features import cache as feature_cache
 from attire.features.cache import Features, FeatureSpec
 from attire.model import devices
-from attire.progress import Epoch, Silent
+from attire.progress import Epoch, NoProgress
 from attire.server.samples import grey_png
 from attire.storage import files
 from attire.training import checkpoints
@@ -82,7 +82,7 @@ class Work:
         self.load = partial(backbones.frozen_trunk, weights, self.spec, torch.device("cpu"), len(self.images))
 
     def extract(
-        self, make: feature_cache.Maker | None = None, progress: feature_cache.Progress | None = None
+        self, make: feature_cache.ShardExtractor | None = None, progress: feature_cache.ProgressCallback | None = None
     ) -> Features:
         return feature_cache.extract(self.images, "digest", self.spec, self.load, progress, make)
 
@@ -199,9 +199,9 @@ def test_answers_are_those_of_one_machine_in_their_order(over: "Cluster", tmp_pa
 
 @ray
 def test_another_model_on_a_node_is_refused(joined: "Cluster", bundle: Path) -> None:
-    from attire.inference.inputs import Asked
+    from attire.inference.inputs import PictureInput
 
-    asked = [Asked("one", np.zeros((28, 28), np.uint8))]
+    asked = [PictureInput("one", np.zeros((28, 28), np.uint8))]
     answers = joined.answer(bundle, "cpu", asked)
     told = clusters.model_file(bundle)
     text = told.read_text()
@@ -371,7 +371,7 @@ def test_epochs_that_others_write_are_told(tmp_path: Path) -> None:
     seen, first = threading.Event(), [Epoch(1, 1.0, None, None, 0.5)]
     told: list[Epoch] = []
 
-    class Watch(Silent):
+    class Watch(NoProgress):
         def epoch(self, line: Epoch) -> None:
             told.append(line)
             seen.set()

@@ -26,7 +26,7 @@ from attire.features.backbones import choose_trunk, open_trunk
 from attire.features.cache import FeatureSpec
 from attire.model import devices, pretrained, vgg
 from attire.model.weights import read_weights, tensor_digest
-from attire.progress import Silent, Watcher
+from attire.progress import NoProgress, Progress
 from attire.recipes import FAST
 from attire.storage import memory, url_copies
 from attire.storage.files import write_json, write_text
@@ -157,7 +157,7 @@ def audit(
     classes: Sequence[str] | None = None,
     run: str | Path | None = None,
     device: str = "auto",
-    watcher: Watcher | None = None,
+    watcher: Progress | None = None,
 ) -> Audit:
     """Look through a data set, its training and test part together where it has both.
 
@@ -165,7 +165,7 @@ def audit(
     where they are there. run: a finished run on the same test set, whose accuracy is then taken apart; without one,
     that of a linear classifier. Raises AttireError where the optional package cleanlab is missing.
     """
-    watcher = watcher or Silent()
+    watcher = watcher or NoProgress()
     label_errors.cleanlab_filter()
     chosen = devices.choose_device(device)
     url_copies.bring(data, test, progress=watcher.advance)
@@ -205,7 +205,7 @@ def run_answers(run: Path, data: ImageDataset) -> Rows:
     return result.predictions.predicted
 
 
-def feature_blocks(parts: Mapping[str, ImageDataset], device: torch.device, watcher: Watcher) -> label_errors.Blocks:
+def feature_blocks(parts: Mapping[str, ImageDataset], device: torch.device, watcher: Progress) -> label_errors.Blocks:
     """Plain features of all parts, as recipe `fast` has them: after a run of it nothing is extracted."""
     weights = pretrained.vgg16_weights(progress=watcher.advance)
     precision, backend = choose_trunk(FAST.freeze_to, FAST.backend, FAST.precision, device)

@@ -26,7 +26,7 @@ from attire.evaluation import figures
 from attire.evaluation.intervals import Interval, wilson
 from attire.inference import neighbours
 from attire.model import devices
-from attire.progress import Silent, Watcher
+from attire.progress import NoProgress, Progress
 from attire.storage import files
 
 BATCHES = (1, 8, 32, 128, 256)
@@ -88,14 +88,14 @@ def bench(
     *,
     images: int = 0,
     threads: int = 0,
-    watcher: Watcher | None = None,
+    watcher: Progress | None = None,
 ) -> Bench:
     """Measure bundles and exported files on the same test images.
 
     data: as for `train`; None is the official set. images: how many test images the accuracy is taken on, 0 for all.
     threads: for each candidate, 0 for the machine's. Raises AttireError for what cannot be opened.
     """
-    watcher = watcher or Silent()
+    watcher = watcher or NoProgress()
     candidates = [Path(path) for path in paths]
     if not candidates:
         raise UsageError("attire bench", "name a bundle, and the exports to compare with it, or give --machine")
@@ -131,7 +131,7 @@ def bench(
     return Bench(tuple(measured), devices.environment(devices.choose_device("cpu")))
 
 
-def accuracy(pool: Executor, test: ImageDataset, path: Path, watcher: Watcher) -> Interval:
+def accuracy(pool: Executor, test: ImageDataset, path: Path, watcher: Progress) -> Interval:
     right = 0
     for start in range(0, len(test), ROWS):
         part = slice(start, start + ROWS)

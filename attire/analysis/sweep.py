@@ -28,7 +28,7 @@ from attire.features import cache
 from attire.features.cache import FeatureSpec
 from attire.model import devices, pretrained, vgg
 from attire.model.weights import read_weights, tensor_digest
-from attire.progress import Silent, Watcher
+from attire.progress import NoProgress, Progress
 from attire.recipes import FAST
 from attire.storage import files, url_copies
 from attire.training.run import claimed_folder
@@ -160,7 +160,7 @@ def sweep(
     val: int = 3000,
     out: str | Path = "sweep",
     device: str = "auto",
-    watcher: Watcher | None = None,
+    watcher: Progress | None = None,
 ) -> Sweep:
     """Score every boundary, size and pooling; goes on where an earlier call with the same folder stopped.
 
@@ -168,7 +168,7 @@ def sweep(
     Raises AttireError for bad data or a folder of another sweep, UsageError for a size, boundary or background.
     """
     check(sizes, boundaries, backgrounds)
-    watcher, where = watcher or Silent(), devices.choose_device(device)
+    watcher, where = watcher or NoProgress(), devices.choose_device(device)
     url_copies.bring(data, progress=watcher.advance)
     data_set, fit = draw(load_splits(data, classes=classes, seed=FAST.split_seed).train, rows, val)
     folder = files.make_dir(Path(out))
@@ -220,7 +220,7 @@ class Bench:
     """What all cells share: images, network, device. Finished cells are kept in one JSON file."""
 
     def __init__(
-        self, data: ImageDataset, fit: int, boundaries: Sequence[str], device: torch.device, watcher: Watcher
+        self, data: ImageDataset, fit: int, boundaries: Sequence[str], device: torch.device, watcher: Progress
     ) -> None:
         self.data, self.fit, self.watcher = data, fit, watcher
         self.boundaries = sorted(boundaries, key=lambda name: BLOCKS[name])

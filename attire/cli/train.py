@@ -263,7 +263,7 @@ def extract(recipe_name: str | None, config: Path | None, cluster: str | None, a
     from attire.features.cache import cache_entries
     from attire.model.devices import choose_device
     from attire.terminal import Terminal
-    from attire.training.experiment import Stage
+    from attire.training.experiment import Experiment
 
     get_sources(options.pop("data_from"), options.pop("weights_from"))
     told = train_arguments(recipe_name, config, {**ONLY_TRAINED, **options})
@@ -272,7 +272,7 @@ def extract(recipe_name: str | None, config: Path | None, cluster: str | None, a
     try:
         with cluster_at(cluster) as machines:
             make = machines.extract_shards if machines else None
-            made = Stage(told["recipe"], source, choose_device(told["device"]), watch, make).extract_all()
+            made = Experiment(told["recipe"], source, choose_device(told["device"]), watch, make).extract_all()
     except KeyboardInterrupt:
         raise Stopped("attire extract", "stopped, what was finished is kept", do="the same command goes on") from None
     finally:

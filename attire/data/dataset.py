@@ -30,7 +30,7 @@ OFFICIAL = "fashion-mnist"
 
 Part = Literal["train", "test"]
 
-Rows = NDArray[np.int64]
+RowIndices = NDArray[np.int64]
 Views = NDArray[np.bool_] | NDArray[np.int64]
 
 

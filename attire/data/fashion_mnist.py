@@ -13,7 +13,7 @@ from pathlib import Path
 
 from attire.errors import AttireError
 from attire.storage.files import cache_dir, lock, sha256, sha256_file, write_bytes
-from attire.storage.http import MirrorError, Progress, download, host, is_sound, set_aside
+from attire.storage.http import MirrorError, ProgressCallback, download, host, is_sound, set_aside
 from attire.storage.packages import apt_package, deb_files
 
 # name: (bytes, SHA-256), decompressed: publishers compress differently
@@ -39,7 +39,7 @@ DEBIAN_BYTES = 30_900_652
 NamedBytes = Iterable[tuple[str, bytes]]
 
 
-def official_data(source: Path | None = None, progress: Progress | None = None) -> Path:
+def official_data(source: Path | None = None, progress: ProgressCallback | None = None) -> Path:
     """The folder with Fashion-MNIST's four IDX files, decompressed, each equal to its pinned SHA-256.
 
     `source` is a folder that holds them, as published (.gz) or decompressed; without it, and where the cache lacks
@@ -108,7 +108,7 @@ def gunzip(data: bytes, count: int) -> bytes:
         raise MirrorError("its gzip stream is damaged or cut off") from error
 
 
-def fetch_data(folder: Path, progress: Progress | None) -> None:
+def fetch_data(folder: Path, progress: ProgressCallback | None) -> None:
     """Go through the places until no file is missing; what one delivered is kept when it fails half-way."""
     places: list[tuple[str, Callable[[list[str]], NamedBytes]]] = [(str(DEBIAN_FOLDER), from_installed)]
     places += [(host(url), partial(from_mirror, url, progress)) for url in DATA_MIRRORS]
@@ -134,12 +134,12 @@ def from_installed(names: list[str]) -> NamedBytes:
         yield name, read_idx(name, DEBIAN_FOLDER / f"{name}.gz")
 
 
-def from_mirror(url: str, progress: Progress | None, names: list[str]) -> NamedBytes:
+def from_mirror(url: str, progress: ProgressCallback | None, names: list[str]) -> NamedBytes:
     for name in names:
         yield name, download(f"{url}{name}.gz", DATA_FILES[name][0] + SLACK, partial(read_idx, name), progress)
 
 
-def from_deb(url: str, progress: Progress | None, names: list[str]) -> NamedBytes:
+def from_deb(url: str, progress: ProgressCallback | None, names: list[str]) -> NamedBytes:
     def take(path: Path) -> NamedBytes:
         if sha256_file(path) != DEBIAN_SHA256:
             raise MirrorError("its bytes are not Debian's")

@@ -22,7 +22,7 @@ from attire.data import photos, table_cache
 from attire.data.csv_table import Table, joined
 from attire.errors import AttireError, AttireWarning, one_line
 from attire.storage import files, url_copies
-from attire.storage.stores import Place, is_url, place
+from attire.storage.stores import StorageLocation, is_url, place
 from attire.version import __version__
 
 SUFFIX = ".parquet"
@@ -36,10 +36,10 @@ VERSION = 1  # of what is kept of a file
 
 
 @dataclass(frozen=True)
-class Source:
+class ParquetSource:
     """One Parquet file, here or in a store; opened when it is first asked for something."""
 
-    place: Place
+    place: StorageLocation
 
     def __str__(self) -> str:
         return self.place.url
@@ -92,7 +92,7 @@ class Source:
 
 
 @contextmanager
-def damage(source: Source, where: str) -> Iterator[None]:
+def damage(source: ParquetSource, where: str) -> Iterator[None]:
     """What pyarrow raises while it reads becomes one AttireError."""
     try:
         yield
@@ -100,19 +100,19 @@ def damage(source: Source, where: str) -> Iterator[None]:
         raise AttireError(source, "damaged, or its store fell silent", where, one_line(str(error))[:100]) from error
 
 
-def sources(where: str | Path) -> list[Source]:
+def sources(where: str | Path) -> list[ParquetSource]:
     """The Parquet files that a path, a folder, a pattern or a URL of these names, in the order of their names."""
     text = str(where)
     if is_url(text) and not text.startswith("file:"):
         found = url_copies.listed(text)
-        if any(isinstance(one, url_copies.Page) for one in found.values()):
-            return [Source(place(url_copies.local(text)))]
-        places = [one.place for one in found.values() if isinstance(one, url_copies.Object)]
+        if any(isinstance(one, url_copies.HttpFile) for one in found.values()):
+            return [ParquetSource(place(url_copies.local(text)))]
+        places = [one.place for one in found.values() if isinstance(one, url_copies.StoredObject)]
         chosen = [at for at in places if at.path.lower().endswith(SUFFIX)]
         if not chosen:
             raise AttireError(text, f"no {SUFFIX} files there")
-        return [Source(at) for at in chosen]
-    return [Source(place(path)) for path in paths(url_copies.local(text))]
+        return [ParquetSource(at) for at in chosen]
+    return [ParquetSource(place(path)) for path in paths(url_copies.local(text))]
 
 
 def paths(where: Path) -> list[Path]:
@@ -144,7 +144,7 @@ def image_bytes(batch: Any) -> list[bytes | None]:
     return found
 
 
-def prepared(data: bytes | None, source: Source, row: int) -> NDArray[np.uint8]:
+def prepared(data: bytes | None, source: ParquetSource, row: int) -> NDArray[np.uint8]:
     """(28, 28) as predictions see it. Raises AttireError that names file and row, counted from 1."""
     if data is None:
         what = "no picture bytes, expected those of a PNG, JPEG, WebP or BMP file"
@@ -166,8 +166,8 @@ def read_table(paths: Sequence[Path], classes: Sequence[str] | None = None) -> t
     Integer labels have their names from Hugging Face's metadata; text labels are the names, sorted, or `classes`.
     Raises AttireError with file and row for whatever is not a labelled picture.
     """
-    parts = [Source(place(path)) for path in paths]
-    coding = Coding(parts, None if classes is None else tuple(classes))
+    parts = [ParquetSource(place(path)) for path in paths]
+    coding = LabelEncoder(parts, None if classes is None else tuple(classes))
     key = {"parquet": [file_digest(path) for path in paths], "classes": coding.names, "version": VERSION}
     kept = (
         table_cache.folder()
@@ -195,7 +195,7 @@ def file_digest(path: Path) -> str:
         raise files.cannot("read", path, error) from error
 
 
-def tables(parts: Sequence[Source], coding: "Coding") -> Iterator[Table]:
+def tables(parts: Sequence[ParquetSource], coding: "LabelEncoder") -> Iterator[Table]:
     """Rows in the order of the files, a batch at a time."""
     with ThreadPoolExecutor(THREADS, "decode") as pool:
         for part in parts:
@@ -208,10 +208,10 @@ def tables(parts: Sequence[Source], coding: "Coding") -> Iterator[Table]:
                 row += len(batch)
 
 
-class Coding:
+class LabelEncoder:
     """Labels as numbers into `names`: None for integers that no file has names for."""
 
-    def __init__(self, parts: Sequence[Source], classes: tuple[str, ...] | None) -> None:
+    def __init__(self, parts: Sequence[ParquetSource], classes: tuple[str, ...] | None) -> None:
         self.order: dict[str, list[int]] = {}  # of files with other numbers for the same names
         kinds = {is_text(part) for part in parts}
         if len(kinds) > 1:
@@ -231,7 +231,7 @@ class Coding:
                     raise AttireError(part, what, f"expected {', '.join(self.names)}"[:120])
                 self.order[str(part)] = [known.index(name) for name in own]
 
-    def codes(self, part: Source, batch: Any, row: int) -> NDArray[np.int64]:
+    def codes(self, part: ParquetSource, batch: Any, row: int) -> NDArray[np.int64]:
         """(n,) int64 of a batch whose first row is `row`."""
         column = batch.column(batch.schema.get_field_index(LABEL))
         if column.null_count:
@@ -261,7 +261,7 @@ def plain(name: str) -> str:
     return "".join(c for c in name.casefold() if c.isalnum())
 
 
-def is_text(part: Source) -> bool:
+def is_text(part: ParquetSource) -> bool:
     """Whether labels are names; False for integers, AttireError for anything else."""
     if LABEL not in part.schema.names:
         raise AttireError(part, f"no column {LABEL}", f"its columns: {', '.join(part.schema.names[:8])}"[:160])
@@ -274,7 +274,7 @@ def is_text(part: Source) -> bool:
     raise AttireError(part, f"column {LABEL} is {kind}, expected integers or text")
 
 
-def label_names(part: Source) -> set[str]:
+def label_names(part: ParquetSource) -> set[str]:
     return {
         name
         for batch in part.batches([LABEL])
@@ -283,7 +283,7 @@ def label_names(part: Source) -> set[str]:
     }
 
 
-def told_names(part: Source) -> tuple[str, ...] | None:
+def told_names(part: ParquetSource) -> tuple[str, ...] | None:
     """Class names as Hugging Face's `datasets` stores them in the schema: info.features.label.names."""
     try:
         value = json.loads((part.schema.metadata or {})[b"huggingface"])

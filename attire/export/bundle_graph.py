@@ -11,7 +11,7 @@ from safetensors.numpy import load
 from attire.data.dataset import ImageDataset
 from attire.errors import AttireError
 from attire.export import export
-from attire.export.export import Expected, Gate, WholeNetwork
+from attire.export.export import Expected, ParityCheck, WholeNetwork
 from attire.inference import runtimes
 from attire.inference.bundle_files import ABOUT, GRAPH, WEIGHTS
 from attire.inference.classifier import load_bundle
@@ -23,7 +23,7 @@ LEAST = 1 << 14  # values; a smaller tensor may stay inside the graph: means tha
 LIMIT = 1 << 20  # bytes of a graph without its weights
 
 
-def write_graph(folder: Path, data: ImageDataset) -> Gate:
+def write_graph(folder: Path, data: ImageDataset) -> ParityCheck:
     """Write the bundle's graph, proved on these labelled images to answer as the bundle does, verdicts included.
 
     The weights stay in `model.safetensors`, in 32 or 16 bits, where ONNX names them as external data; those of 16
@@ -40,7 +40,7 @@ def write_graph(folder: Path, data: ImageDataset) -> Gate:
         built, facts["runtime"] = export.build_onnx(WholeNetwork(classifier, rejecter=rejecter), "fp32", Path(made))
         body = sealed(*outside(built, folder / WEIGHTS), facts)
         trial = trial_folder(Path(made), folder, body)
-        found = export.measure(runtimes.load_export(trial / GRAPH), expected, data)
+        found = export.measure_parity(runtimes.load_export(trial / GRAPH), expected, data)
     export.judge(found, "fp32", 0, path)
     files.write_bytes(path, body)
     return found

@@ -28,10 +28,10 @@ from attire.features import views
 from attire.inference import runtimes
 from attire.inference.bundle_files import find_bundle
 from attire.inference.classifier import Classifier, load_bundle
-from attire.inference.out_of_distribution import TENSORS, Rejecter, doubted, nearest, pooled
+from attire.inference.out_of_distribution import TENSORS, OODDetector, doubted, nearest, pooled
 from attire.inference.runtimes import METADATA, NO_SEAL, READERS, SCHEMA, SUFFIXES, Exported, load_export, seal_bytes
 from attire.model import devices, vgg
-from attire.progress import Silent, Watcher, in_parts
+from attire.progress import NoProgress, Progress, in_parts
 from attire.storage import files
 
 FORMATS = tuple(SUFFIXES)
@@ -51,7 +51,7 @@ PART = 250  # images answered between two signs of progress
 
 
 @dataclass(frozen=True)
-class Gate:
+class ParityCheck:
     """The export against its bundle on the same labelled images: what decides whether it is written."""
 
     n: int
@@ -82,7 +82,7 @@ class WholeNetwork(nn.Module):
     """
 
     def __init__(
-        self, classifier: Classifier, dtype: torch.dtype = torch.float32, rejecter: Rejecter | None = None
+        self, classifier: Classifier, dtype: torch.dtype = torch.float32, rejecter: OODDetector | None = None
     ) -> None:
         super().__init__()
         self.reject: nn.Module | None = None
@@ -133,7 +133,7 @@ def export(
     precision: str = "fp32",
     max_drop: float = 0.003,
     data: ImageDataset | None = None,
-    watcher: Watcher | None = None,
+    watcher: Progress | None = None,
 ) -> Exported:
     """Write the bundle as `out` (default: the bundle's folder name with the format's suffix) and return it, opened.
 
@@ -149,7 +149,7 @@ def export(
         files.sweep(path.parent)  # of one that was killed when all but its scratch folder was in order
         raise AttireError(path, "it exists already", do="give --out another name, or remove it first")
     files.check_writable(path.parent)
-    watcher, classifier = watcher or Silent(), load_bundle(bundle, "cpu")
+    watcher, classifier = watcher or NoProgress(), load_bundle(bundle, "cpu")
     data = data or load_dataset(part="test").subset(range(LEAST))
     if data.classes != classifier.classes:
         raise AttireError(data.source, "its classes are not the bundle's")
@@ -167,7 +167,7 @@ def export(
         with quiet():
             built, versions = BUILDERS[kind](WholeNetwork(classifier, rejecter=rejecter), precision, folder)
         facts["runtime"] = versions
-        found = measure(Exported(built, kind, facts, READERS[kind][1](built, facts)), expected, data, watcher)
+        found = measure_parity(Exported(built, kind, facts, READERS[kind][1](built, facts)), expected, data, watcher)
         watcher.note("Gate", str(found))
         judge(found, precision, max_drop, path)
         told = card.read_text(encoding="utf-8") if card.exists() else ""
@@ -209,9 +209,11 @@ class Expected:
     distances: NDArray[np.float32] | None = None
 
 
-def measure(exported: Exported, bundle: Expected, data: ImageDataset, watcher: Watcher | None = None) -> Gate:
+def measure_parity(
+    exported: Exported, bundle: Expected, data: ImageDataset, watcher: Progress | None = None
+) -> ParityCheck:
     """Run the export in its own runtime over all images of `data`, against the bundle's answers."""
-    answers = [exported.answers(part) for part in in_parts(data.images, PART, "Export", watcher or Silent())]
+    answers = [exported.answers(part) for part in in_parts(data.images, PART, "Export", watcher or NoProgress())]
     found = np.concatenate([probabilities for probabilities, _ in answers])
     distances = [distance for _, distance in answers if distance is not None]
     far, expected = np.concatenate(distances) if distances else None, bundle.probabilities
@@ -219,7 +221,7 @@ def measure(exported: Exported, bundle: Expected, data: ImageDataset, watcher: W
         raise AttireError(exported.path, f"its answers are {found.shape}, expected {expected.shape} finite values")
     same = found.argmax(1) == expected.argmax(1)
     right, before = found.argmax(1) == data.labels, expected.argmax(1) == data.labels
-    return Gate(
+    return ParityCheck(
         len(data),
         wilson(int(same.sum()), len(data)),
         float(np.abs(found - expected).max()),
@@ -239,7 +241,7 @@ def distance_gap(
     return float((np.abs(found - expected) / np.maximum(expected, 1)).max()), int(verdicts.sum())
 
 
-def judge(found: Gate, precision: str, max_drop: float, path: Path) -> None:
+def judge(found: ParityCheck, precision: str, max_drop: float, path: Path) -> None:
     """Raises AttireError where the export is not as good as its bundle."""
     far = found.distance or 0
     unlike = found.agreement.value < 1 or found.largest > TOLERANCE or found.verdicts or far > DISTANCE_TOLERANCE

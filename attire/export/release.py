@@ -23,7 +23,7 @@ from attire.export.bundle_graph import write_graph
 from attire.inference.bundle_files import ABOUT, GRAPH, WEIGHTS
 from attire.inference.classifier import Classifier, load_bundle
 from attire.inference.runtimes import load_graph
-from attire.progress import Silent, Watcher, in_parts
+from attire.progress import NoProgress, Progress, in_parts
 from attire.storage import files
 
 CARD, REPORT, SAMPLES = "MODEL_CARD.md", "report.html", "samples.png"
@@ -35,7 +35,7 @@ LARGEST = 0.01  # difference of a probability that 16 bits may make
 LIMIT = 16_000_000  # bytes, all files together
 
 
-def release(run: Path, out: Path, watcher: Watcher | None = None, data: ImageDataset | None = None) -> dict[str, Any]:
+def release(run: Path, out: Path, watcher: Progress | None = None, data: ImageDataset | None = None) -> dict[str, Any]:
     """Write the bundle of a finished run into `out`, with 16-bit weights, and return what it measured.
 
     data: labelled images, default the official test set. All of them decide: the class must stay the same on 99.9 %,
@@ -43,7 +43,7 @@ def release(run: Path, out: Path, watcher: Watcher | None = None, data: ImageDat
     leaves `out` as it was, where that fails or the files exceed 16 MB.
     """
     files.check_writable(out.parent)
-    watcher, data = watcher or Silent(), data or load_dataset(part="test")
+    watcher, data = watcher or NoProgress(), data or load_dataset(part="test")
     result, whole = load_result(run), load_bundle(run, "cpu")
     config, told_of = without_places(result.config), without_places(result.data)
     result = replace(result, command=without_folders(result.command), config=config, data=told_of)
@@ -85,7 +85,7 @@ def without_places(told: Mapping[str, Any]) -> dict[str, Any]:
     return {**told, "teacher": {**teacher, "bundles": names}}
 
 
-def probabilities(model: Classifier, data: ImageDataset, what: str, watcher: Watcher) -> NDArray[np.float32]:
+def probabilities(model: Classifier, data: ImageDataset, what: str, watcher: Progress) -> NDArray[np.float32]:
     return np.concatenate([model.predict_proba(part) for part in in_parts(data.images, 1000, what, watcher)])
 
 

@@ -27,7 +27,7 @@ BATCH_PIXELS = 1_700_000  # pictures a forward pass: 1,660 of 32 px, 415 of 64, 
 PIXEL_BYTES = 800  # that a pass holds for each of them: 617 measured, block3 at 16 px in fp32 (docs/performance.md)
 
 Trunk = Callable[[Tensor], Tensor]  # (n, 3, S, S) normalised pictures to (n, D) float features
-Progress = Callable[[int, int], None]  # (rows done, rows in all)
+ProgressCallback = Callable[[int, int], None]  # (rows done, rows in all)
 Ledger = dict[int, dict[str, Any]]  # of a shard's number its line: rows, sha256
 
 
@@ -58,7 +58,7 @@ class FeatureSpec:
         return files.sha256(files.canonical_json({"images": images_digest, **asdict(self)}))[:32]
 
 
-class Maker(Protocol):
+class ShardExtractor(Protocol):
     """Makes the missing shards of an entry: `extract_shards` in this process, `cluster` in those of other machines."""
 
     def __call__(
@@ -68,7 +68,7 @@ class Maker(Protocol):
         load_trunk: Callable[[], Trunk],
         folder: Path,
         total: int,
-        report: Progress,
+        report: ProgressCallback,
     ) -> Ledger:
         """Each shard of `parts`, committed with its own ledger line; those lines."""
 
@@ -134,8 +134,8 @@ def extract(
     images_digest: str,
     spec: FeatureSpec,
     load_trunk: Callable[[], Trunk],
-    progress: Progress | None = None,
-    make: Maker | None = None,
+    progress: ProgressCallback | None = None,
+    make: ShardExtractor | None = None,
 ) -> Features:
     """Features of all images, from the cache where it has them.
 
@@ -172,7 +172,7 @@ def extract_shards(
     load_trunk: Callable[[], Trunk],
     folder: Path,
     total: int,
-    report: Progress,
+    report: ProgressCallback,
 ) -> Ledger:
     """Shards by their number, one after another; each is written while the next one is computed."""
     done = total - sum(len(part) for part in parts.values())

@@ -7,13 +7,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attire.data.dataset import Rows, Views
-from attire.features.sources import Source
+from attire.data.dataset import RowIndices, Views
+from attire.features.sources import FeatureSource
 from attire.model import distributed
 
 
 def answers(
-    soft: NDArray[np.float32] | None, order: Rows, views: Views | None, part: slice, device: torch.device
+    soft: NDArray[np.float32] | None, order: RowIndices, views: Views | None, part: slice, device: torch.device
 ) -> Tensor | None:
     """What the teacher says of this part of the epoch's order, (b, K), of each row in its view."""
     if soft is None:
@@ -24,7 +24,7 @@ def answers(
 
 
 def predict_logits(
-    classifier: nn.Module, source: Source, rows: Rows, batch_size: int = 1024, views: Sequence[int] = (0,)
+    classifier: nn.Module, source: FeatureSource, rows: RowIndices, batch_size: int = 1024, views: Sequence[int] = (0,)
 ) -> Tensor:
     """Logits (n, K) float32 on the CPU of these rows, in their order, without dropout: the mean over these views."""
     classifier.eval()
@@ -39,7 +39,7 @@ def predict_logits(
 
 
 def shared_logits(
-    classifier: nn.Module, source: Source, rows: Rows, batch_size: int = 1024, views: Sequence[int] = (0,)
+    classifier: nn.Module, source: FeatureSource, rows: RowIndices, batch_size: int = 1024, views: Sequence[int] = (0,)
 ) -> Tensor:
     """As `predict_logits`, each process answering its share of the rows and none twice; all get all of them."""
     own = distributed.share_of(len(rows))

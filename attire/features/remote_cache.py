@@ -15,18 +15,18 @@ from typing import Any
 
 from attire.errors import AttireError, AttireWarning, UsageError
 from attire.storage import files
-from attire.storage.stores import Place, StoreError, place
+from attire.storage.stores import StorageLocation, StoreError, place
 
 VARIABLE = "ATTIRE_REMOTE_CACHE"
 MANIFEST = "MANIFEST.json"
 THREADS = 4  # shards under way at a time, 16 MB each: one alone waits for the store most of the time
 
-Progress = Callable[[int, int], None]  # (rows there, rows in all)
+ProgressCallback = Callable[[int, int], None]  # (rows there, rows in all)
 unread, unwritten = set[str](), set[str]()  # stores that refused in this process: each is asked once, and told of once
 
 
 def pull(
-    folder: Path, made_by: dict[str, Any], shards: Sequence[tuple[Path, int]], progress: Progress | None = None
+    folder: Path, made_by: dict[str, Any], shards: Sequence[tuple[Path, int]], progress: ProgressCallback | None = None
 ) -> None:
     """Bring the shards of a finished shared entry, with their ledger lines, as an extraction here would leave them.
 
@@ -68,7 +68,7 @@ def push(folder: Path) -> None:
         at.write(MANIFEST, (folder / MANIFEST).read_bytes())
 
 
-def shared_place(key: str, refused: Container[str]) -> Place | None:
+def shared_place(key: str, refused: Container[str]) -> StorageLocation | None:
     """Where the entry with this key is shared; None where nothing is, or it refused before."""
     where = named()
     return place(f"{where}/{key}") if where and where not in refused else None
@@ -92,7 +92,7 @@ def tolerated(rest: str, *refused: set[str]) -> Iterator[None]:
         warnings.warn(f"{VARIABLE}: {error}; {rest}", AttireWarning, stacklevel=5)
 
 
-def sound_lines(at: Place, made_by: dict[str, Any], rows: list[int]) -> list[dict[str, Any]]:
+def sound_lines(at: StorageLocation, made_by: dict[str, Any], rows: list[int]) -> list[dict[str, Any]]:
     """The manifest's lines, rows and SHA-256 of each shard; AttireError where it speaks of anything else."""
     try:
         manifest = json.loads(at.read(MANIFEST))
@@ -111,7 +111,7 @@ def shared_name(path: Path, line: dict[str, Any]) -> str:
     return f"{path.stem}-{line['sha256'][:16]}.npy"
 
 
-def fetch(at: Place, path: Path, line: dict[str, Any]) -> bool:
+def fetch(at: StorageLocation, path: Path, line: dict[str, Any]) -> bool:
     """Bring one shard; False where it is missing or damaged."""
     try:
         data = at.read(shared_name(path, line))

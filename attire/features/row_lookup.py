@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from attire.data.dataset import FASHION_CLASSES, ImageDataset
 from attire.features import cache
-from attire.features.cache import Features, FeatureSpec, Progress, Trunk
+from attire.features.cache import Features, FeatureSpec, ProgressCallback, Trunk
 from attire.storage import files
 
 DIGEST = hashlib.sha256().digest_size  # bytes of one row of an index
 BLOCK_ROWS = 2048  # gathered at a time
 
 
-class Held:
+class InMemoryFeatures:
     """Features in memory, (N, D) float16: of images that are not to be kept."""
 
     def __init__(self, table: NDArray[np.float16]) -> None:
@@ -30,11 +30,11 @@ class Held:
         return self.table[rows]
 
 
-class Collected(Features):
+class GatheredFeatures(Features):
     """Rows of several parts as if they were one entry, (N, D) float16: row i is row `rows[i]` of `parts[part[i]]`."""
 
     def __init__(
-        self, parts: Sequence[Features | Held], part: NDArray[np.int64], rows: NDArray[np.int64], width: int
+        self, parts: Sequence[Features | InMemoryFeatures], part: NDArray[np.int64], rows: NDArray[np.int64], width: int
     ) -> None:
         self.parts, self.part, self.rows, self.shape = parts, part, rows, (len(rows), width)
 
@@ -54,8 +54,11 @@ class Collected(Features):
 
 
 def collect(
-    images: NDArray[np.uint8], spec: FeatureSpec, load_trunk: Callable[[], Trunk], progress: Progress | None = None
-) -> Collected:
+    images: NDArray[np.uint8],
+    spec: FeatureSpec,
+    load_trunk: Callable[[], Trunk],
+    progress: ProgressCallback | None = None,
+) -> GatheredFeatures:
     """Features of all images (N, 28, 28) uint8, each computed once however often and wherever it stands.
 
     What no entry holds becomes one entry more of the feature cache. Two processes that miss something take turns, so
@@ -74,14 +77,17 @@ def collect(
 
 
 def compute(
-    images: NDArray[np.uint8], spec: FeatureSpec, load_trunk: Callable[[], Trunk], progress: Progress | None = None
-) -> Collected:
+    images: NDArray[np.uint8],
+    spec: FeatureSpec,
+    load_trunk: Callable[[], Trunk],
+    progress: ProgressCallback | None = None,
+) -> GatheredFeatures:
     """The same without the cache: every image that differs is computed, and held in memory alone."""
     report = progress or (lambda done, total: None)
     digests, first = digests_of(images)
     new = sorted(first.values())
     table = cache.compute_shard(images[new], spec, load_trunk(), lambda rows: report(rows, len(new)))
-    return collected([Held(table)], placed(new, digests, 0), digests, spec)
+    return collected([InMemoryFeatures(table)], placed(new, digests, 0), digests, spec)
 
 
 def digests_of(images: NDArray[np.uint8]) -> tuple[list[bytes], dict[bytes, int]]:
@@ -101,10 +107,10 @@ def placed(new: Sequence[int], digests: Sequence[bytes], part: int) -> Places:
 
 
 def collected(
-    parts: Sequence[Features | Held], places: Places, digests: Sequence[bytes], spec: FeatureSpec
-) -> Collected:
+    parts: Sequence[Features | InMemoryFeatures], places: Places, digests: Sequence[bytes], spec: FeatureSpec
+) -> GatheredFeatures:
     where = np.array([places[digest] for digest in digests], np.int64).reshape(-1, 2)
-    return Collected(parts, where[:, 0], where[:, 1], spec.width)
+    return GatheredFeatures(parts, where[:, 0], where[:, 1], spec.width)
 
 
 def index_folder(spec: FeatureSpec) -> Path:
@@ -112,9 +118,9 @@ def index_folder(spec: FeatureSpec) -> Path:
     return files.cache_dir() / "rows" / spec.key("")
 
 
-def found(folder: Path, wanted: set[bytes], spec: FeatureSpec) -> tuple[list[Features | Held], Places]:
+def found(folder: Path, wanted: set[bytes], spec: FeatureSpec) -> tuple[list[Features | InMemoryFeatures], Places]:
     """The sound entries that hold some of these images, and where each image is that they hold."""
-    parts: list[Features | Held] = []
+    parts: list[Features | InMemoryFeatures] = []
     places: Places = {}
     for path in sorted(folder.glob("*.rows")):
         if len(places) == len(wanted):
@@ -152,7 +158,7 @@ def extracted(
     digests: Sequence[bytes],
     spec: FeatureSpec,
     load_trunk: Callable[[], Trunk],
-    progress: Progress | None,
+    progress: ProgressCallback | None,
 ) -> Features:
     """A new entry, and the index of its rows once it is whole."""
     digest = ImageDataset(images, np.zeros(len(images), np.int64), FASHION_CLASSES, "images").image_digest

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from attire.data.dataset import Rows, Views
+from attire.data.dataset import RowIndices, Views
 from attire.features.cache import Features
 from attire.features.views import seen
 from attire.model import heads
@@ -23,10 +23,10 @@ WINDOW = 128 * 2**20  # bytes of rows held and drawn from at a time, from 256 su
 SPREAD = 0.05  # of the mean deviation, added to each: features that hardly vary are not blown up
 
 
-class Source(Protocol):
+class FeatureSource(Protocol):
     """Where feature rows come from: the cache, or the trunk on the fly."""
 
-    def batches(self, order: Rows, batch_size: int, views: Views | None) -> Iterator[Tensor]:
+    def batches(self, order: RowIndices, batch_size: int, views: Views | None) -> Iterator[Tensor]:
         """Feature rows (b, D) float in this order, each of its view: 0 the picture, 1 mirrored, then shifted ones."""
 
 
@@ -63,7 +63,7 @@ class Standardiser:
         return x if self.mean is None or self.scale is None else x * self.scale + self.mean
 
 
-def measure(blocks: Iterator[Tensor]) -> Standardiser:
+def fit_standardiser(blocks: Iterator[Tensor]) -> Standardiser:
     """Mean and deviation of each feature (D,), in float64 over the blocks (n, D), the plain view of training rows."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for part in (part for block in blocks for part in torch.split(block, 256)):
@@ -89,7 +89,7 @@ class CachedSource:
         # Rows that lie together, and rows of a window: what the order of an epoch keeps to, see `training.epoch_order`.
         self.stretch = (max(1, STRETCH // row), max(1, WINDOW // row)) if large else None
 
-    def batches(self, order: Rows, batch_size: int, views: Views | None) -> Iterator[Tensor]:
+    def batches(self, order: RowIndices, batch_size: int, views: Views | None) -> Iterator[Tensor]:
         """(b, D) float32; see `training.Source`."""
         window = batch_size
         if self.stretch:
@@ -107,7 +107,7 @@ class CachedSource:
                 else:
                     yield self.standardise(self._rows(rows[part], None if numbers is None else numbers[part]))
 
-    def _fill(self, buffer: NDArray[np.float16], rows: Rows, views: Views | None) -> Rows:
+    def _fill(self, buffer: NDArray[np.float16], rows: RowIndices, views: Views | None) -> RowIndices:
         """Read rows into the buffer in the order of the files; where in it each of them is."""
         places, done = np.empty(len(rows), np.int64), 0
         number = self._numbers(rows, views)
@@ -119,10 +119,10 @@ class CachedSource:
             done += len(own)
         return places
 
-    def _numbers(self, rows: Rows, views: Views | None) -> Rows:
+    def _numbers(self, rows: RowIndices, views: Views | None) -> RowIndices:
         return np.zeros(len(rows), np.int64) if views is None or len(self.views) == 1 else views.astype(np.int64)
 
-    def _rows(self, rows: Rows, views: Views | None) -> Tensor:
+    def _rows(self, rows: RowIndices, views: Views | None) -> Tensor:
         number = self._numbers(rows, views)
         if self.table is not None:
             return self.table[torch.from_numpy(rows + self.rows * number)].float()
@@ -147,7 +147,7 @@ def whole(views: Sequence[Features]) -> Tensor:
 class Viewed(Dataset[Tensor]):
     """Rows of a GarmentDataset in this order, each in its view; all as they are where `names` is None."""
 
-    def __init__(self, dataset: GarmentDataset, order: Rows, names: Sequence[str] | None) -> None:
+    def __init__(self, dataset: GarmentDataset, order: RowIndices, names: Sequence[str] | None) -> None:
         self.dataset, self.order, self.names = dataset, order, names
 
     def __len__(self) -> int:
@@ -177,7 +177,7 @@ class OnTheFlySource:
         self.dataset, self.trunk, self.forward_rows, self.names = dataset, trunk, forward_rows, names
         self.standardise = Standardiser()
 
-    def batches(self, order: Rows, batch_size: int, views: Views | None) -> Iterator[Tensor]:
+    def batches(self, order: RowIndices, batch_size: int, views: Views | None) -> Iterator[Tensor]:
         """(b, D) float32; see `training.Source`."""
         # A generator of its own: a loader draws from torch's global one, which would shift the dropout that follows.
         own = torch.Generator().manual_seed(0)
@@ -196,10 +196,10 @@ class OnTheFlySource:
 class TunedSource:
     """Features behind the trained blocks, for the Rejecter: what the bundle will hand to its classifier."""
 
-    def __init__(self, source: Source, head: heads.TunedHead) -> None:
+    def __init__(self, source: FeatureSource, head: heads.TunedHead) -> None:
         self.source, self.head, self.standardise = source, head.eval(), Standardiser()
 
-    def batches(self, order: Rows, batch_size: int, views: Views | None) -> Iterator[torch.Tensor]:
+    def batches(self, order: RowIndices, batch_size: int, views: Views | None) -> Iterator[torch.Tensor]:
         """(b, D) float32; see `training.Source`."""
         device = next(self.head.parameters()).device
         for x in self.source.batches(order, batch_size, views):

@@ -23,7 +23,7 @@ from attire.inference import out_of_distribution
 from attire.inference.bundle_files import ABOUT, GRAPH, WEIGHTS, find_bundle
 from attire.inference.bundle_files import SHIPPED as SHIPPED
 from attire.inference.neighbours import NEAREST, Neighbour, Neighbours, read, write
-from attire.inference.out_of_distribution import Rejecter
+from attire.inference.out_of_distribution import OODDetector
 from attire.inference.prediction import Prediction, as_images, ranked, read_picture
 from attire.model import devices, heads, vgg
 from attire.recipes import Recipe
@@ -89,7 +89,7 @@ class Classifier:
         temperature: float = 1.0,
         facts: dict[str, Any] | None = None,
         device: torch.device | None = None,
-        rejecter: Rejecter | None = None,
+        rejecter: OODDetector | None = None,
         neighbours: Neighbours | None = None,
     ) -> None:
         self.rejecter, self.neighbours = rejecter, neighbours

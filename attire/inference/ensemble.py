@@ -24,7 +24,7 @@ from attire.features.sources import CachedSource
 from attire.inference.bundle_files import ABOUT, find_bundle
 from attire.inference.classifier import Classifier, load_bundle
 from attire.model import vgg
-from attire.progress import Silent, Watcher
+from attire.progress import NoProgress, Progress
 from attire.storage import files
 
 KIND = "ensemble"
@@ -114,7 +114,7 @@ def cached_probabilities(
     data: ImageDataset,
     views: Sequence[str] = (),
     backend: str = "torch",
-    watcher: Watcher | None = None,
+    watcher: Progress | None = None,
 ) -> NDArray[np.float64]:
     """Calibrated probabilities (n, K) of all images, averaged over these views, by default the bundle's own.
 
@@ -122,7 +122,7 @@ def cached_probabilities(
     the bundle's, whatever the views.
     """
     names = tuple(views) or classifier.architecture.views
-    parts = [bundle_features(classifier, data, view, backend, watcher or Silent()) for view in names]
+    parts = [bundle_features(classifier, data, view, backend, watcher or NoProgress()) for view in names]
     source, head = CachedSource(*parts, names=names), behind(classifier)
     logits = predict_logits(head, source, np.arange(len(data)), 1024, range(len(names))).numpy()
     return calibration.softmax(logits, classifier.temperature)
@@ -150,7 +150,7 @@ def below(classifier: Classifier) -> Any:
 
 
 def bundle_features(
-    classifier: Classifier, data: ImageDataset, view: str, backend: str, watcher: Watcher
+    classifier: Classifier, data: ImageDataset, view: str, backend: str, watcher: Progress
 ) -> cache.Features:
     """Features of all images in this view at the bundle's freeze boundary, by the bundle's own trunk."""
     about, trunk = classifier.architecture, below(classifier)

@@ -30,7 +30,7 @@ AHEAD = 256  # pictures waiting, 784 bytes each
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class PictureInput:
     """One image (28, 28) and what it is called; picture: its file, or its bytes, where it is not a row of a table."""
 
     name: str
@@ -38,7 +38,7 @@ class Asked:
     picture: Path | bytes | None = None
 
 
-Reading = Generator[Asked | AttireError, None, None]
+Reading = Generator[PictureInput | AttireError, None, None]
 
 
 def expand(arguments: Iterable[str], globs: bool = True) -> Iterator[str | AttireError]:
@@ -76,7 +76,7 @@ def below(folder: Path) -> Iterator[str | AttireError]:
 
 def read_ahead(found: Iterator[str | AttireError], classes: Sequence[str]) -> Reading:
     """The images of these files in their order, pictures read by threads some way ahead; an error takes its place."""
-    waiting: deque[Future[Asked | AttireError] | Callable[[], Iterator[Asked | AttireError]]] = deque()
+    waiting: deque[Future[PictureInput | AttireError] | Callable[[], Iterator[PictureInput | AttireError]]] = deque()
     pool = ThreadPoolExecutor(THREADS, "read")
     try:
         for source in found:
@@ -98,7 +98,7 @@ def read_ahead(found: Iterator[str | AttireError], classes: Sequence[str]) -> Re
         pool.shutdown(cancel_futures=True)
 
 
-def next_of(waiting: deque[Any]) -> Iterator[Asked | AttireError]:
+def next_of(waiting: deque[Any]) -> Iterator[PictureInput | AttireError]:
     first = waiting.popleft()
     if isinstance(first, Future):
         yield first.result()
@@ -106,14 +106,14 @@ def next_of(waiting: deque[Any]) -> Iterator[Asked | AttireError]:
         yield from first()
 
 
-def read_file(source: str) -> Asked | AttireError:
+def read_file(source: str) -> PictureInput | AttireError:
     try:
-        return Asked(source, read_picture(Path(source)), Path(source))
+        return PictureInput(source, read_picture(Path(source)), Path(source))
     except AttireError as error:
         return error
 
 
-def read_rows(path: str, name: str, classes: Sequence[str]) -> Iterator[Asked | AttireError]:
+def read_rows(path: str, name: str, classes: Sequence[str]) -> Iterator[PictureInput | AttireError]:
     """Each row of a CSV file, called by its line in the file."""
     from attire.data.loading import read_csv_images
 
@@ -122,10 +122,10 @@ def read_rows(path: str, name: str, classes: Sequence[str]) -> Iterator[Asked | 
     except AttireError as error:
         yield error if name == path else renamed(error)
         return
-    yield from (Asked(f"{name}:{line}", image) for line, image in enumerate(images, 2))  # after the header
+    yield from (PictureInput(f"{name}:{line}", image) for line, image in enumerate(images, 2))  # after the header
 
 
-def read_parquet(path: str) -> Iterator[Asked | AttireError]:
+def read_parquet(path: str) -> Iterator[PictureInput | AttireError]:
     """Each row of a Parquet file, called by its number in the file; a bad one is an error in its place."""
     from attire.data import parquet
 
@@ -134,14 +134,14 @@ def read_parquet(path: str) -> Iterator[Asked | AttireError]:
         cells = (data for batch in source.batches([parquet.IMAGE]) for data in parquet.image_bytes(batch))
         for row, data in enumerate(cells, 1):
             try:
-                yield Asked(f"{path}:{row}", parquet.prepared(data, source, row), data)
+                yield PictureInput(f"{path}:{row}", parquet.prepared(data, source, row), data)
             except AttireError as error:
                 yield error
     except AttireError as error:
         yield error
 
 
-def read_stdin(classes: Sequence[str]) -> Iterator[Asked | AttireError]:
+def read_stdin(classes: Sequence[str]) -> Iterator[PictureInput | AttireError]:
     """A picture or a table, whichever its first bytes are; kept on disk meanwhile."""
     with tempfile.TemporaryDirectory(prefix="attire-") as folder:
         path = Path(folder) / "stdin"
@@ -153,7 +153,7 @@ def read_stdin(classes: Sequence[str]) -> Iterator[Asked | AttireError]:
             yield from read_rows(str(path), STDIN, classes)
             return
         try:
-            yield Asked(STDIN, read_picture(path), path.read_bytes())
+            yield PictureInput(STDIN, read_picture(path), path.read_bytes())
         except AttireError as error:
             yield renamed(error)
 

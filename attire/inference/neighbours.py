@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from attire.data.dataset import Rows, split_indices
+from attire.data.dataset import RowIndices, split_indices
 from attire.errors import AttireError
 from attire.storage import files
 
@@ -80,7 +80,7 @@ def project(hidden: Tensor, centre: Tensor, axes: Tensor) -> Tensor:
     return F.normalize((hidden.float() - centre) @ axes).half().float()
 
 
-def choose_neighbour_rows(rows: Rows, labels: NDArray[np.int64], seed: int) -> Rows:
+def choose_neighbour_rows(rows: RowIndices, labels: NDArray[np.int64], seed: int) -> RowIndices:
     """Which of the training rows are stored: ROWS of them, each class with its share; all where there are no more."""
     if len(rows) <= ROWS:
         return rows

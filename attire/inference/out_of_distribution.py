@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attire.data.dataset import Rows, Views
+from attire.data.dataset import RowIndices, Views
 from attire.errors import AttireError
 from attire.evaluation.intervals import wilson
 from attire.features.sources import Standardiser
@@ -29,11 +29,11 @@ class Source(Protocol):
     @property
     def standardise(self) -> Standardiser: ...
 
-    def batches(self, order: Rows, batch_size: int, views: Views | None) -> Iterator[Tensor]: ...
+    def batches(self, order: RowIndices, batch_size: int, views: Views | None) -> Iterator[Tensor]: ...
 
 
 @dataclass(frozen=True, eq=False)
-class Rejecter:
+class OODDetector:
     """Mahalanobis distance to the nearest class mean (Lee et al. 2018), of pooled trunk features, with its threshold.
 
     A feature map is averaged over its places, one value a channel, and its square root taken: activations after a
@@ -75,7 +75,7 @@ class Rejecter:
         return {**told, "doubt": self.doubt} if self.doubt else told
 
 
-def restore(tensors: dict[str, Tensor], about: dict[str, Any], channels: int, where: Any) -> Rejecter:
+def restore(tensors: dict[str, Tensor], about: dict[str, Any], channels: int, where: Any) -> OODDetector:
     """The Rejecter of a bundle. Raises AttireError where a tensor is missing, misshapen or not finite."""
     found = [tensors.get(PREFIX + name, torch.empty(0)) for name in TENSORS]
     centre, means, whiten = found
@@ -92,7 +92,7 @@ def restore(tensors: dict[str, Tensor], about: dict[str, Any], channels: int, wh
     except (KeyError, TypeError, ValueError) as error:
         told = f"{type(error).__name__} {error}"[:80]
         raise AttireError(where, "reject: not what a bundle holds", told, "use a fresh copy") from error
-    return Rejecter(centre, whiten, means, threshold, rows, rate, doubt)
+    return OODDetector(centre, whiten, means, threshold, rows, rate, doubt)
 
 
 def pooled(features: Tensor, channels: int) -> Tensor:
@@ -140,7 +140,7 @@ def find_threshold(distances: NDArray[np.floating[Any]], rate: float = FALSE_REJ
     return float(np.sort(distances)[rank - 1]) if rank <= len(distances) else None
 
 
-def share_rows(train: Rows, val: Rows, seed: int) -> tuple[Rows, Rows]:
+def share_rows(train: RowIndices, val: RowIndices, seed: int) -> tuple[RowIndices, RowIndices]:
     """Rows to fit on and rows to set the threshold on, at most FIT_ROWS of each, in ascending order.
 
     The threshold takes validation rows; where a recipe has none, a tenth of the training rows, which are then not
@@ -152,7 +152,7 @@ def share_rows(train: Rows, val: Rows, seed: int) -> tuple[Rows, Rows]:
     return np.sort(rest[:FIT_ROWS]), np.sort(held[:FIT_ROWS])
 
 
-def pooled_rows(source: Source, rows: Rows, channels: int, view: int = 0) -> Tensor:
+def pooled_rows(source: Source, rows: RowIndices, channels: int, view: int = 0) -> Tensor:
     """`pooled` of these rows (n, C) in the view of this number; whatever scaling `fit` uses."""
     parts = []
     for start in range(0, len(rows), BATCH):
@@ -174,12 +174,12 @@ class Fitting:
     views: Sequence[int]
     held: Sequence[int]
     doubts: bool
-    answers: Callable[[Rows, int], NDArray[np.float32]]
+    answers: Callable[[RowIndices, int], NDArray[np.float32]]
 
 
 def fit(
-    source: Source, labels: NDArray[np.int64], rows: tuple[Rows, Rows], channels: int, how: Fitting
-) -> Rejecter | None:
+    source: Source, labels: NDArray[np.int64], rows: tuple[RowIndices, RowIndices], channels: int, how: Fitting
+) -> OODDetector | None:
     """A Rejecter from `share_rows`' two parts; None where there are too few rows for a threshold."""
     fitted, held = rows
     if not len(fitted):
@@ -191,7 +191,7 @@ def fit(
     if how.doubts and len(held):
         sure = torch.from_numpy(np.concatenate([how.answers(held, view) for view in how.held]))
         doubt = find_doubt(nearest(x, *told), sure)
-    rejecter = Rejecter(*told, 0.0, len(x), doubt=doubt)
+    rejecter = OODDetector(*told, 0.0, len(x), doubt=doubt)
     threshold = find_threshold(rejecter.of(x, sure))
     return None if threshold is None else replace(rejecter, threshold=threshold)
 
@@ -202,7 +202,9 @@ def find_doubt(distances: Tensor, probabilities: Tensor) -> float:
     return float(distances.std() / surprise.std().clamp_min(1e-3))
 
 
-def measure(rejecter: Rejecter, source: Source, rows: Rows, probabilities: NDArray[np.floating[Any]]) -> dict[str, Any]:
+def evaluate_ood(
+    rejecter: OODDetector, source: Source, rows: RowIndices, probabilities: NDArray[np.floating[Any]]
+) -> dict[str, Any]:
     """How many of these rows, garments all, are turned away, answered with these probabilities (n, K): the "reject"
     block of metrics.json."""
     x = pooled_rows(source, rows, len(rejecter.centre))

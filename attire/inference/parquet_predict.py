@@ -21,14 +21,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pyarrow import parquet as pq
 
-from attire.data.parquet import IMAGE, SUFFIX, THREADS, Source, image_bytes, prepared, sources
+from attire.data.parquet import IMAGE, SUFFIX, THREADS, ParquetSource, image_bytes, prepared, sources
 from attire.errors import AttireError, Stopped, UsageError, one_line
 from attire.inference.bundle_files import find_bundle
 from attire.inference.predict import BATCH, Model
 from attire.inference.prediction import Prediction
 from attire.inference.runtimes import format_of
 from attire.storage import files
-from attire.storage.stores import Place, is_url, place
+from attire.storage.stores import StorageLocation, is_url, place
 from attire.version import __version__
 
 PART_ROWS = 8192  # rows of a part, which a killed process loses at most: 15 s of work at 550 pictures a second
@@ -47,7 +47,7 @@ ANSWERS = pa.schema(
     ]
 )
 
-Progress = Callable[[int, int], None]  # (rows answered, rows in all)
+ProgressCallback = Callable[[int, int], None]  # (rows answered, rows in all)
 Complain = Callable[[str], None]
 
 
@@ -73,7 +73,7 @@ class Done:
 class Work:
     """What is to be answered, and by whom: the rows of `sources` one after another, in parts."""
 
-    sources: Sequence[Source]
+    sources: Sequence[ParquetSource]
     model: Model
     digest: str  # of the model
     top: int
@@ -126,7 +126,7 @@ def predict(
     digest: str,
     *,
     top: int = 3,
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = lambda done, total: None,
     complain: Complain = lambda line: None,
 ) -> Done:
     """Answer every row of the Parquet files that `where` names; `out` is a Parquet file, else a folder of parts.
@@ -192,13 +192,15 @@ def part_name(index: int) -> str:
     return f"part-{index:06d}{SUFFIX}"
 
 
-def answer_parts(work: Work, at: Place, progress: Progress, complain: Complain, began_empty: bool) -> int:
+def answer_parts(
+    work: Work, at: StorageLocation, progress: ProgressCallback, complain: Complain, began_empty: bool
+) -> int:
     """Write every part that is not there; how many rows have an error, those of an earlier call included."""
     there = at.sizes()
     if began_empty:
         refuse_others(work, at, there)
     errors = done = 0
-    stream: Iterator[tuple[Source, int, Any]] | None = None
+    stream: Iterator[tuple[ParquetSource, int, Any]] | None = None
     progress(0, work.rows)
     with ThreadPoolExecutor(THREADS, "decode") as pool:
         for index in range(work.parts):
@@ -217,7 +219,9 @@ def answer_parts(work: Work, at: Place, progress: Progress, complain: Complain, 
     return errors
 
 
-def aligned(sources: Sequence[Source], starts: Sequence[int], first: int) -> Iterator[tuple[Source, int, Any]]:
+def aligned(
+    sources: Sequence[ParquetSource], starts: Sequence[int], first: int
+) -> Iterator[tuple[ParquetSource, int, Any]]:
     """(source, number of its row from 1, record batch) from row `first` of all on, never over the end of a part."""
     position = first
     for source, start, end in zip(sources, starts, starts[1:], strict=False):
@@ -230,7 +234,7 @@ def aligned(sources: Sequence[Source], starts: Sequence[int], first: int) -> Ite
                 batch, position = batch[len(head) :], position + len(head)
 
 
-def pieces(stream: Iterator[tuple[Source, int, Any]], count: int) -> Iterator[tuple[Source, int, Any]]:
+def pieces(stream: Iterator[tuple[ParquetSource, int, Any]], count: int) -> Iterator[tuple[ParquetSource, int, Any]]:
     """So many rows of the stream."""
     while count:
         source, row, batch = next(stream)
@@ -239,7 +243,7 @@ def pieces(stream: Iterator[tuple[Source, int, Any]], count: int) -> Iterator[tu
 
 
 def answered(
-    work: Work, rows: Iterator[tuple[Source, int, Any]], pool: ThreadPoolExecutor, complain: Complain | None
+    work: Work, rows: Iterator[tuple[ParquetSource, int, Any]], pool: ThreadPoolExecutor, complain: Complain | None
 ) -> tuple[Any, int]:
     """The table of a part and how many of its rows have an error."""
     seen: list[NDArray[np.uint8] | AttireError] = []
@@ -270,7 +274,7 @@ def ask(model: Model, images: list[NDArray[np.uint8]]) -> list[Prediction]:
     return model.predict(np.stack(images))
 
 
-def looked_at(data: bytes | None, source: Source, row: int) -> NDArray[np.uint8] | AttireError:
+def looked_at(data: bytes | None, source: ParquetSource, row: int) -> NDArray[np.uint8] | AttireError:
     try:
         return prepared(data, source, row)
     except AttireError as error:
@@ -283,7 +287,7 @@ def line(found: Prediction, top: int) -> dict[str, Any]:
     return {**told, "rejected": found.rejected, "distance": found.distance}
 
 
-def kept_schema(source: Source) -> Any:
+def kept_schema(source: ParquetSource) -> Any:
     """The input's columns without the picture; with the path beside its bytes, where no other column is called so."""
     fields = [field for field in source.schema if field.name != IMAGE]
     if has_path(source.schema):
@@ -312,7 +316,7 @@ def write_table(file: Any, table: Any) -> None:
     pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
 
-def errors_of(at: Place, name: str, work: Work, rows: int) -> int | None:
+def errors_of(at: StorageLocation, name: str, work: Work, rows: int) -> int | None:
     """How many rows of a finished part have an error; None where it is damaged or of other work."""
     try:
         table = read_part(at, name)
@@ -322,12 +326,12 @@ def errors_of(at: Place, name: str, work: Work, rows: int) -> int | None:
         return None
 
 
-def read_part(at: Place, name: str) -> Any:
+def read_part(at: StorageLocation, name: str) -> Any:
     with at.open(name) as file:
         return pq.ParquetFile(file, page_checksum_verification=True).read()
 
 
-def refuse_others(work: Work, at: Place, there: dict[str, int]) -> None:
+def refuse_others(work: Work, at: StorageLocation, there: dict[str, int]) -> None:
     """A folder of answers may hold what an earlier call for the same work left, and nothing else."""
     own = {part_name(index) for index in range(work.parts)} | {MANIFEST, ".lock"}
     for name in sorted(there):
@@ -337,7 +341,7 @@ def refuse_others(work: Work, at: Place, there: dict[str, int]) -> None:
             raise UsageError("--out", f"{at.name(name)} is no part of these answers", do="name a new folder")
 
 
-def is_own(at: Place, name: str, work: Work) -> bool:
+def is_own(at: StorageLocation, name: str, work: Work) -> bool:
     """False for a part of other work; a damaged one may be ours, and is made again."""
     try:
         with at.open(name) as file:
@@ -350,7 +354,7 @@ def is_own(at: Place, name: str, work: Work) -> bool:
 # The result.
 
 
-def split(out: str | Path) -> tuple[Place, str]:
+def split(out: str | Path) -> tuple[StorageLocation, str]:
     """The folder of a file and its name."""
     if is_url(out):
         folder, _, name = str(out).rpartition("/")
@@ -374,7 +378,7 @@ def finished(out: str | Path, work: Work) -> int | None:
     raise UsageError("--out", f"{out} is there already, and holds other answers", do="name another, or delete it")
 
 
-def join(work: Work, at: Place, out: str | Path, errors: int) -> None:
+def join(work: Work, at: StorageLocation, out: str | Path, errors: int) -> None:
     """All parts as one file, a row group each."""
     folder, name = split(out)
     schema, options = work.schema(errors), {"compression": "zstd", "write_page_checksum": True}
@@ -384,7 +388,7 @@ def join(work: Work, at: Place, out: str | Path, errors: int) -> None:
             writer.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=PART_ROWS)
 
 
-def remove(at: Place) -> None:
+def remove(at: StorageLocation) -> None:
     """The parts, once the result is there."""
     for name in at.sizes():
         at.remove(name)

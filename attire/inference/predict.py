@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from attire.errors import AttireError, UsageError, one_line
 from attire.inference.bundle_files import GRAPH, find_bundle, is_bundle
-from attire.inference.inputs import Asked, expand, read_ahead
+from attire.inference.inputs import PictureInput, expand, read_ahead
 from attire.inference.prediction import Prediction
 from attire.inference.runtimes import Exported, format_of, load_export
 from attire.storage import files
@@ -27,7 +27,7 @@ NARROW = 72  # columns; below it a name and three classes do not fit in a line
 BATCH = 128  # images a forward pass: 256 was no faster, and the first of many answers comes sooner
 
 
-Answer = tuple[Asked, Prediction] | AttireError
+Answer = tuple[PictureInput, Prediction] | AttireError
 
 
 class Model(Protocol):
@@ -76,15 +76,15 @@ def lacks_verdict(model: Model) -> bool:
 # Answers.
 
 
-def answer(model: Model, asked: Iterable[Asked | AttireError]) -> Iterator[list[Answer]]:
+def answer(model: Model, asked: Iterable[PictureInput | AttireError]) -> Iterator[list[Answer]]:
     """Batches of answers in the order of what is asked, errors in their places."""
     for batch in batches(asked):
         images = images_of(batch)
         yield in_places(batch, model.predict(np.stack(images)) if images else [])
 
 
-def batches(asked: Iterable[Asked | AttireError]) -> Iterator[list[Asked | AttireError]]:
-    batch: list[Asked | AttireError] = []
+def batches(asked: Iterable[PictureInput | AttireError]) -> Iterator[list[PictureInput | AttireError]]:
+    batch: list[PictureInput | AttireError] = []
     for item in asked:
         batch.append(item)
         if len(batch) >= BATCH:
@@ -94,11 +94,11 @@ def batches(asked: Iterable[Asked | AttireError]) -> Iterator[list[Asked | Attir
         yield batch
 
 
-def images_of(batch: list[Asked | AttireError]) -> list[NDArray[np.uint8]]:
-    return [item.image for item in batch if isinstance(item, Asked)]
+def images_of(batch: list[PictureInput | AttireError]) -> list[NDArray[np.uint8]]:
+    return [item.image for item in batch if isinstance(item, PictureInput)]
 
 
-def in_places(batch: list[Asked | AttireError], found: Iterable[Prediction]) -> list[Answer]:
+def in_places(batch: list[PictureInput | AttireError], found: Iterable[Prediction]) -> list[Answer]:
     """What was found for the images of a batch, each with what was asked, and the errors among them."""
     following = iter(found)
     return [item if isinstance(item, AttireError) else (item, next(following)) for item in batch]
@@ -155,7 +155,7 @@ def tell(
     top: int = 3,
     show: Path | None = None,
     out: IO[str] | None = None,
-    ask: Callable[[Iterable[Asked | AttireError]], Iterator[list[Answer]]] | None = None,
+    ask: Callable[[Iterable[PictureInput | AttireError]], Iterator[list[Answer]]] | None = None,
 ) -> int:
     """Answer all that the arguments name: answers to `out`, one line for each bad file to stderr. Returns how many.
 
@@ -219,14 +219,14 @@ class Strips:
     def __init__(self, where: Path | None) -> None:
         self.where, self.taken = where, set[str]()
 
-    def write(self, asked: Asked) -> None:
+    def write(self, asked: PictureInput) -> None:
         if self.where is None or asked.picture is None:
             return
         from attire.data import photos
 
         files.write_bytes(self.path(asked), photos.strip(photos.prepare(asked.picture, asked.name)))
 
-    def path(self, asked: Asked) -> Path:
+    def path(self, asked: PictureInput) -> Path:
         assert self.where is not None
         if self.where.suffix.lower() == ".png":
             if self.taken:

@@ -21,7 +21,7 @@ from attire.inference.classifier import load_bundle
 from attire.inference.ensemble import KIND, Ensemble, cached_probabilities, mean, open_ensemble
 from attire.inference.runtimes import Exported, format_of, load_export
 from attire.model import devices
-from attire.progress import Silent, Watcher, in_parts
+from attire.progress import NoProgress, Progress, in_parts
 from attire.recipes import BACKENDS, MOST_VIEWS
 from attire.storage import memory, url_copies
 
@@ -33,7 +33,7 @@ def evaluate_bundle(
     classes: Sequence[str] | None = None,
     backend: str = "torch",
     device: str = "auto",
-    watcher: Watcher | None = None,
+    watcher: Progress | None = None,
     views: int | None = None,
 ) -> run_result.RunResult:
     """Measure a bundle, its features taken from the cache where it has them, or an exported file in its own runtime.
@@ -42,12 +42,12 @@ def evaluate_bundle(
     None for the bundle's own number; the temperature stays the bundle's. Raises AttireError where the data's classes
     are not the bundle's, UsageError where an exported file, which holds its views, is to average others.
     """
-    began, watcher, names = time.perf_counter(), watcher or Silent(), views_of(views)
+    began, watcher, names = time.perf_counter(), watcher or NoProgress(), views_of(views)
     if backend not in BACKENDS:
         raise UsageError("--backend", f"expected torch, openvino or openvino-int8, found {backend!r}")
     model = load_export(bundle) if format_of(Path(bundle)) else load_bundle(bundle, device)
     url_copies.bring(data, progress=watcher.advance)
-    asked = Asked(data, part, classes, device, views)
+    asked = EvaluationRequest(data, part, classes, device, views)
     labelled = asked.load(model.classes)
     if isinstance(model, Exported):
         if names:
@@ -63,7 +63,7 @@ def evaluate_bundle(
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluationRequest:
     """What something is to be measured on, and how; `views` as the command line has it."""
 
     data: str | Path | None
@@ -119,7 +119,7 @@ def views_of(count: int | None) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Together:
+class EnsembleEvaluation:
     """An ensemble measured as one model, each of its members alone, and the ensemble against the best of those.
 
     The best member is picked on these same images, which favours it: what the ensemble gains is rather more.
@@ -147,16 +147,16 @@ def evaluate_ensemble(
     part: Part = "test",
     classes: Sequence[str] | None = None,
     device: str = "auto",
-    watcher: Watcher | None = None,
+    watcher: Progress | None = None,
     views: int | None = None,
-) -> Together:
+) -> EnsembleEvaluation:
     """Measure several bundles or runs, or the file that names them, as one model that averages their probabilities.
 
     Features come from the cache, and members that share a trunk share them. The rest as for `evaluate_bundle`.
     """
     began, names, found = time.perf_counter(), views_of(views), open_ensemble(what, device)
-    asked = Asked(data, part, classes, device, views)
-    url_copies.bring(data, progress=(watcher or Silent()).advance)
+    asked = EvaluationRequest(data, part, classes, device, views)
+    url_copies.bring(data, progress=(watcher or NoProgress()).advance)
     labelled, members, parts = asked.load(found.classes), [], []
     for folder, member in zip(found.bundles, found.members, strict=True):
         own, start = names or member.architecture.views, time.perf_counter()
@@ -169,9 +169,9 @@ def evaluate_ensemble(
     whole = asked.result(mean(parts), labelled, facts, asked.command(KIND, what), about, began)
     best = max(range(len(members)), key=lambda i: members[i].test.correct)
     pair = paired([one_line(str(found.bundles[best])), "the ensemble"], [members[best], whole], 0, 1)
-    return Together(found, whole, tuple(members), pair)
+    return EnsembleEvaluation(found, whole, tuple(members), pair)
 
 
-def run_export(exported: Exported, data: ImageDataset, watcher: Watcher) -> NDArray[np.floating[Any]]:
+def run_export(exported: Exported, data: ImageDataset, watcher: Progress) -> NDArray[np.floating[Any]]:
     """Calibrated probabilities (n, K)."""
     return np.concatenate([exported.predict_proba(part) for part in in_parts(data.images, 1024, "Images", watcher)])

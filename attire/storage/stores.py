@@ -27,7 +27,7 @@ class StoreError(AttireError):
 
 
 @dataclass(frozen=True)
-class Place:
+class StorageLocation:
     """A folder of this machine or a prefix in an object store: files in it by name, written whole or not at all."""
 
     url: str  # what people are told; no slash at its end
@@ -123,14 +123,14 @@ def file_path(url: str) -> Path:
     return Path(url2pathname(parts.path))
 
 
-def place(where: str | Path) -> Place:
+def place(where: str | Path) -> StorageLocation:
     """The folder, prefix, file or object that a path or URL names; nothing is asked of a store yet."""
     from pyarrow import fs
 
     text = str(where)
     if not is_url(text) or scheme_of(text) == "file":
         path = Path(text) if not is_url(text) else file_path(text)
-        return Place(str(path), fs.LocalFileSystem(), str(path.expanduser().absolute()))
+        return StorageLocation(str(path), fs.LocalFileSystem(), str(path.expanduser().absolute()))
     if scheme_of(text) in ("http", "https"):
         raise UsageError(text, "HTTP has no folders and takes no files", do="expected s3://, gs://, az:// or a path")
     scheme, path_in = text.partition("://")[0].lower(), text.partition("://")[2].strip("/")
@@ -143,7 +143,7 @@ def place(where: str | Path) -> Place:
             system = fs.GcsFileSystem(anonymous=anonymous, retry_time_limit=timedelta(seconds=PATIENCE))
         else:
             system = s3(bucket) if scheme == "s3" else azure(text)
-    return Place(text.rstrip("/"), system, path_in)
+    return StorageLocation(text.rstrip("/"), system, path_in)
 
 
 @contextmanager

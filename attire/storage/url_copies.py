@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from attire.errors import AttireError, AttireWarning, UsageError
 from attire.storage import files
 from attire.storage.http import MirrorError, download, reason
-from attire.storage.stores import Place, StoreError, faults, file_path, is_url, place, scheme_of
+from attire.storage.stores import StorageLocation, StoreError, faults, file_path, is_url, place, scheme_of
 
 BLOCK = 4 * 2**20  # bytes a read: a store answers each with a request of its own
 LARGEST = 1 << 40  # bytes of one file over HTTP
@@ -24,11 +24,11 @@ HTTP_SECONDS = 10.0  # for the head of an answer
 RECORD = "OBJECTS.json"
 OFTEN = 256  # objects between two writings of the record
 
-Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
+ProgressCallback = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
 Lines = dict[str, dict[str, Any]]  # of the record: by the path below the URL, "" for a single object
 
 
-def local(source: str | Path, progress: Progress | None = None) -> Path:
+def local(source: str | Path, progress: ProgressCallback | None = None) -> Path:
     """Where `source` is read from: itself, or for a URL its copy, the same tree under the same name.
 
     A copy is made once, goes on where it was stopped, and is made again when the store names another version of the
@@ -45,7 +45,7 @@ def local(source: str | Path, progress: Progress | None = None) -> Path:
         return mirrored(url, folder, progress or (lambda what, done, total: None))
 
 
-def bring(*sources: str | Path | None, progress: Progress) -> None:
+def bring(*sources: str | Path | None, progress: ProgressCallback) -> None:
     """Copy what is named by URLs while somebody is told how far it is; whoever reads it later finds it there."""
     for source in sources:
         if source is not None and is_url(source):
@@ -56,7 +56,7 @@ def copies_folder() -> Path:
     return files.cache_dir() / "objects"
 
 
-def mirrored(url: str, folder: Path, progress: Progress) -> Path:
+def mirrored(url: str, folder: Path, progress: ProgressCallback) -> Path:
     """The copy, made to agree with the store; whoever calls holds the lock."""
     target, known = folder / base_name(url), recorded(folder, url)
     try:
@@ -90,10 +90,10 @@ def mirrored(url: str, folder: Path, progress: Progress) -> Path:
 
 
 @dataclass(frozen=True)
-class Object:
+class StoredObject:
     """One object of a store; version: its size with its ETag, or where many are listed the time of its change."""
 
-    place: Place
+    place: StorageLocation
     size: int
     version: str
 
@@ -101,7 +101,7 @@ class Object:
     def url(self) -> str:
         return self.place.url
 
-    def copy(self, target: Path, part: Path, progress: Progress) -> dict[str, Any]:
+    def copy(self, target: Path, part: Path, progress: ProgressCallback) -> dict[str, Any]:
         """Stream it into `part`, going on where that ends, then into its place; its line for the record."""
         files.make_dir(target.parent)
         with self.place.open() as source:
@@ -136,14 +136,14 @@ def read(source: Any, url: str) -> bytes:
 
 
 @dataclass(frozen=True)
-class Page:
+class HttpFile:
     """A file over HTTP; version: size with ETag or date, "" where the server says none: then the copy is for good."""
 
     url: str
     size: int
     version: str
 
-    def copy(self, target: Path, part: Path, progress: Progress) -> dict[str, Any]:
+    def copy(self, target: Path, part: Path, progress: ProgressCallback) -> dict[str, Any]:
         """By `download`, which keeps unfinished files itself."""
 
         def take(arrived: Path) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class Page:
             raise StoreError(self.url, f"{error}") from error
 
 
-def listed(url: str) -> dict[str, Object] | dict[str, Page]:
+def listed(url: str) -> dict[str, StoredObject] | dict[str, HttpFile]:
     """What a URL names: one object, those below a prefix, or those that a pattern matches.
 
     Raises AttireError where there is nothing, StoreError where that is not known.
@@ -174,14 +174,14 @@ def listed(url: str) -> dict[str, Object] | dict[str, Page]:
         info = at.filesystem.get_file_info(at.path)
         if info.is_file and not pattern:
             with at.filesystem.open_input_file(at.path) as file:
-                return {"": Object(at, info.size, f"{info.size} {marks(file).get('ETag') or info.mtime_ns}")}
+                return {"": StoredObject(at, info.size, f"{info.size} {marks(file).get('ETag') or info.mtime_ns}")}
         inside = at.filesystem.get_file_info(fs.FileSelector(at.path, recursive=not pattern, allow_not_found=True))
     found = {}
     for each in sorted((each for each in inside if each.is_file), key=lambda each: str(each.path)):
         name = each.path[len(at.path) + 1 :]
         if not pattern or fnmatch.fnmatchcase(name, pattern):
-            one = Place(f"{bare}/{name}", at.filesystem, each.path)
-            found[name] = Object(one, each.size, f"{each.size} {each.mtime_ns}")
+            one = StorageLocation(f"{bare}/{name}", at.filesystem, each.path)
+            found[name] = StoredObject(one, each.size, f"{each.size} {each.mtime_ns}")
     if not found:
         raise AttireError(url, "no such object")
     return found
@@ -206,7 +206,7 @@ def plain(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def head(url: str) -> Page:
+def head(url: str) -> HttpFile:
     """What a server says of a file before it sends it."""
     request = urllib.request.Request(url, headers={"User-Agent": "attire"}, method="HEAD")
     try:
@@ -218,14 +218,14 @@ def head(url: str) -> Page:
             raise AttireError(url, f"HTTP {error.code}: no such file") from error
         if error.code not in (405, 501):  # a server that knows no HEAD
             raise StoreError(url, f"HTTP {error.code}") from error
-        return Page(url, 0, "")
+        return HttpFile(url, 0, "")
     except (OSError, ValueError) as error:
         raise StoreError(url, "cannot be reached", reason(error)) from error
     mark = said.get("ETag") or said.get("Last-Modified") or ""
-    return Page(url, size, f"{size} {mark}" if mark or size else "")
+    return HttpFile(url, size, f"{size} {mark}" if mark or size else "")
 
 
-def keeps(line: dict[str, Any] | None, one: Object | Page, target: Path, name: str) -> bool:
+def keeps(line: dict[str, Any] | None, one: StoredObject | HttpFile, target: Path, name: str) -> bool:
     """Whether the copy is of this version and sound."""
     if line is None or line.get("version") != one.version:
         return False

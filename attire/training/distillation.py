@@ -16,7 +16,7 @@ from attire.features.views import DRAWN, STRANGE, mirrored
 from attire.inference.bundle_files import ABOUT, find_bundle
 from attire.inference.classifier import Classifier, load_bundle
 from attire.inference.ensemble import cached_probabilities
-from attire.progress import Watcher
+from attire.progress import Progress
 from attire.recipes import Recipe
 from attire.storage import files
 
@@ -53,7 +53,7 @@ def targets(
     views: Sequence[str],
     recipe: Recipe,
     folder: Path,
-    watcher: Watcher,
+    watcher: Progress,
     recorded: Mapping[str, Any] | None = None,
 ) -> tuple[NDArray[np.float32], dict[str, Any]]:
     """What the teacher answers for each view of each image, (V, N, K), softened by the recipe's temperature; and what
@@ -125,7 +125,7 @@ def check_split(folder: Path, facts: Mapping[str, Any], splits: Splits, recipe: 
         warnings.warn(f"{what}; what they measure may be too good", AttireWarning, stacklevel=2)
 
 
-def answers(members: Sequence[Classifier], data: ImageDataset, view: str, watcher: Watcher) -> NDArray[np.float32]:
+def answers(members: Sequence[Classifier], data: ImageDataset, view: str, watcher: Progress) -> NDArray[np.float32]:
     """Mean of the members' calibrated probabilities (N, K) of all images in this view."""
     found = [cached_probabilities(member, data, (view,), watcher=watcher) for member in members]
     return np.asarray(np.mean(found, axis=0), np.float32)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from attire.blocks import CHANNELS, ENDS, SHAPES
-from attire.data.dataset import OFFICIAL, ImageDataset, Rows, Splits, split_indices
+from attire.data.dataset import OFFICIAL, ImageDataset, RowIndices, Splits, split_indices
 from attire.errors import one_line
 from attire.evaluation import calibration, run_result
 from attire.evaluation.metrics import evaluate
@@ -24,17 +24,17 @@ from attire.features import cache
 from attire.features import views as features_views
 from attire.features.cache import FeatureSpec
 from attire.features.logits import predict_logits, shared_logits
-from attire.features.sources import WINDOW, CachedSource, GarmentDataset, OnTheFlySource, Standardiser, measure
+from attire.features.sources import WINDOW, CachedSource, GarmentDataset, OnTheFlySource, Standardiser, fit_standardiser
 from attire.features.views import DRAWN, mirrored
 from attire.inference import neighbours as inference_neighbours
 from attire.inference import out_of_distribution
 from attire.inference.classifier import Architecture, Classifier
 from attire.inference.neighbours import Neighbours, choose_neighbour_rows
-from attire.inference.out_of_distribution import Rejecter
+from attire.inference.out_of_distribution import OODDetector
 from attire.model import devices, distributed, heads, pretrained, vgg
 from attire.model.heads import fold_standardisation
 from attire.model.weights import read_weights, tensor_digest
-from attire.progress import Epoch, Watcher
+from attire.progress import Epoch, Progress
 from attire.recipes import Recipe
 from attire.storage import files, memory, url_copies
 from attire.training import loop
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 from attire.data.loading import DataChoice
 from attire.features.backbones import CHOSEN, choose_trunk, frozen_trunk
 from attire.features.sources import TunedSource
-from attire.training.outcome import SCORED_ROWS, Answers, Found
+from attire.training.outcome import SCORED_ROWS, Outcome, SplitLogits
 
 CALIBRATION_ROWS = 2048  # whose moments batch normalisation starts from
 BOUNDS = ("accuracy_low", "accuracy_high")
@@ -55,11 +55,11 @@ BESIDE = 12 * 2**20  # bytes of a run besides checkpoints and weights: report, t
 
 
 Source = CachedSource | OnTheFlySource
-Answering = Callable[[Rows, int], NDArray[np.float32]]  # rows and a view's number to probabilities (n, K)
+Answering = Callable[[RowIndices, int], NDArray[np.float32]]  # rows and a view's number to probabilities (n, K)
 Sources = tuple[Source, Source]  # of the training data and of the test data; one and the same after a split
 
 
-class Stage:
+class Experiment:
     """What the stages of one run share: recipe, rows, weights, device."""
 
     def __init__(
@@ -67,8 +67,8 @@ class Stage:
         recipe: Recipe,
         source: DataChoice,
         device: torch.device,
-        watcher: Watcher,
-        make: cache.Maker | None = None,
+        watcher: Progress,
+        make: cache.ShardExtractor | None = None,
     ) -> None:
         self.recipe, self.device, self.watcher, self.make = recipe, device, watcher, make
         self.taught: dict[str, Any] | None = None  # the teacher of the run, for data.json
@@ -184,7 +184,7 @@ class Stage:
         if not self.recipe.standardise:
             return Standardiser()
         parts = np.array_split(self.train, blocks_of(len(self.train)))
-        return measure(torch.from_numpy(source.views[0].gather(rows)) for rows in parts)
+        return fit_standardiser(torch.from_numpy(source.views[0].gather(rows)) for rows in parts)
 
     def on_the_fly(self) -> Sources:
         """No cache: every epoch sends every picture through the trunk again."""
@@ -196,7 +196,7 @@ class Stage:
 
         trained = source(self.splits.data)
         if self.recipe.standardise:
-            trained.standardise = measure(trained.batches(self.train, 2048, None))
+            trained.standardise = fit_standardiser(trained.batches(self.train, 2048, None))
         tested = trained if self.splits.test_data is self.splits.data else source(self.splits.test_data)
         tested.standardise = trained.standardise
         return trained, tested
@@ -235,16 +235,16 @@ class Stage:
         if not done:
             self.watcher.epoch(state.history[-1])
 
-    def answers(self, head: nn.Sequential, sources: Sources) -> Answers:
+    def answers(self, head: nn.Sequential, sources: Sources) -> SplitLogits:
         """The test set is read here, once, by the weights that training ended with; each process answers its share."""
         logits = partial(self.logits, head)
-        return Answers(
+        return SplitLogits(
             val=logits(sources[0], self.val) if len(self.val) else None,
             train=logits(sources[0], self.scored_training_rows()),
             test=logits(sources[1], self.splits.test_rows),
         )
 
-    def evaluate(self, head: nn.Sequential, sources: Sources, answers: Answers) -> Found:
+    def evaluate(self, head: nn.Sequential, sources: Sources, answers: SplitLogits) -> Outcome:
         """Every figure of what the head answered, and what a bundle holds besides the network."""
         labels, classes = self.splits.data.labels, self.splits.data.classes
         temperature, val = 1.0, None
@@ -258,21 +258,21 @@ class Stage:
         skewed = self.skew(head, sources[0])
         behind = [TunedSource(s, head) if isinstance(head, heads.TunedHead) else s for s in sources]
         rejecter = self.rejecter(behind[0], partial(self.sure, head, sources[0], temperature))
-        return Found(
+        return Outcome(
             temperature,
             test=evaluate(tested, test_labels, classes),
             train=evaluate(trained, labels[seen], classes),
             val=val,
             probabilities=tested,
             rejecter=rejecter,
-            reject=out_of_distribution.measure(rejecter, behind[1], self.splits.test_rows, tested)
+            reject=out_of_distribution.evaluate_ood(rejecter, behind[1], self.splits.test_rows, tested)
             if rejecter
             else None,
             neighbours=self.neighbours(head, sources[0]),
             skew=skewed,
         )
 
-    def scored_training_rows(self) -> Rows:
+    def scored_training_rows(self) -> RowIndices:
         """Those that the training accuracy is measured on: all, or with trained blocks, whose every answer costs a
         pass through them, some."""
         if not self.recipe.train_blocks:
@@ -293,12 +293,12 @@ class Stage:
         trunk = vgg.Trunk(frozen, self.device, "fp32")
         served = OnTheFlySource(GarmentDataset(data.images, data.labels, size), trunk, cache.batch_rows(size))
         served.standardise = source.standardise
-        found = training_skew.measure(head, source, served, data.labels, rows)
+        found = training_skew.measure_skew(head, source, served, data.labels, rows)
         self.watcher.note("Skew", found.describe())
         found.check(self.spec.backend)
         return found
 
-    def logits(self, head: nn.Module, source: Source, rows: Rows) -> NDArray[np.float32]:
+    def logits(self, head: nn.Module, source: Source, rows: RowIndices) -> NDArray[np.float32]:
         """(n, K), the mean over the views that an answer averages: what the temperature is fitted to."""
         numbers = [source.names.index(name) for name in self.architecture.views]
         return np.asarray(shared_logits(head, source, rows, 1024, numbers).numpy())
@@ -315,14 +315,16 @@ class Stage:
                 parts = [source.standardise.undo(x) for x in found]
         return inference_neighbours.fit(torch.cat(parts), data.images[rows], data.labels[rows])
 
-    def sure(self, head: nn.Module, source: Source, temperature: float, rows: Rows, view: int) -> NDArray[np.float32]:
+    def sure(
+        self, head: nn.Module, source: Source, temperature: float, rows: RowIndices, view: int
+    ) -> NDArray[np.float32]:
         """Calibrated probabilities (n, K) of these rows in this view, averaged with the mirrored one as answers are."""
         names = source.names
         both = [view, *(i for i, name in enumerate(names) if name == mirrored(names[view]))]
         found = predict_logits(head, source, rows, 1024, both[: self.architecture.test_views])
         return np.asarray(calibration.softmax(found.numpy(), temperature), np.float32)
 
-    def rejecter(self, source: "Source | TunedSource", answers: Answering) -> Rejecter | None:
+    def rejecter(self, source: "Source | TunedSource", answers: Answering) -> OODDetector | None:
         """From training rows alone; its threshold from validation rows, or from a part of the training rows."""
         rows = out_of_distribution.share_rows(self.train, self.val, self.recipe.split_seed)
         names, held = self.training_views(), ("plain", DRAWN)
@@ -332,7 +334,7 @@ class Stage:
         return out_of_distribution.fit(source, self.splits.data.labels, rows, CHANNELS[self.architecture.end], how)
 
     def result(
-        self, folder: Path, found: Found, history: list[Epoch], seconds: dict[str, float], claimed: float
+        self, folder: Path, found: Outcome, history: list[Epoch], seconds: dict[str, float], claimed: float
     ) -> run_result.RunResult:
         test = self.splits.test
         return run_result.RunResult(
@@ -363,7 +365,7 @@ class Stage:
         return model
 
     def save(
-        self, folder: Path, head: nn.Sequential, scaled: Standardiser, found: Found, result: run_result.RunResult
+        self, folder: Path, head: nn.Sequential, scaled: Standardiser, found: Outcome, result: run_result.RunResult
     ) -> None:
         """Report and bundle. The trunk that ships is read afresh from the verified weights: frozen means the same."""
         if scaled.mean is not None and scaled.scale is not None:
@@ -384,7 +386,7 @@ class Stage:
         write_model_card(folder / "model", result)
 
 
-def validation_rows(data: ImageDataset, rows: Rows, recipe: Recipe) -> tuple[Rows, Rows]:
+def validation_rows(data: ImageDataset, rows: RowIndices, recipe: Recipe) -> tuple[RowIndices, RowIndices]:
     """The rows that train, and those cut from them for validation: as many as the recipe says, at most a tenth.
 
     A tenth of a small set may be too few for a row of each class: then that many, where the split is stratified.

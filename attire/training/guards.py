@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from attire.data.dataset import Rows
+from attire.data.dataset import RowIndices
 from attire.errors import AttireError, AttireWarning
-from attire.features.sources import Source
+from attire.features.sources import FeatureSource
 from attire.model import distributed
 from attire.progress import Epoch
 from attire.recipes import Recipe
@@ -36,10 +36,10 @@ def check_first_loss(loss: float, classes: int) -> None:
 
 
 def check_agreement(
-    source: Source,
+    source: FeatureSource,
     labels: NDArray[np.int64],
-    train: Rows,
-    val: Rows,
+    train: RowIndices,
+    val: RowIndices,
     recipe: Recipe,
     state: State,
     soft: NDArray[np.float32] | None,

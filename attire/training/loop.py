@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from attire.data.dataset import Rows, Views
+from attire.data.dataset import RowIndices, Views
 from attire.errors import AttireError, Stopped
 from attire.features.logits import answers, shared_logits
-from attire.features.sources import Source
+from attire.features.sources import FeatureSource
 from attire.model import distributed, heads
 from attire.progress import Epoch
 from attire.recipes import Recipe
@@ -48,10 +48,10 @@ Report = Callable[[State, int, int], None]  # (state, rows done in this epoch, r
 
 def fit(
     classifier: nn.Sequential,
-    source: Source,
+    source: FeatureSource,
     labels: NDArray[np.int64],
-    train: Rows,
-    val: Rows,
+    train: RowIndices,
+    val: RowIndices,
     recipe: Recipe,
     folder: Path,
     report: Report = lambda state, done, total: None,
@@ -106,9 +106,9 @@ def fit(
 def run_epoch(
     classifier: nn.Sequential,
     optimiser: torch.optim.Adam,
-    source: Source,
+    source: FeatureSource,
     targets: Tensor,
-    train: Rows,
+    train: RowIndices,
     recipe: Recipe,
     state: State,
     folder: Path,
@@ -231,8 +231,8 @@ def loss_of(logits: Tensor, target: augment.Target, recipe: Recipe) -> Tensor:
 
 
 def epoch_order(
-    train: Rows, recipe: Recipe, epoch: int, stretch: tuple[int, int] | None = None
-) -> tuple[Rows, Views | None]:
+    train: RowIndices, recipe: Recipe, epoch: int, stretch: tuple[int, int] | None = None
+) -> tuple[RowIndices, Views | None]:
     """A permutation of the training rows, and the view of each, from the seed and the epoch alone.
 
     stretch: for a source that reads rows from the disk, see `shuffled_stretches`.
@@ -253,7 +253,7 @@ def drawn_views(rng: np.random.Generator, recipe: Recipe, count: int) -> Views:
     return rng.integers(0, views + (own if recipe.drawn or recipe.strange else 0), count) % views
 
 
-def shuffled_stretches(train: Rows, rng: np.random.Generator, length: int, window: int) -> Rows:
+def shuffled_stretches(train: RowIndices, rng: np.random.Generator, length: int, window: int) -> RowIndices:
     """A permutation that a disk can follow: stretches of `length` neighbours, drawn from anywhere, `window` rows of
     them at a time, and within those the rows in any order."""
     rows = np.sort(train)
@@ -282,7 +282,9 @@ def learning_rate_factor(schedule: str, step: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
-def end_epoch(classifier: nn.Sequential, source: Source, targets: Tensor, val: Rows, state: State, rows: int) -> None:
+def end_epoch(
+    classifier: nn.Sequential, source: FeatureSource, targets: Tensor, val: RowIndices, state: State, rows: int
+) -> None:
     val_loss = val_accuracy = None
     if len(val):
         logits = shared_logits(classifier, source, val)

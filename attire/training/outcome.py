@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from attire.evaluation.metrics import Evaluation
 from attire.inference.neighbours import Neighbours
-from attire.inference.out_of_distribution import Rejecter
+from attire.inference.out_of_distribution import OODDetector
 from attire.training.skew import Skew
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ SCORED_ROWS = 10_000  # of training, where blocks are trained: its interval is t
 
 
 @dataclass(frozen=True)
-class Found:
+class Outcome:
     """What the trained head says of each set; test probabilities (n, K) are calibrated with `temperature`.
 
     rejecter: None where there are too few rows for its threshold; reject: what it does to the test set; neighbours:
@@ -31,14 +31,14 @@ class Found:
     train: Evaluation
     val: Evaluation | None
     probabilities: NDArray[np.float64]
-    rejecter: Rejecter | None = None
+    rejecter: OODDetector | None = None
     reject: dict[str, Any] | None = None
     neighbours: Neighbours | None = None
     skew: Skew | None = None
 
 
 @dataclass(frozen=True)
-class Answers:
+class SplitLogits:
     """Logits (n, K) of the trained head for validation, training and test rows, not yet calibrated."""
 
     val: NDArray[np.float32] | None

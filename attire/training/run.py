@@ -12,15 +12,15 @@ from attire.data.loading import DataChoice
 from attire.errors import AttireError, UsageError
 from attire.evaluation import run_result
 from attire.evaluation.metrics import Interval
-from attire.features.cache import Maker
+from attire.features.cache import ShardExtractor
 from attire.inference.classifier import Classifier, load_bundle
 from attire.model import devices, distributed
-from attire.progress import Silent, Watcher
+from attire.progress import NoProgress, Progress
 from attire.recipes import Recipe
 from attire.storage import files, memory, run_folder
 from attire.training import distillation as teaching
 from attire.training.distillation import Teacher
-from attire.training.experiment import Stage
+from attire.training.experiment import Experiment
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Machines(Protocol):
     """Machines that a run is carried out on; `cluster.Cluster` is the one kind there is."""
 
     @property
-    def extract_shards(self) -> Maker:
+    def extract_shards(self) -> ShardExtractor:
         """Makes missing shards."""
 
-    def resume(self, folder: Path, watcher: Watcher) -> None:
+    def resume(self, folder: Path, watcher: Progress) -> None:
         """Call `resume` with this run's folder in each of the processes that train it together."""
 
 
@@ -79,7 +79,7 @@ def train(
     claimed: float = 0.98,
     log: str | None = None,
     teacher: Sequence[str | Path] | Mapping[str, Any] | Teacher | None = None,
-    watcher: Watcher | None = None,
+    watcher: Progress | None = None,
     cluster: Machines | None = None,
 ) -> Run:
     """Train a classifier and evaluate it once on the test set.
@@ -110,7 +110,7 @@ def train(
         "log": log,
         "teacher": taught.to_json() if taught else None,
     }
-    watch = watcher or Silent()
+    watch = watcher or NoProgress()
     with distributed.joined(), new_folder(run_dir) as folder:
         if distributed.leads():
             files.write_json(folder / "config.json", config)
@@ -121,14 +121,14 @@ def train(
     return finished_on(cluster, folder, watch)
 
 
-def resume(run_dir: str | Path, watcher: Watcher | None = None, cluster: Machines | None = None) -> Run:
+def resume(run_dir: str | Path, watcher: Progress | None = None, cluster: Machines | None = None) -> Run:
     """Go on with a run that was stopped, from its own `config.json` and newest checkpoint."""
     folder = Path(run_dir)
     if not (folder / "config.json").exists():
         raise AttireError(folder, "no run to resume: it holds no config.json", do="start one with: attire train")
     known = read_config(folder)
     told = (known.recipe, known.source, known.device)
-    log, watch = None if cluster else known.log, watcher or Silent()
+    log, watch = None if cluster else known.log, watcher or NoProgress()
     with distributed.joined(), claimed_folder(folder), logging(log, folder, watch) as watching:
         if not cluster:
             return carry_out(folder, *told, known.cache, known.claimed, watching, known.teacher)
@@ -136,7 +136,7 @@ def resume(run_dir: str | Path, watcher: Watcher | None = None, cluster: Machine
     return finished_on(cluster, folder, watch)
 
 
-def finished_on(cluster: Machines, folder: Path, watcher: Watcher) -> Run:
+def finished_on(cluster: Machines, folder: Path, watcher: Progress) -> Run:
     """A run whose features are in the cache, carried out by processes that hold its folder themselves."""
     cluster.resume(folder, watcher)
     return Run(folder, run_result.load_result(folder))
@@ -166,10 +166,10 @@ def claimed_folder(folder: Path) -> AbstractContextManager[Path]:
 
 
 @contextmanager
-def logging(log: str | None, folder: Path, watcher: Watcher) -> Iterator[Watcher]:
+def logging(log: str | None, folder: Path, watcher: Progress) -> Iterator[Progress]:
     """`watcher`, or one that also writes TensorBoard's files; of several processes the first alone is watched."""
     if log is None or not distributed.leads():
-        yield watcher if distributed.leads() else Silent()
+        yield watcher if distributed.leads() else NoProgress()
         return
     if log != "tensorboard":
         raise UsageError("--log", f"expected tensorboard, found {log!r}")
@@ -189,7 +189,7 @@ def carry_out(
     device: str,
     cache: bool,
     claimed: float,
-    watcher: Watcher,
+    watcher: Progress,
     teacher: Teacher | None = None,
 ) -> Run:
     """The stages, in order. Each leaves on disk what the next start of the same run will not do again."""
@@ -227,13 +227,13 @@ def begin(
     recipe: Recipe,
     source: DataChoice,
     device: str,
-    watcher: Watcher,
-    make: Maker | None = None,
-) -> Stage:
+    watcher: Progress,
+    make: ShardExtractor | None = None,
+) -> Experiment:
     """The stage of a run, and what it found written down. A run that goes on keeps what it began with."""
     if distributed.leads():
         run_result.reopen(folder)
-    stage = Stage(recipe, source, devices.choose_device(device), watcher, make)
+    stage = Experiment(recipe, source, devices.choose_device(device), watcher, make)
     distributed.shared(lambda: stage.check(folder))
     memory.keep_freed()  # from here on: what reading a CSV took goes back to the system
     told = [folder / name for name in ("data.json", "environment.json")]

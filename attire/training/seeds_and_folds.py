@@ -23,11 +23,11 @@ from attire.evaluation.report import write_report
 from attire.evaluation.run_result import RunResult, load_result, save_result
 from attire.features.sources import CachedSource
 from attire.model import devices, distributed
-from attire.progress import Silent, Watcher
+from attire.progress import NoProgress, Progress
 from attire.recipes import Recipe
 from attire.storage import files, memory
 from attire.training import distillation
-from attire.training.experiment import Stage, validation_rows
+from attire.training.experiment import Experiment, validation_rows
 from attire.training.run import claimed_folder, new_folder, resume, train
 
 
@@ -89,7 +89,7 @@ def train_seeds(count: int, recipe: Recipe, *, run_dir: str | Path | None = None
         return seeds_in(folder, count, recipe, arguments, watcher)
 
 
-def seeds_in(folder: Path, count: int, recipe: Recipe, arguments: Mapping[str, Any], watcher: Watcher | None) -> Seeds:
+def seeds_in(folder: Path, count: int, recipe: Recipe, arguments: Mapping[str, Any], watcher: Progress | None) -> Seeds:
     runs = tuple(folder / f"seed-{recipe.seed + i}" for i in range(count))
     for i, run in enumerate(runs):
         if watcher:
@@ -125,7 +125,7 @@ def cross_validate(
     run_dir: str | Path | None = None,
     device: str = "auto",
     claimed: float = 0.98,
-    watcher: Watcher | None = None,
+    watcher: Progress | None = None,
 ) -> Folds:
     """Each training row is scored by a classifier that did not train on it; the test set is never touched.
 
@@ -141,14 +141,14 @@ def cross_validate(
     with distributed.joined(), new_folder(run_dir) as folder:
         if distributed.leads():
             files.write_json(folder / "series.json", {**config, "kind": "folds", "claimed": claimed})
-        return folds_in(folder, folds, recipe, choice, device, claimed, watcher or Silent())
+        return folds_in(folder, folds, recipe, choice, device, claimed, watcher or NoProgress())
 
 
 def folds_in(
-    folder: Path, folds: int, recipe: Recipe, choice: DataChoice, device: str, claimed: float, watcher: Watcher
+    folder: Path, folds: int, recipe: Recipe, choice: DataChoice, device: str, claimed: float, watcher: Progress
 ) -> Folds:
     began = time.perf_counter()
-    stage = Stage(recipe, choice, devices.choose_device(device), watcher)
+    stage = Experiment(recipe, choice, devices.choose_device(device), watcher)
     stage.check(folder, folds)
     memory.keep_freed()
     source, data = stage.train_features(), stage.splits.data
@@ -201,7 +201,7 @@ def fold_members(labels: NDArray[np.int64], folds: int, recipe: Recipe, name: st
 
 
 def one_fold(
-    stage: Stage, source: CachedSource, out: dataset.Rows, folder: Path
+    stage: Experiment, source: CachedSource, out: dataset.RowIndices, folder: Path
 ) -> tuple[NDArray[np.float32], list[progress.Epoch]]:
     """Calibrated probabilities (n, K) of the rows that this fold leaves out; kept, so that no fold is done twice."""
     kept = folder / "probabilities.npy"
@@ -254,7 +254,7 @@ def is_series(folder: str | Path) -> bool:
     return (Path(folder) / "series.json").exists()
 
 
-def resume_series(folder: str | Path, watcher: Watcher | None = None) -> Seeds | Folds:
+def resume_series(folder: str | Path, watcher: Progress | None = None) -> Seeds | Folds:
     """Go on with seeds or folds that were stopped; what is finished is not done again."""
     folder = Path(folder)
     about = files.read_json(folder / "series.json")
@@ -267,7 +267,7 @@ def resume_series(folder: str | Path, watcher: Watcher | None = None) -> Seeds |
             values = dict(about["data"])
             choice = DataChoice(**{**values, "classes": tuple(values["classes"]) if values["classes"] else None})
             told = (about["folds"], recipe, choice, about["device"], about["claimed"])
-            go_on = partial(folds_in, folder, *told, watcher or Silent())
+            go_on = partial(folds_in, folder, *told, watcher or NoProgress())
     except (KeyError, TypeError) as error:
         raise AttireError(folder / "series.json", "not a series of runs", str(error)[:80]) from error
     with distributed.joined(), claimed_folder(folder):

@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from attire.data.dataset import Rows
+from attire.data.dataset import RowIndices
 from attire.errors import AttireError
 from attire.evaluation.intervals import Interval, paired_difference
 from attire.features.logits import predict_logits
-from attire.features.sources import Source
+from attire.features.sources import FeatureSource
 
 ROWS = 5000  # at most
 PIXELS = 25_000_000  # of pictures, which the fp32 trunk sees once: 500 of 224 px, two minutes on 2 cores
@@ -46,13 +46,15 @@ class Skew:
         return {**about, "change": [self.change.value, self.change.low, self.change.high]}
 
 
-def sample_rows(rows: Rows, size: int, seed: int) -> Rows:
+def sample_rows(rows: RowIndices, size: int, seed: int) -> RowIndices:
     """As many of these rows as can be looked at again at this size, drawn from the seed, in ascending order."""
     count = min(len(rows), ROWS, max(100, PIXELS // size**2))
     return np.sort(np.random.default_rng(seed).permutation(rows)[:count])
 
 
-def measure(head: nn.Sequential, trained: Source, served: Source, labels: NDArray[np.int64], rows: Rows) -> Skew:
+def measure_skew(
+    head: nn.Sequential, trained: FeatureSource, served: FeatureSource, labels: NDArray[np.int64], rows: RowIndices
+) -> Skew:
     """The head's answers for `rows` of both sources of the same images; labels: (N,) over all their rows."""
     first, second = (predict_logits(head, source, rows).argmax(1).numpy() for source in (trained, served))
     right = [answers == labels[rows] for answers in (first, second)]

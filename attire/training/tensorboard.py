@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from attire.errors import AttireError
-from attire.progress import Epoch, Watcher
+from attire.progress import Epoch, Progress
 
 NAMES = {"train_loss": "loss/train", "val_loss": "loss/validation", "val_accuracy": "accuracy/validation"}
 
@@ -16,7 +16,7 @@ class Board:
     expects. Raises AttireError where TensorBoard is not installed.
     """
 
-    def __init__(self, inner: Watcher, folder: Path) -> None:
+    def __init__(self, inner: Progress, folder: Path) -> None:
         self.inner, self.writer = inner, open_writer(folder)
 
     def note(self, name: str, text: str) -> None:

@@ -198,13 +198,13 @@ def test_a_damaged_page_is_noticed(tmp_path: Path) -> None:
 def test_memory_is_bounded_by_batches(synthetic: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = dataset(tmp_path / "a.parquet", synthetic, group=60)
     monkeypatch.setattr(parquet, "BATCH_BYTES", path.stat().st_size // 10)
-    sizes = [len(batch) for batch in parquet.Source(place(path)).batches()]
+    sizes = [len(batch) for batch in parquet.ParquetSource(place(path)).batches()]
     assert sum(sizes) == 60
     assert max(sizes) <= 7
 
 
 def test_row_groups_before_the_first_row_are_not_read(synthetic: ImageDataset, tmp_path: Path) -> None:
-    source = parquet.Source(place(dataset(tmp_path / "a.parquet", synthetic, group=20)))
+    source = parquet.ParquetSource(place(dataset(tmp_path / "a.parquet", synthetic, group=20)))
     for first in (0, 7, 20, 59, 60):
         found = [label for batch in source.batches(["label"], first) for label in batch.column(0).to_pylist()]
         assert found == synthetic.labels[first:].tolist()

@@ -17,7 +17,7 @@ from attire.errors import AttireError
 from attire.export.bundle_graph import write_graph
 from attire.export.export import export
 from attire.inference.classifier import Architecture, Classifier, load_bundle
-from attire.inference.out_of_distribution import Rejecter, fit_classes, nearest, pooled
+from attire.inference.out_of_distribution import OODDetector, fit_classes, nearest, pooled
 from attire.inference.runtimes import load_export, load_graph
 from attire.model import vgg
 
@@ -32,7 +32,7 @@ def rejecting(classifier: Classifier, synthetic: ImageDataset) -> Classifier:
     x = torch.cat([pooled(part, 128) for part in classifier._features(synthetic.images)])
     centre, whiten, means = fit_classes(x, torch.from_numpy(synthetic.labels), shrinkage=0.9)  # 60 rows, 128 channels
     far = nearest(x, centre, whiten, means).sort().values
-    classifier.rejecter = Rejecter(centre, whiten, means, float(far[29] + far[30]) / 2, 60)
+    classifier.rejecter = OODDetector(centre, whiten, means, float(far[29] + far[30]) / 2, 60)
     return classifier
 
 

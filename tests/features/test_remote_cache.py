@@ -11,19 +11,19 @@ from attire.data.dataset import ImageDataset
 from attire.errors import AttireWarning, UsageError
 from attire.features import cache, remote_cache
 from attire.storage import files
-from attire.storage.stores import Place, StoreError, place
+from attire.storage.stores import StorageLocation, StoreError, place
 from tests.features.test_cache import SPEC, CountingTrunk, rows_of, run, small_shards  # noqa: F401  (a fixture)
 
 
 @pytest.fixture(params=["folder", "s3"])
-def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StorageLocation:
     root = str(tmp_path / "shared") if request.param == "folder" else request.getfixturevalue("bucket")
     monkeypatch.setenv(remote_cache.VARIABLE, f"{root}/features/")
     return place(f"{root}/features")
 
 
 @pytest.fixture
-def entry(remote: Place, synthetic: ImageDataset) -> Place:
+def entry(remote: StorageLocation, synthetic: ImageDataset) -> StorageLocation:
     """What the first machine shared; the local cache is empty again."""
     run(synthetic, CountingTrunk())
     forget()
@@ -34,7 +34,7 @@ def forget() -> None:
     shutil.rmtree(cache.cache_folder())
 
 
-def test_what_one_machine_made_another_pulls(entry: Place, synthetic: ImageDataset) -> None:
+def test_what_one_machine_made_another_pulls(entry: StorageLocation, synthetic: ImageDataset) -> None:
     assert sorted(name[:11] for name in entry.sizes()) == ["MANIFEST.js", *(f"shard-{i:05d}" for i in range(4))]
     trunk, told = CountingTrunk(), list[tuple[int, int]]()
     found = cache.extract(
@@ -49,7 +49,7 @@ def test_what_one_machine_made_another_pulls(entry: Place, synthetic: ImageDatas
     ]
 
 
-def test_a_finished_entry_is_never_written_again(entry: Place, synthetic: ImageDataset) -> None:
+def test_a_finished_entry_is_never_written_again(entry: StorageLocation, synthetic: ImageDataset) -> None:
     entry.write("MANIFEST.json", entry.read("MANIFEST.json").replace(b'"schema": 1', b'"schema": 1, "first": true'))
     run(synthetic, CountingTrunk())
     run(synthetic, CountingTrunk())
@@ -57,7 +57,7 @@ def test_a_finished_entry_is_never_written_again(entry: Place, synthetic: ImageD
 
 
 @pytest.mark.parametrize("harm", ["flipped", "cut off", "gone"])
-def test_a_damaged_shard_is_computed_here(harm: str, entry: Place, synthetic: ImageDataset) -> None:
+def test_a_damaged_shard_is_computed_here(harm: str, entry: StorageLocation, synthetic: ImageDataset) -> None:
     name = next(name for name in sorted(entry.sizes()) if name.startswith("shard-00002"))
     data = entry.read(name)
     if harm == "gone":
@@ -73,7 +73,7 @@ def test_a_damaged_shard_is_computed_here(harm: str, entry: Place, synthetic: Im
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b'{"shards": []}', b'{"shards": 1}'])
-def test_a_damaged_manifest_is_as_good_as_none(text: bytes, entry: Place, synthetic: ImageDataset) -> None:
+def test_a_damaged_manifest_is_as_good_as_none(text: bytes, entry: StorageLocation, synthetic: ImageDataset) -> None:
     entry.write("MANIFEST.json", text)
     trunk = CountingTrunk()
     with pytest.warns(AttireWarning, match="damaged, or not of these features; delete it there; features are computed"):
@@ -81,7 +81,7 @@ def test_a_damaged_manifest_is_as_good_as_none(text: bytes, entry: Place, synthe
     assert trunk.calls == 4
 
 
-def test_features_of_other_images_are_not_taken(entry: Place, synthetic: ImageDataset) -> None:
+def test_features_of_other_images_are_not_taken(entry: StorageLocation, synthetic: ImageDataset) -> None:
     """Whatever lies under the key: the manifest must say of itself what the key is made of."""
     lied = entry.read("MANIFEST.json").replace(synthetic.image_digest.encode(), b"0" * 64)
     entry.write("MANIFEST.json", lied)
@@ -90,21 +90,21 @@ def test_features_of_other_images_are_not_taken(entry: Place, synthetic: ImageDa
 
 
 def test_a_push_that_was_stopped_is_finished_later(
-    remote: Place, synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch
+    remote: StorageLocation, synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, written = Place.write, list[str]()
+    real, written = StorageLocation.write, list[str]()
 
-    def write(self: Place, name: str, data: bytes) -> None:
+    def write(self: StorageLocation, name: str, data: bytes) -> None:
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(name)
         real(self, name, data)
 
     monkeypatch.setattr(remote_cache, "THREADS", 1)
-    monkeypatch.setattr(Place, "write", write)
+    monkeypatch.setattr(StorageLocation, "write", write)
     with pytest.raises(KeyboardInterrupt):
         run(synthetic, CountingTrunk())
-    monkeypatch.setattr(Place, "write", real)
+    monkeypatch.setattr(StorageLocation, "write", real)
     at = place(f"{remote.url}/{SPEC.key(synthetic.image_digest)}")
     assert "MANIFEST.json" not in at.sizes()
     trunk = CountingTrunk()
@@ -113,7 +113,7 @@ def test_a_push_that_was_stopped_is_finished_later(
     assert len(at.sizes()) == 5
 
 
-def test_two_machines_that_made_it_differently_do_not_mix(entry: Place, synthetic: ImageDataset) -> None:
+def test_two_machines_that_made_it_differently_do_not_mix(entry: StorageLocation, synthetic: ImageDataset) -> None:
     """Another kernel rounds otherwise: its shards have other digests, and so other names."""
     there = entry.sizes()
     entry.remove("MANIFEST.json")
@@ -140,12 +140,12 @@ def test_without_the_store_work_goes_on(synthetic: ImageDataset, monkeypatch: py
 
 
 def test_who_may_not_write_goes_on_reading(
-    entry: Place, synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch
+    entry: StorageLocation, synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(self: Place, name: str, data: bytes) -> None:
+    def refused(self: StorageLocation, name: str, data: bytes) -> None:
         raise StoreError(self.name(name), "the store did not serve it", "ACCESS_DENIED")
 
-    monkeypatch.setattr(Place, "write", refused)
+    monkeypatch.setattr(StorageLocation, "write", refused)
     with pytest.warns(AttireWarning, match="ACCESS_DENIED.*; new features are not shared"):
         run(synthetic.subset(range(20)), CountingTrunk())
     run(synthetic.subset(range(30)), CountingTrunk())  # told once

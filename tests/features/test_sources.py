@@ -10,7 +10,7 @@ from torch import nn
 from attire.data.dataset import ImageDataset
 from attire.features import cache, sources
 from attire.features.cache import Features, FeatureSpec
-from attire.features.sources import CachedSource, OnTheFlySource, Standardiser, measure
+from attire.features.sources import CachedSource, OnTheFlySource, Standardiser, fit_standardiser
 from attire.model import vgg
 from attire.recipes import FAST
 from attire.training import loop
@@ -69,7 +69,7 @@ def test_without_a_mirrored_view_the_mask_has_nothing_to_pick(views: list[Featur
 def test_a_standardiser_brings_the_measured_rows_to_mean_0_and_deviation_1() -> None:
     rows = torch.randn(400, 20, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 21) + 5
     rows[:, 3] = 7  # a feature that never varies
-    scaled = measure(iter([rows[:150], rows[150:]]))(rows.clone())
+    scaled = fit_standardiser(iter([rows[:150], rows[150:]]))(rows.clone())
     assert scaled.mean(0).abs().max() < 1e-4
     deviation = scaled.std(0, correction=0)
     assert deviation[3] == 0
@@ -85,8 +85,8 @@ def test_without_moments_nothing_changes() -> None:
 def test_a_source_standardises_what_it_gives(views: list[Features]) -> None:
     source = CachedSource(views[0])
     plain = taken(source)
-    source.standardise = measure(iter([plain]))
-    assert torch.allclose(taken(source), measure(iter([plain]))(plain.clone()))
+    source.standardise = fit_standardiser(iter([plain]))
+    assert torch.allclose(taken(source), fit_standardiser(iter([plain]))(plain.clone()))
 
 
 def test_on_the_fly_rows_draw_nothing_from_the_global_random_state(trunk: vgg.Trunk, synthetic: ImageDataset) -> None:

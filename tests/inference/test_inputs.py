@@ -10,7 +10,7 @@ from PIL import Image
 from attire.data.dataset import FASHION_CLASSES
 from attire.errors import AttireError
 from attire.inference import inputs
-from attire.inference.inputs import Asked, expand, read_ahead
+from attire.inference.inputs import PictureInput, expand, read_ahead
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -51,7 +51,7 @@ def test_order_is_kept_and_errors_stand_in_their_places() -> None:
     Path("5.png").write_text("spoilt")
     items = list(read_ahead(iter(paths), FASHION_CLASSES))
     assert isinstance(items[5], AttireError)
-    assert [item.image[0, 0] for item in items if isinstance(item, Asked)] == [i for i in range(40) if i != 5]
+    assert [item.image[0, 0] for item in items if isinstance(item, PictureInput)] == [i for i in range(40) if i != 5]
 
 
 def test_few_pictures_wait_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from attire.inference import out_of_distribution
 from attire.inference.classifier import Classifier, load_bundle
 from attire.inference.out_of_distribution import (
     PREFIX,
-    Rejecter,
+    OODDetector,
     find_doubt,
     find_threshold,
     fit_classes,
@@ -50,10 +50,10 @@ def clusters(rows: int = 4000) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture
-def rejecter() -> Rejecter:
+def rejecter() -> OODDetector:
     """For the 128 channels of block2: class means at 0 and at 1, no correlation, a threshold of 6."""
     means = torch.stack([torch.zeros(128), torch.ones(128)])
-    return Rejecter(torch.zeros(128), torch.eye(128), means, 6.0, 100)
+    return OODDetector(torch.zeros(128), torch.eye(128), means, 6.0, 100)
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_too_few_images_give_a_bundle_that_says_it_cannot_reject(
 
 
 def test_a_rejecter_survives_the_journey_to_disk(
-    classifier: Classifier, rejecter: Rejecter, tmp_path: Path, synthetic: ImageDataset
+    classifier: Classifier, rejecter: OODDetector, tmp_path: Path, synthetic: ImageDataset
 ) -> None:
     classifier.rejecter = rejecter
     classifier.save(tmp_path / "model")
@@ -246,7 +246,7 @@ def test_a_rejecter_survives_the_journey_to_disk(
 
 
 def test_probabilities_are_the_same_with_and_without(
-    classifier: Classifier, rejecter: Rejecter, synthetic: ImageDataset
+    classifier: Classifier, rejecter: OODDetector, synthetic: ImageDataset
 ) -> None:
     before = classifier.predict_proba(synthetic.images)
     classifier.rejecter = rejecter
@@ -255,7 +255,7 @@ def test_probabilities_are_the_same_with_and_without(
 
 
 def test_what_is_answered_in_doubt_is_farther(
-    classifier: Classifier, rejecter: Rejecter, tmp_path: Path, synthetic: ImageDataset
+    classifier: Classifier, rejecter: OODDetector, tmp_path: Path, synthetic: ImageDataset
 ) -> None:
     classifier.rejecter = rejecter
     plain, sure = classifier.distances(synthetic.images), classifier.predict_proba(synthetic.images).max(1)
@@ -293,7 +293,7 @@ def test_doubt_counts_where_strange_shapes_were_trained_on(
 
 
 def test_a_verdict_is_a_distance_above_the_threshold(
-    classifier: Classifier, rejecter: Rejecter, synthetic: ImageDataset
+    classifier: Classifier, rejecter: OODDetector, synthetic: ImageDataset
 ) -> None:
     classifier.rejecter = rejecter
     distances = np.sort(classifier.distances(synthetic.images))
@@ -304,12 +304,12 @@ def test_a_verdict_is_a_distance_above_the_threshold(
 
 
 @pytest.mark.parametrize(("name", "value"), [("centre", torch.zeros(3)), ("whiten", torch.full((128, 128), torch.nan))])
-def test_tensors_that_do_not_belong_are_refused(rejecter: Rejecter, name: str, value: Tensor) -> None:
+def test_tensors_that_do_not_belong_are_refused(rejecter: OODDetector, name: str, value: Tensor) -> None:
     with pytest.raises(AttireError, match="reject: "):
         restore({**rejecter.tensors(), PREFIX + name: value}, rejecter.about(), 128, "bundle")
 
 
-def test_a_missing_tensor_is_refused(rejecter: Rejecter) -> None:
+def test_a_missing_tensor_is_refused(rejecter: OODDetector) -> None:
     tensors = rejecter.tensors()
     del tensors[PREFIX + "means"]
     with pytest.raises(AttireError, match=r"expected tensors for 128 channels, found \(128,\), \(0,\), \(128, 128\)"):
@@ -317,13 +317,13 @@ def test_a_missing_tensor_is_refused(rejecter: Rejecter) -> None:
 
 
 @pytest.mark.parametrize("change", [{"threshold": None}, {"threshold": float("nan")}, {"rate": 1}, {"rows": "many"}])
-def test_a_threshold_that_is_none_is_refused(rejecter: Rejecter, change: dict[str, Any]) -> None:
+def test_a_threshold_that_is_none_is_refused(rejecter: OODDetector, change: dict[str, Any]) -> None:
     with pytest.raises(AttireError, match="not what a bundle holds"):
         restore(rejecter.tensors(), {**rejecter.about(), **change}, 128, "bundle")
 
 
 def test_tensors_left_without_a_threshold_are_not_used(
-    classifier: Classifier, rejecter: Rejecter, tmp_path: Path
+    classifier: Classifier, rejecter: OODDetector, tmp_path: Path
 ) -> None:
     classifier.rejecter = rejecter
     classifier.save(tmp_path)
@@ -336,7 +336,7 @@ def test_tensors_left_without_a_threshold_are_not_used(
 
 
 @pytest.fixture
-def strict_bundle(classifier: Classifier, rejecter: Rejecter, tmp_path: Path) -> Path:
+def strict_bundle(classifier: Classifier, rejecter: OODDetector, tmp_path: Path) -> Path:
     """A bundle that rejects everything, and a picture beside it."""
     classifier.rejecter = replace(rejecter, threshold=0.0)
     classifier.save(tmp_path / "model")

@@ -19,7 +19,7 @@ from attire.data.loading import write_csv
 from attire.errors import UsageError
 from attire.inference import bundle_files
 from attire.inference import predict as inference_predict
-from attire.inference.inputs import Asked
+from attire.inference.inputs import PictureInput
 from attire.inference.predict import speed, split_model
 from attire.inference.prediction import Prediction
 from tests.command import Done, attire
@@ -69,7 +69,7 @@ class Wide(io.StringIO):
 def test_a_narrow_terminal_gets_a_line_for_each_class(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     image, out = np.zeros((28, 28), np.uint8), Wide()
-    asked = Asked("a-picture-with-a-long-name.png", image, None)
+    asked = PictureInput("a-picture-with-a-long-name.png", image, None)
     ranking = (("Ankle boot", 0.9), ("Sneaker", 0.08), ("Sandal", 0.02))
     answer = Prediction("Ankle boot", 0.9, ranking, 1.0, False)
     monkeypatch.setattr(inference_predict, "read_ahead", lambda found, classes: (item for item in [asked]))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from attire.server.batching import Full, Late, MicroBatches
+from attire.server.batching import DeadlineExceeded, MicroBatches, QueueFull
 
 Batches = MicroBatches[int, int, int]
 
@@ -66,7 +66,7 @@ def test_what_answer_raises_is_told_to_all_of_the_batch_and_the_next_is_answered
 
 def test_more_than_the_limit_is_refused_at_once() -> None:
     async def work(batches: Batches) -> None:
-        with pytest.raises(Full):
+        with pytest.raises(QueueFull):
             await batches.ask([0] * 9)
         assert batches.has_room(8)
         assert await batches.ask([1] * 8) == [2] * 8
@@ -114,12 +114,12 @@ def test_what_is_given_up_never_reaches_the_model(how: str) -> None:
             await asyncio.sleep(0.001)
         if how == "cancelled":
             second.cancel()
-        with pytest.raises(Late if how == "deadline" else asyncio.CancelledError):
+        with pytest.raises(DeadlineExceeded if how == "deadline" else asyncio.CancelledError):
             await second
         assert batches.waiting == 2  # room is given back when the thread has come past it
         gate.set()
         await asyncio.wait([first])
-        assert first.exception() is None or isinstance(first.exception(), Late)
+        assert first.exception() is None or isinstance(first.exception(), DeadlineExceeded)
 
     use(work, answer=answer, seconds=0.2 if how == "deadline" else 20.0)
     assert seen == [1]

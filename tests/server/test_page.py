@@ -18,7 +18,7 @@ from PIL import Image
 
 from attire.data.dataset import ImageDataset
 from attire.inference.classifier import Classifier
-from attire.inference.out_of_distribution import Rejecter
+from attire.inference.out_of_distribution import OODDetector
 from attire.server import app
 from attire.server.samples import data_uri, grey_png
 from tests.visitor import PATIENCE, Visitor
@@ -187,7 +187,7 @@ def test_one_bad_file_says_so_in_its_own_card(visit: Visit, pictures: list[Path]
 
 
 def test_a_stranger_is_none_of_the_ten(visit: Visit, classifier: Classifier, pictures: list[Path]) -> None:
-    classifier.rejecter = Rejecter(torch.zeros(128), torch.eye(128), torch.zeros(1, 128), 0.0, 20)
+    classifier.rejecter = OODDetector(torch.zeros(128), torch.eye(128), torch.zeros(1, 128), 0.0, 20)
     visitor = visit()
     visitor.choose(pictures[0])
     expected = classifier.predict(pictures[0])

@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 
 from attire.errors import AttireError, UsageError
-from attire.storage.stores import Place, StoreError, file_path, is_url, place, scheme_of
+from attire.storage.stores import StorageLocation, StoreError, file_path, is_url, place, scheme_of
 
 
 @pytest.fixture(params=["folder", "s3"])
-def where(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> StorageLocation:
     root = str(tmp_path / "shared") if request.param == "folder" else request.getfixturevalue("bucket")
     return place(f"{root}/some place")
 
 
-def test_what_was_written_is_read_again(where: Place) -> None:
+def test_what_was_written_is_read_again(where: StorageLocation) -> None:
     assert where.sizes() == {}
     assert where.size("a") is None
     where.write("a", b"one")
@@ -31,7 +31,7 @@ def test_what_was_written_is_read_again(where: Place) -> None:
     assert where.size("a") is None
 
 
-def test_what_fails_half_way_is_not_there(where: Place) -> None:
+def test_what_fails_half_way_is_not_there(where: StorageLocation) -> None:
     def stop() -> None:
         with where.writing("a") as file:
             file.write(b"half")
@@ -42,7 +42,7 @@ def test_what_fails_half_way_is_not_there(where: Place) -> None:
     assert where.sizes() == {}
 
 
-def test_what_is_missing_is_named(where: Place) -> None:
+def test_what_is_missing_is_named(where: StorageLocation) -> None:
     with pytest.raises(AttireError) as caught:
         where.read("none")
     assert str(caught.value).startswith(f"{where.url}/none: no such ")

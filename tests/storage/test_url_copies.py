@@ -16,7 +16,7 @@ from attire.data.dataset import ImageDataset
 from attire.data.loading import load_dataset, load_splits, write_csv
 from attire.errors import AttireError, AttireWarning, UsageError
 from attire.storage import url_copies
-from attire.storage.stores import Place, StoreError, place
+from attire.storage.stores import StorageLocation, StoreError, place
 from attire.storage.url_copies import local
 from tests.command import TINY, attire
 from tests.mirror import Mirror, content, serve
@@ -26,13 +26,13 @@ from tests.mirror import Mirror, content, serve
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was copied, in order."""
     found: list[str] = []
-    real = url_copies.Object.copy
+    real = url_copies.StoredObject.copy
 
-    def copy(self: url_copies.Object, *rest: Any) -> Any:
+    def copy(self: url_copies.StoredObject, *rest: Any) -> Any:
         found.append(self.url)
         return real(self, *rest)
 
-    monkeypatch.setattr(url_copies.Object, "copy", copy)
+    monkeypatch.setattr(url_copies.StoredObject, "copy", copy)
     return found
 
 
@@ -142,7 +142,7 @@ def test_a_key_cannot_lie_outside_the_copy(name: str, tmp_path: Path) -> None:
 
 def test_a_copy_that_ends_early_is_no_copy(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"short")
-    one = url_copies.Object(place(tmp_path / "a"), 9, "v")
+    one = url_copies.StoredObject(place(tmp_path / "a"), 9, "v")
     with pytest.raises(StoreError, match="5 bytes came, 9 expected"):
         one.copy(tmp_path / "copy", tmp_path / "part", lambda *_: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
@@ -200,7 +200,7 @@ def same(found: ImageDataset, expected: ImageDataset) -> bool:
     return bool(np.array_equal(found.images, expected.images) and np.array_equal(found.labels, expected.labels))
 
 
-def upload(at: Place, path: Path, name: str) -> None:
+def upload(at: StorageLocation, path: Path, name: str) -> None:
     at.write(name, path.read_bytes())
 
 

@@ -12,7 +12,7 @@ from attire.data.dataset import ImageDataset, Splits
 from attire.errors import AttireError, AttireWarning, Stopped
 from attire.features.views import DRAWN, STRANGE, seen, view_names
 from attire.inference.classifier import Classifier, load_bundle
-from attire.progress import Silent
+from attire.progress import NoProgress
 from attire.recipes import FAST, Recipe
 from attire.storage import files
 from attire.training import checkpoints, distillation, loop, run
@@ -36,7 +36,7 @@ def split(data: ImageDataset, test: int = 12) -> Splits:
 
 
 def answers(chosen: distillation.Teacher, data: ImageDataset, recipe: Recipe, folder: Path) -> Any:
-    return distillation.targets(chosen, split(data), VIEWS, recipe, folder, Silent())
+    return distillation.targets(chosen, split(data), VIEWS, recipe, folder, NoProgress())
 
 
 def test_each_view_of_each_image_has_the_mean_of_the_members_answers(
@@ -67,7 +67,7 @@ def test_of_a_drawing_a_teacher_is_asked_for_what_was_drawn(
     chosen = distillation.choose([taught])
     assert chosen is not None
     views = view_names(True, 0, True, True)
-    found, _ = distillation.targets(chosen, split(synthetic), views, tiny, tmp_path, Silent())
+    found, _ = distillation.targets(chosen, split(synthetic), views, tiny, tmp_path, NoProgress())
     by_view = dict(zip(views, found, strict=True))
     assert np.array_equal(by_view[DRAWN], by_view["plain"])
     assert np.array_equal(by_view[f"{DRAWN} flip"], by_view["flip"])
@@ -89,7 +89,9 @@ def test_what_is_kept_is_used_and_what_is_damaged_is_made_again(
     shutil.rmtree(taught)
     assert np.array_equal(answers(chosen, synthetic, tiny, tmp_path)[0], found)
     with pytest.raises(AttireError, match=r"teacher.npy: lost, and made again it is not what the run began with"):
-        distillation.targets(chosen, split(synthetic), VIEWS, tiny, tmp_path, Silent(), {**told, "targets": "0" * 64})
+        distillation.targets(
+            chosen, split(synthetic), VIEWS, tiny, tmp_path, NoProgress(), {**told, "targets": "0" * 64}
+        )
 
 
 def test_another_bundle_at_the_same_place_is_refused(
@@ -120,7 +122,7 @@ def test_a_teacher_that_may_have_seen_rows_that_measure_is_a_warning(
         answers(chosen, synthetic, replace(tiny, split_seed=7), tmp_path)
     (tmp_path / distillation.FILE).unlink()
     with pytest.warns(AttireWarning, match=r"rows \(tested on other images\); what they measure may be too good"):
-        distillation.targets(chosen, split(synthetic, 20), VIEWS, tiny, tmp_path, Silent())
+        distillation.targets(chosen, split(synthetic, 20), VIEWS, tiny, tmp_path, NoProgress())
 
 
 def test_a_distilled_run_goes_on_bit_for_bit_without_its_teacher(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attire.data.dataset import Rows
+from attire.data.dataset import RowIndices
 from attire.errors import AttireError, AttireWarning, Stopped
 from attire.features import logits as features_logits
 from attire.model.vgg import build_classifier
@@ -42,7 +42,7 @@ class Table:
         self.rows = torch.from_numpy(rows).float()
         self.seen: list[int] = []
 
-    def batches(self, order: Rows, batch_size: int, views: np.ndarray | None) -> Iterator[Tensor]:
+    def batches(self, order: RowIndices, batch_size: int, views: np.ndarray | None) -> Iterator[Tensor]:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             self.seen += part.tolist()
@@ -258,7 +258,7 @@ def test_every_row_passes_once_an_epoch_and_validation_rows_never_train(tmp_path
 
 def test_a_source_that_drops_rows_is_caught(tmp_path: Path) -> None:
     class Dropping(Table):
-        def batches(self, order: Rows, batch_size: int, views: np.ndarray | None) -> Iterator[Tensor]:
+        def batches(self, order: RowIndices, batch_size: int, views: np.ndarray | None) -> Iterator[Tensor]:
             yield from list(super().batches(order, batch_size, views))[:-1]
 
     with pytest.raises(AttireError, match="training: an epoch saw 64 rows, expected 76"):

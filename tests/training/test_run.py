@@ -24,7 +24,7 @@ from attire.inference.classifier import load_bundle
 from attire.storage import run_folder
 from attire.training import run as training_run
 from attire.training.checkpoints import read_checkpoint
-from attire.training.experiment import Stage
+from attire.training.experiment import Experiment
 from attire.training.guards import STOPS
 from tests.command import TINY as FLAGS
 from tests.command import Done, attire
@@ -125,12 +125,12 @@ def test_a_finished_run_is_resumed_to_itself(finished: tuple[Path, Done], weight
 def test_the_time_of_a_run_counts_its_earlier_starts(
     finished: tuple[Path, Done], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(self: Stage, *given: Any) -> Any:
+    def slow(self: Experiment, *given: Any) -> Any:
         head, history = fit(self, *given)
         return head, [replace(epoch, seconds=1000.0) for epoch in history]
 
-    fit = Stage.fit
-    monkeypatch.setattr(Stage, "fit", slow)
+    fit = Experiment.fit
+    monkeypatch.setattr(Experiment, "fit", slow)
     shutil.copytree(finished[0], tmp_path / "again")
     seconds = training_run.resume(tmp_path / "again").result.seconds
     assert seconds["total"] >= seconds["extract"] + seconds["fit"] > 1000

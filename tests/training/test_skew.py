@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attire.data.dataset import Rows, Views
+from attire.data.dataset import RowIndices, Views
 from attire.errors import AttireError
 from attire.training import skew
 
@@ -17,10 +17,10 @@ LABELS = np.arange(400) % 4
 class Fixed:
     """One-hot features of these classes."""
 
-    def __init__(self, classes: Rows) -> None:
+    def __init__(self, classes: RowIndices) -> None:
         self.table = torch.eye(4)[torch.from_numpy(classes)]
 
-    def batches(self, order: Rows, batch_size: int, views: Views | None) -> Iterator[Tensor]:
+    def batches(self, order: RowIndices, batch_size: int, views: Views | None) -> Iterator[Tensor]:
         yield self.table[torch.from_numpy(order)]
 
 
@@ -28,7 +28,7 @@ def found(changed: int) -> skew.Skew:
     """A perfect head, served features that turn the first `changed` rows into another class."""
     other = LABELS.copy()
     other[:changed] = (other[:changed] + 1) % 4
-    return skew.measure(nn.Sequential(nn.Identity(), Same()), Fixed(LABELS), Fixed(other), LABELS, np.arange(400))
+    return skew.measure_skew(nn.Sequential(nn.Identity(), Same()), Fixed(LABELS), Fixed(other), LABELS, np.arange(400))
 
 
 class Same(nn.Module):
