@@ -53,7 +53,7 @@ dist: $(READY)
 
 # What ships: recipe frozen-best, also trained on drawings and strange shapes.
 RECIPE ?= frozen-best
-SHIPS ?= --drawn --strange --epochs 20
+SHIPS ?= --synthetic-drawings --outlier-exposure --epochs 20
 RELEASED := runs/release-$(shell date +%Y%m%d-%H%M%S)
 
 release-model: $(READY)

@@ -32,7 +32,7 @@ def above(freeze_to: str, blocks: int) -> str:
         return freeze_to  # `feature_shape` says what is wrong
     most = len(names) - 1 - names.index(freeze_to)
     if blocks > most:
-        raise UsageError("--train-blocks", f"expected at most {most} above {freeze_to}, found {blocks}")
+        raise UsageError("--finetune-blocks", f"expected at most {most} above {freeze_to}, found {blocks}")
     return names[names.index(freeze_to) + blocks]
 
 

@@ -26,17 +26,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from attire import progress
 from attire.errors import AttireError, Stopped, UsageError
 from attire.evaluation import run_result
-from attire.features.cache import FeatureSpec, Ledger, ProgressCallback, Trunk, batch_rows, compute, extract_shard
+from attire.features.cache import Backbone, FeatureSpec, Ledger, ProgressCallback, batch_rows, compute, extract_shard
 from attire.inference import predict
 from attire.inference.bundle_files import ABOUT, find_bundle, is_bundle
 from attire.inference.classifier import Classifier, load_bundle
 from attire.inference.inputs import PictureInput
 from attire.inference.prediction import Prediction
 from attire.model import devices
-from attire.progress import Progress
+from attire.progress import Epoch, Progress
 from attire.server.app import Seen, create_app
 from attire.storage import files, memory
 from attire.training import run
@@ -180,7 +179,7 @@ class Cluster:
         self,
         parts: dict[int, NDArray[np.uint8]],
         spec: FeatureSpec,
-        load_trunk: Callable[[], Trunk],
+        load_backbone: Callable[[], Backbone],
         folder: Path,
         total: int,
         report: ProgressCallback,
@@ -193,7 +192,7 @@ class Cluster:
         files.make_dir(folder)
         with token_beside(folder) as token:
             gpu = spec.backend == "torch-cuda"
-            order = self.ray.put(make_order(next(iter(parts.values())), spec, load_trunk, folder, token))
+            order = self.ray.put(make_order(next(iter(parts.values())), spec, load_backbone, folder, token))
             task, waiting, lines = self.remote(make_shard, gpu), dict[Any, int](), Ledger()
             todo = list(reversed(parts))
             try:
@@ -214,7 +213,7 @@ class Cluster:
 
     # Training.
 
-    def resume(self, folder: Path, watcher: Progress) -> None:
+    def resume(self, folder: Path, progress: Progress) -> None:
         """Carry out the run in `folder` by `runs.resume` in each of the workers, which train it together."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -222,7 +221,7 @@ class Cluster:
         place, gpu = folder.absolute(), self.gpus >= self.workers
         alive = [node["Resources"].get("CPU", 0) for node in self.ray.nodes() if node["Alive"]]
         cores = max(1, int(max(alive) // -(-self.workers // len(alive))))  # those of a node, shared by its workers
-        with tempfile.TemporaryDirectory(prefix=".ray-", dir=place.parent) as storage, following(place, watcher):
+        with tempfile.TemporaryDirectory(prefix=".ray-", dir=place.parent) as storage, following(place, progress):
             trainer = TorchTrainer(
                 train_part,
                 train_loop_config={"folder": str(place), "here": str(Path.cwd()), "cores": str(cores)},
@@ -330,7 +329,7 @@ class Order:
     """
 
     spec: FeatureSpec
-    load_trunk: Callable[[], Trunk]
+    load_backbone: Callable[[], Backbone]
     folder: Path
     token: str
     version: str
@@ -347,27 +346,27 @@ class Order:
             what = f"not the same folder on {platform.node()} as where the command was given"
             raise AttireError(self.folder, what, do="put ATTIRE_CACHE on a file system that all nodes share")
 
-    def check_trunk(self, trunk: Trunk) -> None:
+    def check_backbone(self, backbone: Backbone) -> None:
         """Raises AttireError where this node would make other shards: the cache may not depend on who was free."""
-        if files.sha256(compute(self.probe, self.spec, trunk).tobytes()) != self.expected:
+        if files.sha256(compute(self.probe, self.spec, backbone).tobytes()) != self.expected:
             where = f"{devices.processor()}, torch {torch.__version__}"
             do = "give it nodes with one kind of processor and one version of torch"
             raise AttireError(platform.node(), "computes other features than the machine that asks", where, do)
 
 
 def make_order(
-    images: NDArray[np.uint8], spec: FeatureSpec, load_trunk: Callable[[], Trunk], folder: Path, token: str
+    images: NDArray[np.uint8], spec: FeatureSpec, load_backbone: Callable[[], Backbone], folder: Path, token: str
 ) -> Order:
     """The probe is computed as one machine alone would compute it, with all its threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        load_trunk()  # measures how one thread is fastest: the workers find that in the cache folder
+        load_backbone()  # measures how one thread is fastest: the workers find that in the cache folder
     finally:
         torch.set_num_threads(threads)
     probe = np.array(images[: max(1, batch_rows(spec.image_size) // 8)])
-    expected = files.sha256(compute(probe, spec, load_trunk()).tobytes())
-    return Order(spec, load_trunk, folder, token, __version__, probe, expected)
+    expected = files.sha256(compute(probe, spec, load_backbone()).tobytes())
+    return Order(spec, load_backbone, folder, token, __version__, probe, expected)
 
 
 def token_path(folder: Path) -> Path:
@@ -384,26 +383,26 @@ def token_beside(folder: Path) -> Iterator[str]:
         token_path(folder).unlink(missing_ok=True)
 
 
-TRUNKS: dict[FeatureSpec, Trunk] = {}  # of this process, proved to be the driver's
+BACKBONES: dict[FeatureSpec, Backbone] = {}  # of this process, proved to be the driver's
 
 
 def make_shard(order: Order, images: NDArray[np.uint8], index: int) -> dict[str, Any]:
     """One shard, computed and committed; its ledger line. Made twice it is the same, byte for byte."""
     order.check_place()
-    told = (order.spec, open_trunk(order), order.folder, index)
+    told = (order.spec, open_backbone(order), order.folder, index)
     return extract_shard(images, *told, check=order.check_place)  # tasks outlive a killed driver for a moment
 
 
-def open_trunk(order: Order) -> Trunk:
+def open_backbone(order: Order) -> Backbone:
     """Once a process. One thread each: as many tasks as cores keep them busy without waiting for each other."""
     known = replace(order.spec, view="plain")
-    if known not in TRUNKS:
+    if known not in BACKBONES:
         check_version(order.version)
         set_threads(1)
-        trunk = order.load_trunk()
-        order.check_trunk(trunk)
-        TRUNKS[known] = trunk
-    return TRUNKS[known]
+        backbone = order.load_backbone()
+        order.check_backbone(backbone)
+        BACKBONES[known] = backbone
+    return BACKBONES[known]
 
 
 def set_threads(count: int) -> None:
@@ -447,7 +446,7 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def following(folder: Path, watcher: Progress) -> Iterator[None]:
+def following(folder: Path, progress: Progress) -> Iterator[None]:
     """Tells of the epochs that others add to the run's history."""
     path, over = folder / "history.csv", threading.Event()
     before = len(run_result.read_history(path)) if path.exists() else 0
@@ -459,7 +458,7 @@ def following(folder: Path, watcher: Progress) -> Iterator[None]:
             with suppress(OSError, AttireError):
                 lines = run_result.read_history(path)
                 for line in lines[told:]:
-                    watcher.epoch(progress.Epoch(**line))
+                    progress.epoch(Epoch(**line))
                 told = max(told, len(lines))
 
     thread = threading.Thread(target=follow, name="attire-history", daemon=True)

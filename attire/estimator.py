@@ -21,7 +21,7 @@ from attire.data.loading import DataChoice
 from attire.errors import AttireError, Stopped, UsageError
 from attire.evaluation import calibration
 from attire.features import row_lookup
-from attire.features.backbones import open_trunk
+from attire.features.backbones import open_backbone
 from attire.features.cache import Features, FeatureSpec
 from attire.features.logits import predict_logits
 from attire.features.sources import CachedSource
@@ -124,7 +124,7 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
             temperature = calibration.fit_temperature(held_out, stage.splits.data.labels[stage.val])
         if source.standardise.mean is not None and source.standardise.scale is not None:
             fold_standardisation(head, source.standardise.mean, source.standardise.scale)
-        facts = {"name": "VGGClassifier", "recipe": stage.recipe.to_json(), "trunk": stage.digest}
+        facts = {"name": "VGGClassifier", "recipe": stage.recipe.to_json(), "backbone": stage.digest}
         told = (stage.architecture, stage.splits.data.classes, temperature, facts, stage.device)
         self.classifier_, self._spec = Classifier(stage.assembled(head), *told), stage.spec
 
@@ -146,8 +146,8 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
 
     def _features(self, images: NDArray[np.uint8], spec: FeatureSpec) -> Features:
         find = row_lookup.collect if self.cache and len(images) >= KEPT else row_lookup.compute
-        trunk = partial(open_trunk, below(self.classifier_), spec, self.classifier_.device, len(images))
-        return find(images, spec, trunk)
+        backbone = partial(open_backbone, below(self.classifier_), spec, self.classifier_.device, len(images))
+        return find(images, spec, backbone)
 
     def _images(self, table: NDArray[Any]) -> NDArray[np.uint8]:
         """(n, 28, 28) of a validated table (n, 784)."""
@@ -215,16 +215,16 @@ class ArrayExperiment(Experiment):
     """A Stage whose features are found image by image."""
 
     def __init__(
-        self, recipe: Recipe, source: DataChoice, device: torch.device, watcher: Progress, cache: bool = True
+        self, recipe: Recipe, source: DataChoice, device: torch.device, progress: Progress, cache: bool = True
     ) -> None:
-        super().__init__(recipe, source, device, watcher)
+        super().__init__(recipe, source, device, progress)
         self.find = row_lookup.collect if cache else row_lookup.compute
 
     def extract(self, data: ImageDataset, view: str, what: str) -> Features:
-        def progress(done: int, total: int) -> None:
-            self.watcher.advance(f"Features  {what}", done, total)
+        def advance(done: int, total: int) -> None:
+            self.progress.advance(f"Features  {what}", done, total)
 
-        return self.find(data.images, replace(self.spec, view=view), self.load_trunk, progress)
+        return self.find(data.images, replace(self.spec, view=view), self.load_backbone, advance)
 
 
 def flat(images: Any) -> Any:

@@ -38,11 +38,11 @@ class Progress(Protocol):
         """Nothing further is shown."""
 
 
-def in_parts(images: NDArray[np.uint8], size: int, stage: str, watcher: Progress) -> Iterator[NDArray[np.uint8]]:
-    """Images (n, ...), so many at a time; the watcher is told of each part once the next one is asked for."""
+def in_parts(images: NDArray[np.uint8], size: int, stage: str, progress: Progress) -> Iterator[NDArray[np.uint8]]:
+    """Images (n, ...), so many at a time; the progress is told of each part once the next one is asked for."""
     for start in range(0, len(images), size):
         yield images[start : start + size]
-        watcher.advance(stage, min(start + size, len(images)), len(images))
+        progress.advance(stage, min(start + size, len(images)), len(images))
 
 
 class NoProgress:

@@ -10,9 +10,9 @@ from attire.errors import UsageError
 
 LEAST = {
     "epochs": 1,
-    "test_views": 1,
-    "train_blocks": 0,
-    "probe_epochs": 0,
+    "tta": 1,
+    "finetune_blocks": 0,
+    "head_epochs": 0,
     "shifts": 0,
     "batch_size": 1,
     "val_size": 0,
@@ -36,16 +36,20 @@ class Recipe:
     pool: int = 0  # side the feature map is averaged to; 0: as it is
     flips: bool = True  # also cache mirrored pictures and train on either, drawn anew each epoch
     shifts: int = 0  # also cache this many shifted pictures of each, 1 or 2 of 28 px
-    drawn: bool = False  # also cache each picture as a drawing or a rough cut-out would show it, see drawings.py
-    strange: bool = False  # also cache shapes that are no garment, and train to answer each class alike for them
+    synthetic_drawings: bool = (
+        False  # also cache each picture as a drawing or a rough cut-out would show it, see drawings.py
+    )
+    outlier_exposure: bool = (
+        False  # also cache shapes that are no garment, and train to answer each class alike for them
+    )
     # So many views of a picture are averaged for an answer: plain, mirrored, then shifted. Two: 0.2 to 0.4 points on
     # validation rows in each of six trials (docs/log.md), for twice the time of a prediction.
-    test_views: int = 2
+    tta: int = 2
     standardise: bool = True  # scale each feature to mean 0, deviation 1 (of the training rows)
-    train_blocks: int = 0  # VGG16 blocks above the boundary that are trained on from ImageNet
+    finetune_blocks: int = 0  # VGG16 blocks above the boundary that are trained on from ImageNet
     batch_norm: bool = False  # in trained blocks; folded away in the bundle
-    probe_epochs: int = 0  # of the epochs, those in which trained blocks wait for the classifier
-    block_lr: float = 1.0  # factor on the learning rate for each block below the classifier
+    head_epochs: int = 0  # of the epochs, those in which trained blocks wait for the classifier
+    layer_decay: float = 1.0  # factor on the learning rate for each block below the classifier
     conv: tuple[int, ...] = ()  # widths of 3x3 convolutions in front of the hidden layers
     hidden: tuple[int, ...] = (512,)  # widths of the classifier's hidden layers
     dropout: float = 0.5
@@ -54,18 +58,18 @@ class Recipe:
     weight_decay: float = 0.02
     label_smoothing: float = 0.05
     jitter: float = 0.0  # probability that a feature map is moved by one place, see augment.py; cost 0.2 points
-    erase: float = 0.0  # probability that a rectangle of a feature map is erased
+    random_erasing: float = 0.0  # probability that a rectangle of a feature map is erased
     cutmix: float = 0.0  # probability that a batch is mixed by CutMix
-    distil: float = 0.7  # with a teacher: share of the loss that its answers make up
-    soften: float = 2.0  # with a teacher: temperature of both answers in that share
+    distill_weight: float = 0.7  # with a teacher: share of the loss that its answers make up
+    distill_temperature: float = 2.0  # with a teacher: temperature of both answers in that share
     ema: float = 0.0  # decay of the weights' moving average, which is then what ships; 0: none
-    clip: float = 0.0  # largest norm of the gradient; 0: any
+    clip_grad: float = 0.0  # largest norm of the gradient; 0: any
     batch_size: int = 256
     epochs: int = 15
     val_size: int = 5000  # rows cut from the training part; 0: none
     stratify: bool = True
-    precision: str = "auto"  # of the frozen trunk, and of the products of training; weights and answers are fp32
-    backend: str = "torch"  # what runs the frozen trunk during extraction; openvino: an optional extra
+    precision: str = "auto"  # of the frozen backbone, and of the products of training; weights and answers are fp32
+    backend: str = "torch"  # what runs the frozen backbone during extraction; openvino: an optional extra
     seed: int = 0  # initialisation, order, dropout
     split_seed: int = 42  # which rows are validation (and test, when one file is split)
 
@@ -77,9 +81,9 @@ class Recipe:
             self._check(field, type(value) is int and value >= least, f"a whole number >= {least}")
         for field in ("seed", "split_seed"):
             self._check(field, getattr(self, field) < 2**32, "at most 4294967295")
-        feature_shape(above(self.freeze_to, self.train_blocks), self.image_size, self.pool)
+        feature_shape(above(self.freeze_to, self.finetune_blocks), self.image_size, self.pool)
         self._check("shifts", self.shifts <= MOST_SHIFTS, f"at most {MOST_SHIFTS}")
-        self._check("test_views", self.test_views <= MOST_VIEWS, f"at most {MOST_VIEWS}")
+        self._check("tta", self.tta <= MOST_VIEWS, f"at most {MOST_VIEWS}")
         self._check("image_size", self.image_size <= 1024, "at most 1024 px")
         self._check("pool", self.pool <= self.image_size, "at most the side of the picture")
         self._check("lr", math.isfinite(self.lr) and self.lr > 0, "a number > 0")
@@ -90,23 +94,31 @@ class Recipe:
         self._check("conv", all(type(w) is int and w > 0 for w in self.conv), "widths > 0, such as 256,512")
         for field in ("hidden", "conv"):
             self._check(field, max(getattr(self, field), default=0) <= MOST_WIDTH, f"widths of at most {MOST_WIDTH}")
-        self._check("block_lr", 0 < self.block_lr <= 1, "above 0, at most 1")
+        self._check("layer_decay", 0 < self.layer_decay <= 1, "above 0, at most 1")
         self._check("ema", 0 <= self.ema < 1, "at least 0, below 1")
-        self._check("clip", math.isfinite(self.clip) and self.clip >= 0, "a number >= 0")
-        self._check("distil", 0 < self.distil <= 1, "above 0, at most 1")
-        self._check("soften", math.isfinite(self.soften) and self.soften > 0, "a number > 0")
+        self._check("clip_grad", math.isfinite(self.clip_grad) and self.clip_grad >= 0, "a number >= 0")
+        self._check("distill_weight", 0 < self.distill_weight <= 1, "above 0, at most 1")
+        self._check(
+            "distill_temperature",
+            math.isfinite(self.distill_temperature) and self.distill_temperature > 0,
+            "a number > 0",
+        )
         self._check("jitter", 0 <= self.jitter <= 1, "a probability")
-        self._check("erase", 0 <= self.erase <= 1, "a probability")
+        self._check("random_erasing", 0 <= self.random_erasing <= 1, "a probability")
         self._check("cutmix", 0 <= self.cutmix <= 1, "a probability")
-        plain = not (self.train_blocks or self.conv)
-        self._check("strange", not (self.strange and self.cutmix), "no, as CutMix mixes rows (--no-strange)")
+        plain = not (self.finetune_blocks or self.conv)
+        self._check(
+            "outlier_exposure",
+            not (self.outlier_exposure and self.cutmix),
+            "no, as CutMix mixes rows (--no-outlier-exposure)",
+        )
         self._check("standardise", plain or not self.standardise, "no, as convolutions are trained (--no-standardise)")
         if self.freeze_to == NOTHING:
-            self._check("train_blocks", self.train_blocks > 0, "at least 1, as nothing is frozen")
+            self._check("finetune_blocks", self.finetune_blocks > 0, "at least 1, as nothing is frozen")
             self._check("backend", self.backend == "torch", "torch, as nothing is frozen")
-        self._check("batch_norm", self.train_blocks > 0 or not self.batch_norm, "no, as no block is trained")
-        most = self.epochs - 1 if self.train_blocks else 0
-        self._check("probe_epochs", self.probe_epochs <= most, f"at most {most}")
+        self._check("batch_norm", self.finetune_blocks > 0 or not self.batch_norm, "no, as no block is trained")
+        most = self.epochs - 1 if self.finetune_blocks else 0
+        self._check("head_epochs", self.head_epochs <= most, f"at most {most}")
         self._check("schedule", self.schedule in ("cosine", "constant"), "cosine or constant")
         self._check("backend", self.backend in BACKENDS, "torch, openvino or openvino-int8")
         self._check("precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
@@ -118,30 +130,30 @@ class Recipe:
     @property
     def training_views(self) -> int:
         """How many views of each picture training draws from; see `features.view_names`."""
-        return (1 + self.flips) * (1 + self.shifts + self.drawn) + self.strange
+        return (1 + self.flips) * (1 + self.shifts + self.synthetic_drawings) + self.outlier_exposure
 
     @property
     def map_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what the cache keeps of one picture: not yet pooled where blocks are trained behind it."""
-        return feature_shape(self.freeze_to, self.image_size, 0 if self.train_blocks else self.pool)
+        return feature_shape(self.freeze_to, self.image_size, 0 if self.finetune_blocks else self.pool)
 
     def describe(self) -> str:
         """One line for people, as `attire train` prints it."""
         widths = "-".join([*(f"conv{width}" for width in self.conv), *map(str, self.hidden)]) or "linear"
-        last = above(self.freeze_to, self.train_blocks)
+        last = above(self.freeze_to, self.finetune_blocks)
         norm = " with batch normalisation" if self.batch_norm else ""
-        trained = f", trained to {last}{norm}" if self.train_blocks else ""
+        trained = f", trained to {last}{norm}" if self.finetune_blocks else ""
         pool = f" averaged to {self.pool}x{self.pool}" if self.pool else ""
         views = ", mirrored views" if self.flips else ""
         views += f", {self.shifts} shifted" if self.shifts else ""
-        views += ", drawn" if self.drawn else ""
-        views += ", strange shapes" if self.strange else ""
+        views += ", drawn" if self.synthetic_drawings else ""
+        views += ", strange shapes" if self.outlier_exposure else ""
         frozen = "nothing frozen" if self.freeze_to == NOTHING else f"frozen to {self.freeze_to}"
         frozen = f"{self.name}: {frozen}, {self.image_size} px{pool}{views}{trained}"
-        mixed = [name for name in ("jitter", "erase", "cutmix") if getattr(self, name)]
+        mixed = [name for name in ("jitter", "random_erasing", "cutmix") if getattr(self, name)]
         more = f", {' and '.join(mixed)}" if mixed else ""
         more += f", weights averaged {self.ema:g}" if self.ema else ""
-        more += f", {self.test_views} views averaged for an answer" if self.test_views > 1 else ""
+        more += f", {self.tta} views averaged for an answer" if self.tta > 1 else ""
         rate = f"Adam lr {self.lr:g} {self.schedule}"
         return f"{frozen}, classifier {widths}, {rate}, {self.epochs} epochs{more}"
 
@@ -156,7 +168,7 @@ CLASSIC = Recipe(
     image_size=224,
     pool=7,
     flips=False,
-    test_views=1,
+    tta=1,
     standardise=False,
     hidden=(1024, 512),
     dropout=0.5,
@@ -181,7 +193,7 @@ FROZEN_BEST = Recipe(
     hidden=(),
     dropout=0.2,
     lr=2e-3,
-    erase=0.5,
+    random_erasing=0.5,
     ema=0.999,
     epochs=16,
 )
@@ -192,18 +204,18 @@ BEST = Recipe(
     freeze_to="block2",
     image_size=48,
     standardise=False,
-    train_blocks=1,
+    finetune_blocks=1,
     batch_norm=True,
-    probe_epochs=2,
-    block_lr=0.5,
+    head_epochs=2,
+    layer_decay=0.5,
     conv=(512,),
     hidden=(),
     dropout=0.2,
     lr=2e-3,
-    erase=0.5,
+    random_erasing=0.5,
     cutmix=0.5,
     ema=0.999,
-    clip=1.0,
+    clip_grad=1.0,
     epochs=60,
 )
 RECIPES = {recipe.name: recipe for recipe in (FAST, CLASSIC, FROZEN_BEST, BEST)}

@@ -33,7 +33,7 @@ class Rate(ProgressColumn):
 
 
 class Terminal:
-    """Implements `watching.Watcher`. Bars go to stderr, so that stdout holds results alone."""
+    """Implements `watching.Progress`. Bars go to stderr, so that stdout holds results alone."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(stderr=True, highlight=False)

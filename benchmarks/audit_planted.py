@@ -18,7 +18,7 @@ from attire.analysis.audit import examine
 from attire.data.loading import load_dataset
 from attire.evaluation.intervals import wilson
 from attire.features import cache
-from attire.features.backbones import open_trunk
+from attire.features.backbones import open_backbone
 from attire.features.cache import FeatureSpec
 from attire.model import devices, pretrained, vgg
 from attire.model.weights import read_weights, tensor_digest
@@ -38,8 +38,8 @@ def main() -> None:
         FAST.freeze_to, FAST.image_size, FAST.pool, tensor_digest(read_weights(weights)),
         devices.choose_precision(FAST.precision, device),
     )  # fmt: skip
-    trunk = open_trunk(vgg.vgg16(weights, spec.freeze_to, spec.pool, nn.Sequential()), spec, device)
-    cached = [cache.extract(part.images, part.image_digest, spec, lambda: trunk) for part in parts]
+    backbone = open_backbone(vgg.vgg16(weights, spec.freeze_to, spec.pool, nn.Sequential()), spec, device)
+    cached = [cache.extract(part.images, part.image_digest, spec, lambda: backbone) for part in parts]
 
     originals = rng.choice(len(images), 2 * COPIES, replace=False)
     copied, moved = originals[:COPIES], originals[COPIES:]
@@ -47,7 +47,7 @@ def main() -> None:
     shifted = np.stack([shift(images[row], *step) for row, step in zip(moved, steps, strict=True)])
     more = np.concatenate([images[copied], shifted])
     everything, all_labels = np.concatenate([images, more]), np.concatenate([labels, labels[originals]])
-    fresh = torch.from_numpy(cache.compute(more, spec, trunk)).float()
+    fresh = torch.from_numpy(cache.compute(more, spec, backbone)).float()
     flipped = rng.choice(len(images), FLIPS, replace=False)
     all_labels[flipped] = (all_labels[flipped] + rng.integers(1, 10, FLIPS)) % 10
 

@@ -289,7 +289,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", help=kinds)
     parser.add_argument("--recipe", default="fast")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
-    parser.add_argument("--backend", default="torch", help="of the frozen trunk: that whose features are cached")
+    parser.add_argument("--backend", default="torch", help="of the frozen backbone: that whose features are cached")
     parser.add_argument("--run", type=Path, action="append", default=[], help="for wrong: a run's folder")
     parser.add_argument("--audit", type=Path, help="for noise: the folder that `attire audit` wrote")
     given = parser.parse_args()

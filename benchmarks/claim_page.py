@@ -166,7 +166,7 @@ def left(results: Found, always: Sequence[int]) -> Iterator[str]:
         yield (
             f"`attire audit` finds {len(suspects):,} test labels suspect (confident learning over out-of-fold"
             " answers of a"
-            f" linear classifier on the same trunk); {len(suspects & set(always)):,} of them are among the"
+            f" linear classifier on the same backbone); {len(suspects & set(always)):,} of them are among the"
             f" {len(always):,}."
             " Two bounds, neither of them a result: were every suspect label wrong and no other, a faultless classifier"
             f" would read {ceiling:.1f} %, and 98 % only who learns the errors too; were every suspect label right, the"
@@ -281,8 +281,8 @@ def about(recipe: str, found: Found) -> str:
     first = parts(found, "seed")[0][1]
     trained, full = first["epochs_trained"], named(recipe).epochs
     shorter = "" if full == trained else f" instead of the recipe's {full}"
-    trunk = f", trunk by {first['backend']}" if first.get("backend", "torch") != "torch" else ""
-    return f"Recipe `{recipe}`, {trained} epochs{shorter}, cached features{trunk}: {machine(first)}."
+    backbone = f", backbone by {first['backend']}" if first.get("backend", "torch") != "torch" else ""
+    return f"Recipe `{recipe}`, {trained} epochs{shorter}, cached features{backbone}: {machine(first)}."
 
 
 def machine(line: Found) -> str:

@@ -51,10 +51,10 @@ def main() -> None:
     given = parser.parse_args()
     recipe, device, data = named("fast"), torch.device("cpu"), load_dataset()
     images, weights = data.images[: given.images], pretrained.vgg16_weights()
-    precision, backend = backbones.choose_trunk(recipe.freeze_to, recipe.backend, recipe.precision, device)
+    precision, backend = backbones.choose_backbone(recipe.freeze_to, recipe.backend, recipe.precision, device)
     digest = tensor_digest(read_weights(weights))
     spec = cache.FeatureSpec(recipe.freeze_to, recipe.image_size, recipe.pool, digest, precision, backend=backend)
-    load = partial(backbones.frozen_trunk, weights, spec, device, 10**6)
+    load = partial(backbones.frozen_backbone, weights, spec, device, 10**6)
     load()  # measured once, before any clock runs
     asked = (images, f"first {len(images)}", spec, load, None)
     alone, joined, inside, equal = [], [], [], []

@@ -73,8 +73,12 @@ class Line:
 
 def summary(result: RunResult) -> dict[str, Any]:
     rows, seconds, recipe = result.data["rows"], result.seconds, recipes.from_json(result.config["recipe"])
-    pictures = (rows["train"] + rows["val"]) * recipe.training_views + rows["test"] * recipe.test_views
-    more = "".join(f" --{name}" for name in ("drawn", "strange") if getattr(recipe, name))
+    pictures = (rows["train"] + rows["val"]) * recipe.training_views + rows["test"] * recipe.tta
+    more = "".join(
+        f" --{name.replace(chr(95), chr(45))}"
+        for name in ("synthetic_drawings", "outlier_exposure")
+        if getattr(recipe, name)
+    )
     return {
         "recipe": result.recipe + more,
         "backend": result.environment.get("backend", "torch"),
@@ -117,7 +121,7 @@ def lines(runs: Sequence[Mapping[str, Any]], rates: Mapping[str, float]) -> Iter
         fresh = [run for run in group if not run["cached"]]
         if not fresh and recipe not in rates:
             continue
-        trunk = f", {backend}" if backend not in ("torch", "torch-winograd") else ""
+        backbone = f", {backend}" if backend not in ("torch", "torch-winograd") else ""
         length = measuring.other_length(recipe.split()[0], epochs)
         later = [run["seconds"]["total"] / 60 for run in group if run["cached"]]
         how = f"{epochs} epochs" + (f"; a further seed {statistics.median(later):.1f} min" if later else "")
@@ -129,7 +133,7 @@ def lines(runs: Sequence[Mapping[str, Any]], rates: Mapping[str, float]) -> Iter
             how += f"; of these minutes {features:.1f} for features, at {rates[recipe]:g} pictures/s"
         accuracies = tuple(100 * run["correct"] / run["n"] for run in group)
         machine = f"{processor}, torch {group[0]['torch']}"
-        yield Line(f"`{recipe}{length}`{trunk}", accuracies, minutes, how, machine, length)
+        yield Line(f"`{recipe}{length}`{backbone}", accuracies, minutes, how, machine, length)
 
 
 def script_minutes(peers: performance.Lines) -> float:
@@ -157,7 +161,7 @@ def text(found: Sequence[Line], peers: Sequence[performance.Curve], script: floa
         "Made by `benchmarks/cost.py` from finished runs ([cost.json](cost.json)); each was scored once on the official"
         f" test set, by the weights its training ended with. {machines}; 2 cores, no GPU; other work was beside some of"
         " them, so that minutes are upper bounds. Features that were cached before are reckoned at the rate that they"
-        " came at in another run. What Attire ships is `frozen-best --drawn --strange --epochs 20`. The plain script"
+        " came at in another run. What Attire ships is `frozen-best --synthetic-drawings --outlier-exposure --epochs 20`. The plain script"
         f" (`benchmarks/plain_script.py`, ten epochs of 48,000 images, {script / 60:.1f} h at its measured rate) is the"
         " yardstick.",
         "\n".join(table(found, script)),

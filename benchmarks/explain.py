@@ -181,14 +181,14 @@ class Quick:
     """A classifier's logits by Winograd's convolutions, on all cores: what the curves take by the hundred thousand."""
 
     def __init__(self, classifier: Classifier) -> None:
-        self.trunk = vgg.Trunk(classifier.model, classifier.device, "fp32", fast=True)
+        self.backbone = vgg.Backbone(classifier.model, classifier.device, "fp32", fast=True)
         self.head, self.classes = classifier.model.classifier, len(classifier.classes)
         self.size, self.temperature = classifier.architecture.image_size, classifier.temperature
 
     def logits(self, images: NDArray[np.uint8]) -> Tensor:
         with torch.inference_mode():
             parts = np.array_split(images, -(-len(images) // BATCH))
-            return torch.cat([self.head(self.trunk(vgg.preprocess(part, self.size))) for part in parts])
+            return torch.cat([self.head(self.backbone(vgg.preprocess(part, self.size))) for part in parts])
 
 
 def altered(image: Image, heat: Heat) -> NDArray[np.uint8]:
@@ -264,8 +264,8 @@ def neighbours(classifier: Classifier, data: ImageDataset, test: ImageDataset) -
 def spaces(classifier: Classifier, stored: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     """Every one maps features (n, D) to (n, d); fitted on the stored rows."""
     head = classifier.model.classifier[:-1]
-    rejecter, channels = classifier.rejecter, CHANNELS[classifier.architecture.end]
-    assert rejecter is not None
+    ood_detector, channels = classifier.ood_detector, CHANNELS[classifier.architecture.end]
+    assert ood_detector is not None
 
     def pooled(x: Tensor) -> Tensor:
         return out_of_distribution.pooled(x, channels)
@@ -275,7 +275,7 @@ def spaces(classifier: Classifier, stored: Tensor) -> dict[str, Callable[[Tensor
 
     scale = stored.std(0) + 0.05 * stored.std(0).mean()
     return {
-        "pooled, whitened as for reject": lambda x: (pooled(x) - rejecter.centre) @ rejecter.whiten,
+        "pooled, whitened as for reject": lambda x: (pooled(x) - ood_detector.centre) @ ood_detector.whiten,
         "pooled, 64 components": components(pooled, stored, 64),
         "features, 64 components": components(lambda x: x / scale, stored, 64),
         "hidden layer": head,

@@ -1,6 +1,6 @@
-"""The trunk's convolutions, direct against Winograd's, layer by layer and whole, with the matrix limit of the same run.
+"""The backbone's convolutions, direct against Winograd's, layer by layer and whole, with the matrix limit of the same run.
 
-    python benchmarks/extraction.py                      every layer and trunk at 32, 64 and 224 px
+    python benchmarks/extraction.py                      every layer and backbone at 32, 64 and 224 px
     python benchmarks/extraction.py --gradients          forward and backward of one layer, batch 128, instead
 
 Variants take turns in each round, the rate of a 2,048-square matrix product among them; medians, and the median and
@@ -25,7 +25,7 @@ from attire.model import devices, microbatches, pretrained, vgg, winograd
 from attire.storage import memory
 
 ROUNDS = 7
-TRUNKS = (("block3", 32, 1024), ("block3", 64, 256), ("block5", 224, 16))
+BACKBONES = (("block3", 32, 1024), ("block3", 64, 256), ("block5", 224, 16))
 GRADIENTS = ((64, 64, 32), (64, 128, 16), (128, 128, 16), (128, 256, 8), (256, 256, 8), (256, 512, 4), (512, 512, 4))
 Times = dict[str, list[float]]
 
@@ -66,16 +66,16 @@ def line(name: str, times: Times, work: float, images: int, told: str = "") -> N
     print(f"    {name:14} {speed:9.1f} images/s {giga:6.0f} GFLOP/s   x {ratio(times, name)}   {told}", flush=True)
 
 
-def layers(trunk: nn.Sequential, size: int, images: int) -> None:
+def layers(backbone: nn.Sequential, size: int, images: int) -> None:
     """Every convolution with its ReLU and pooling, on as many random images as keep both cores busy."""
     product, operations = matrix_product()
-    for i, layer in enumerate(trunk):
+    for i, layer in enumerate(backbone):
         if not isinstance(layer, nn.Conv2d):
             size //= 2 if isinstance(layer, nn.MaxPool2d) else 1
             continue
-        pool = isinstance(trunk[i + 2], nn.MaxPool2d) if i + 2 < len(trunk) else False
+        pool = isinstance(backbone[i + 2], nn.MaxPool2d) if i + 2 < len(backbone) else False
         x = torch.rand(images, layer.in_channels, size, size).contiguous(memory_format=torch.channels_last)
-        direct = trunk[i : i + 2 + pool]
+        direct = backbone[i : i + 2 + pool]
         variants: dict[str, Callable[[], object]] = {"product": product, "direct": lambda x=x, f=direct: f(x)}
         exact = direct.double()(x[:1].double())
         direct.float()
@@ -96,22 +96,22 @@ def flops(layer: nn.Conv2d, size: int) -> float:
     return 2.0 * 9 * layer.in_channels * layer.out_channels * size**2
 
 
-def trunk_flops(trunk: nn.Sequential, size: int) -> float:
+def backbone_flops(backbone: nn.Sequential, size: int) -> float:
     total = 0.0
-    for layer in trunk:
+    for layer in backbone:
         total += flops(layer, size) if isinstance(layer, nn.Conv2d) else 0
         size //= 2 if isinstance(layer, nn.MaxPool2d) else 1
     return total
 
 
-def trunks(block: str, size: int, images: int) -> None:
-    """The whole trunk on real images, preprocessed before; batches as extraction makes them."""
+def backbones(block: str, size: int, images: int) -> None:
+    """The whole backbone on real images, preprocessed before; batches as extraction makes them."""
     cpu, weights = torch.device("cpu"), pretrained.vgg16_weights()
 
     def model() -> nn.Module:
         return vgg.vgg16(weights, block, 0, nn.Sequential())
 
-    direct, quick = (vgg.Trunk(model(), cpu, "fp32", fast) for fast in (False, True))
+    direct, quick = (vgg.Backbone(model(), cpu, "fp32", fast) for fast in (False, True))
     small = winograd.accelerate(model().features.to(memory_format=torch.channels_last), winograd.F2)
     pictures = vgg.preprocess(load_dataset(part="test").images[:images], size)
     exact = model().features.double()(pictures[:4].double()).flatten(1)
@@ -135,7 +135,7 @@ def trunks(block: str, size: int, images: int) -> None:
         line(
             name,
             times,
-            trunk_flops(direct.features, size) * images,
+            backbone_flops(direct.features, size) * images,
             images,
             f"error {error(run(pictures[:4]), exact):.0e}",
         )
@@ -178,8 +178,8 @@ def main(arguments: list[str]) -> None:
             gradients(*case)
         return
     with torch.inference_mode():
-        for block, size, images in TRUNKS:
-            trunks(block, size, images)
+        for block, size, images in BACKBONES:
+            backbones(block, size, images)
         for block, size, images in (("block5", 32, 64), ("block5", 64, 16), ("block5", 224, 2)):
             whole = vgg.vgg16(pretrained.vgg16_weights(), block, 0, nn.Sequential()).features
             print(f"every layer at {size} px, {BLOCKS[block]} modules")

@@ -26,9 +26,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000)
     options = parser.parse_args()
     passed: list[int] = []
-    forward = vgg.Trunk.forward
+    forward = vgg.Backbone.forward
 
-    def counted(self: vgg.Trunk, x: torch.Tensor) -> torch.Tensor:
+    def counted(self: vgg.Backbone, x: torch.Tensor) -> torch.Tensor:
         passed.append(len(x))
         return forward(self, x)
 
@@ -36,7 +36,7 @@ def main() -> None:
     with scratch_cache():
         data = load_dataset()
         VGGClassifier(epochs=1).fit(data.images[-200:], data.labels[-200:])  # what is measured once on a machine
-        vgg.Trunk.forward = counted  # type: ignore[method-assign]
+        vgg.Backbone.forward = counted  # type: ignore[method-assign]
         for i in range(options.rounds):
             rows = slice(i * options.rows, (i + 1) * options.rows)
             images, labels = data.images[rows], data.labels[rows]

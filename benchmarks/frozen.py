@@ -48,7 +48,7 @@ class Frozen:
         spec = sweep.TapSpec(
             "+".join(bench.boundaries), size, 0, bench.weights, bench.precision, backend=bench.backend, taps=taps
         )
-        found = cache.extract(data.images, data.image_digest, spec, lambda: sweep.TapTrunk(bench.trunk, taps))
+        found = cache.extract(data.images, data.image_digest, spec, lambda: sweep.TapBackbone(bench.backbone, taps))
         self.entry = found.folder.name
         table = torch.from_numpy(np.concatenate(list(found.blocks())))
         self.maps = {name: table[:, part].float().unflatten(1, (-1, side, side)) for name, side, part in spec.columns()}

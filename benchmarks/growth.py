@@ -76,13 +76,13 @@ def stage_extraction(path: Path, rows: int) -> dict[str, float]:
 
     table_cache.LEAST = 0
     precision = devices.choose_precision()
-    trunk = vgg.Trunk(
+    backbone = vgg.Backbone(
         vgg.vgg16(pretrained.vgg16_weights(), "block3", 0, nn.Sequential()), torch.device("cpu"), precision
     )
     images = loading.read_csv(path)
-    feature_cache.compute(images.images[:64], feature_cache.FeatureSpec("block3", SIZE, 0, "", precision), trunk)
+    feature_cache.compute(images.images[:64], feature_cache.FeatureSpec("block3", SIZE, 0, "", precision), backbone)
     spec, base = feature_cache.FeatureSpec("block3", SIZE, 0, "growth", precision), forget_peak()
-    took = seconds(lambda: feature_cache.extract(images.images, images.image_digest, spec, lambda: trunk))
+    took = seconds(lambda: feature_cache.extract(images.images, images.image_digest, spec, lambda: backbone))
     assert feature_cache.delete_entry(spec.key(images.image_digest)) > rows
     return {"seconds": took, "base": base, "peak": peak_memory()}
 

@@ -141,7 +141,7 @@ def main(bundle: str) -> None:
         "other things": [row for row in rows if row[0] == "none"],
     }.items():
         right = [answer.label == name for name, answer in part]
-        taken = [not answer.rejected for _, answer in part]
+        taken = [not answer.out_of_distribution for _, answer in part]
         print(f"{title:14}{sum(right):8}{sum(taken):8}{sum(np.logical_and(right, taken)):8}{len(part):8}")
 
 

@@ -1,4 +1,4 @@
-"""A trunk of low rank: each convolution of block1 to block3 split into a narrower 3x3 and a 1x1, against the whole one.
+"""A backbone of low rank: each convolution of block1 to block3 split into a narrower 3x3 and a 1x1, against the whole one.
 
     python benchmarks/low_rank.py           images/s in turn, and the accuracy of a ridge classifier; ten minutes
 
@@ -57,11 +57,11 @@ def split(layer: nn.Conv2d, inputs: list[Tensor], share: float) -> list[nn.Modul
     return [narrow, widen]
 
 
-def low_rank(trunk: nn.Sequential, images: Images, share: float) -> nn.Sequential:
+def low_rank(backbone: nn.Sequential, images: Images, share: float) -> nn.Sequential:
     """Layer after layer, each fitted to what the split ones before it hand on."""
     layers: list[nn.Module] = []
     current = batches(images)
-    for layer in trunk:
+    for layer in backbone:
         deep = isinstance(layer, nn.Conv2d) and layer.in_channels > 3
         found = split(layer, current, share) if deep else [layer]  # type: ignore[arg-type]
         for part in found:
@@ -71,13 +71,13 @@ def low_rank(trunk: nn.Sequential, images: Images, share: float) -> nn.Sequentia
     return nn.Sequential(*layers)
 
 
-def features(trunk: nn.Sequential, images: Images) -> Tensor:
-    return torch.cat([trunk(x).flatten(1) for x in batches(images)])
+def features(backbone: nn.Sequential, images: Images) -> Tensor:
+    return torch.cat([backbone(x).flatten(1) for x in batches(images)])
 
 
-def right(trunk: nn.Sequential, train: dataset.ImageDataset, val: dataset.ImageDataset) -> Tensor:
+def right(backbone: nn.Sequential, train: dataset.ImageDataset, val: dataset.ImageDataset) -> Tensor:
     """(n,) bool of the validation images, by ridge regression on standardised features (see `attire.ridge`)."""
-    x, other = features(trunk, train.images), features(trunk, val.images)
+    x, other = features(backbone, train.images), features(backbone, val.images)
     deviation, mean = torch.std_mean(x, 0)
     scale = deviation + 0.05 * deviation.mean()
     x, other = (x - mean) / scale, (other - mean) / scale
@@ -93,18 +93,18 @@ def main() -> None:
     whole = vgg.vgg16(pretrained.vgg16_weights(), "block3", 0, nn.Sequential()).features
     whole = whole.to(memory_format=torch.channels_last)
     with torch.inference_mode():
-        trunks = {"whole": whole} | {f"{100 * s:g} %": low_rank(whole, images, s) for s in SHARES}
+        backbones = {"whole": whole} | {f"{100 * s:g} %": low_rank(whole, images, s) for s in SHARES}
         pictures = batches(images[:1000])
-        times: dict[str, list[float]] = {name: [] for name in trunks}
+        times: dict[str, list[float]] = {name: [] for name in backbones}
         for _ in range(ROUNDS + 1):
-            for name, trunk in trunks.items():
-                times[name].append(seconds(lambda trunk=trunk: [trunk(x) for x in pictures]))  # type: ignore[misc]
+            for name, backbone in backbones.items():
+                times[name].append(seconds(lambda backbone=backbone: [backbone(x) for x in pictures]))  # type: ignore[misc]
         base = right(whole, fitted, scored)
-        for name, trunk in trunks.items():
-            found = right(trunk, fitted, scored)
+        for name, backbone in backbones.items():
+            found = right(backbone, fitted, scored)
             ratio = statistics.median(a / b for a, b in zip(times["whole"][1:], times[name][1:], strict=True))
             lost, won = int((base & ~found).sum()), int((found & ~base).sum())
-            widths = [layer.out_channels for layer in trunk if isinstance(layer, nn.Conv2d) and layer.bias is None]
+            widths = [layer.out_channels for layer in backbone if isinstance(layer, nn.Conv2d) and layer.bias is None]
             speed = 1000 / statistics.median(times[name][1:])
             accuracy = 100 * found.float().mean()
             print(

@@ -65,7 +65,7 @@ class Machine:
         return {"schema": 1, "limits": {x.name: x.to_json() for x in self.limits}, "environment": self.environment}
 
 
-def measure(device: str = "cpu", *, threads: int = 0, quick: bool = False, watcher: Progress | None = None) -> Machine:
+def measure(device: str = "cpu", *, threads: int = 0, quick: bool = False, progress: Progress | None = None) -> Machine:
     """Measure every limit, `ROUNDS` times each.
 
     threads: for PyTorch, 0 for the machine's. quick: small matrices and arrays, to see that it works; their figures are
@@ -73,7 +73,7 @@ def measure(device: str = "cpu", *, threads: int = 0, quick: bool = False, watch
     """
     if threads:
         torch.set_num_threads(threads)
-    where, watcher = devices.choose_device(device), watcher or NoProgress()
+    where, progress = devices.choose_device(device), progress or NoProgress()
     sides, memory, disk = ((128,), 2**22, 2**22) if quick else (SIDES, memory_bytes(), DISK_BYTES)
     with disk_trials(disk) as trials:
         works = [*matrix_trials(sides, where), *memory_trials(memory, where), *trials]
@@ -81,10 +81,10 @@ def measure(device: str = "cpu", *, threads: int = 0, quick: bool = False, watch
         for _, _, _, work in works:
             work()  # what is done once is not timed
         for done in range(ROUNDS):
-            watcher.advance("Limits", done, ROUNDS)
+            progress.advance("Limits", done, ROUNDS)
             for (_, _, _, work), found in zip(works, rates, strict=True):
                 found.append(per_second(work, where) / 1e9)
-        watcher.advance("Limits", ROUNDS, ROUNDS)
+        progress.advance("Limits", ROUNDS, ROUNDS)
     best: dict[str, Limit] = {}
     for (name, unit, how, _), found in zip(works, rates, strict=True):
         limit = Limit(name, unit, how, tuple(found))
@@ -238,11 +238,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="tiny, to see that it works; the figures are no limits")
     given = parser.parse_args()
-    watcher = Terminal()
+    progress = Terminal()
     try:
-        measured = measure(threads=given.threads, quick=given.quick, watcher=watcher)
+        measured = measure(threads=given.threads, quick=given.quick, progress=progress)
     finally:
-        watcher.close()
+        progress.close()
     print(table(measured))
 
 

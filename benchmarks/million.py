@@ -4,7 +4,7 @@
     python benchmarks/million.py --rows 20000        fewer; rates are told for each tenth
     python benchmarks/million.py --quick             to see that it works
 
-The trunk and the precision are those of `fast`: block3, 8 KB of features an image. Images: the official 70,000 over and
+The backbone and the precision are those of `fast`: block3, 8 KB of features an image. Images: the official 70,000 over and
 over, past the first time with noise of -3 to 3 levels, made in blocks in a file that is then mapped into memory, as a
 CSV file's copy is. Resident: VmRSS of proc(5) as each tenth is done, mapped pages included; peak: VmHWM from the start.
 """
@@ -48,10 +48,10 @@ def extract(images: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, Any]:
     backend = devices.choose_backend("torch", precision, torch.device("cpu"))
     spec = feature_cache.FeatureSpec("block3", SIZE, 0, "million", precision, backend=backend)
     model = vgg.vgg16(pretrained.vgg16_weights(), "block3", 0, nn.Sequential())
-    trunk = vgg.Trunk(model, torch.device("cpu"), precision, backend == devices.WINOGRAD)
+    backbone = vgg.Backbone(model, torch.device("cpu"), precision, backend == devices.WINOGRAD)
     if backend == "torch":
-        trunk.layout = devices.choose_layout(f"block3 {precision}", trunk, SIZE, len(images))
-    feature_cache.compute(images[:64], spec, trunk)
+        backbone.layout = devices.choose_layout(f"block3 {precision}", backbone, SIZE, len(images))
+    feature_cache.compute(images[:64], spec, backbone)
     base, began = forget_peak(), time.perf_counter()
     marks, wanted = [(0, 0.0, base)], [round(len(images) * part / PARTS) for part in range(1, PARTS + 1)]
 
@@ -61,7 +61,7 @@ def extract(images: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, Any]:
             marks.append((done, time.perf_counter() - began, memory_line("VmRSS")))
             print(f"{done:>9,} of {total:,}   {rate(marks[-2], marks[-1]):,.0f} images/s", flush=True)
 
-    made = feature_cache.extract(images, "million", spec, lambda: trunk, progress)
+    made = feature_cache.extract(images, "million", spec, lambda: backbone, progress)
     seconds = time.perf_counter() - began
     parts = [
         {"rows": b[0], "seconds": b[1], "rate": rate(a, b), "resident": b[2]} for a, b in pairwise(marks) if b[0] > a[0]

@@ -163,7 +163,7 @@ def fastai_learner(race: Race, size: int, rows: NDArray[np.int64], batch_size: i
     return vision_learner(loaders, vgg16, n_out=10, normalize=False, loss_func=CrossEntropyLossFlat())
 
 
-def watcher(race: Race, answers: Callable[[], Any], marks: int, kind: str = "point") -> Any:
+def progress(race: Race, answers: Callable[[], Any], marks: int, kind: str = "point") -> Any:
     """A fastai callback: no validation, and the test images scored `marks` times an epoch, or never."""
     from fastai.callback.core import Callback, CancelFitException, CancelValidException
 
@@ -199,7 +199,7 @@ def fastai_64(race: Race) -> None:
     trial = fastai_learner(race, size, order[:64], 64)
     race.start()
     with trial.no_bar(), trial.no_logging():
-        rate = 64 / seconds(lambda: trial.fit(1, cbs=watcher(race, lambda: 0, 0)))
+        rate = 64 / seconds(lambda: trial.fit(1, cbs=progress(race, lambda: 0, 0)))
     epochs = max(1, int(SHARE * race.cap * rate / len(order)))
     rows = order[: int(min(len(order), SHARE * race.cap * rate / epochs))]
     tell("note", text=f"planned: {epochs} x {len(rows):,} images, at {rate:.0f} images/s")
@@ -209,7 +209,7 @@ def fastai_64(race: Race) -> None:
         return in_batches(learner.model, Pictures(race.test, size))
 
     with learner.no_bar(), learner.no_logging():
-        learner.fit_one_cycle(epochs, 1e-3, cbs=watcher(race, answers, 2))
+        learner.fit_one_cycle(epochs, 1e-3, cbs=progress(race, answers, 2))
 
 
 def in_batches(model: nn.Module, pictures: Pictures, rows: int = 250) -> NDArray[Any]:
@@ -255,7 +255,7 @@ def fastai_224_head(race: Race) -> None:
 
     race.start()
     with learner.no_bar(), learner.no_logging():
-        learner.fit_one_cycle(1 if race.quick else 10, 1e-3, cbs=watcher(race, answers, 1, "head"))
+        learner.fit_one_cycle(1 if race.quick else 10, 1e-3, cbs=progress(race, answers, 1, "head"))
 
 
 # Keras.
@@ -441,7 +441,7 @@ def plain_work(race: Race, count: int) -> Callable[[], object]:
 
 def fastai_work(race: Race, count: int) -> Callable[[], object]:
     learner = fastai_learner(race, 224, np.arange(count), 32 if count >= 32 else count)
-    watch = watcher(race, lambda: 0, 0)
+    watch = progress(race, lambda: 0, 0)
     race.cap = float("inf")
 
     def work() -> None:
@@ -466,7 +466,7 @@ def attire_works(race: Race, count: int) -> dict[str, Callable[[], object]]:
     from importlib.util import find_spec
 
     from attire.features import cache
-    from attire.features.backbones import choose_trunk, open_trunk
+    from attire.features.backbones import choose_backbone, open_backbone
     from attire.features.cache import FeatureSpec
     from attire.model import pretrained as model_pretrained
     from attire.model import vgg
@@ -478,17 +478,17 @@ def attire_works(race: Race, count: int) -> dict[str, Callable[[], object]]:
     for backend in BACKENDS:
         if "openvino" in backend and (race.quick or not (find_spec("openvino") and find_spec("nncf"))):
             continue
-        precision, named = choose_trunk(
+        precision, named = choose_backbone(
             CLASSIC.freeze_to, backend, "fp32" if backend == "torch" else "auto", torch.device("cpu")
         )
         spec = FeatureSpec(CLASSIC.freeze_to, CLASSIC.image_size, CLASSIC.pool, digest, precision, backend=named)
         model = vgg.vgg16(model_pretrained.vgg16_weights(), spec.freeze_to, spec.pool, nn.Sequential())
-        trunk = open_trunk(model, spec, torch.device("cpu"), 0 if race.quick else len(race.train))
+        backbone = open_backbone(model, spec, torch.device("cpu"), 0 if race.quick else len(race.train))
 
-        def work(spec: FeatureSpec = spec, trunk: Any = trunk) -> None:
+        def work(spec: FeatureSpec = spec, backbone: Any = backbone) -> None:
             step = cache.batch_rows(spec.image_size)
             for start in range(0, count, step):
-                cache.compute(race.train.images[start : min(start + step, count)], spec, trunk)
+                cache.compute(race.train.images[start : min(start + step, count)], spec, backbone)
 
         works[f"Attire, extraction, {backend}"] = work
     return works

@@ -64,7 +64,7 @@ class Answer:
 
     @property
     def confident(self) -> bool:
-        return self.probability > CONFIDENT and not self.rejected
+        return self.probability > CONFIDENT and not self.out_of_distribution
 
 
 def load_pictures() -> list[Picture]:
@@ -129,7 +129,9 @@ def ways() -> dict[str, Way]:
 
 def answers(classifier: Classifier, pictures: list[Picture], way: Way) -> list[Answer]:
     found: list[Any] = classifier.predict(np.stack([way(picture.data) for picture in pictures]))
-    return [Answer(p, a.label, a.probability, bool(a.rejected)) for p, a in zip(pictures, found, strict=True)]
+    return [
+        Answer(p, a.label, a.probability, bool(a.out_of_distribution)) for p, a in zip(pictures, found, strict=True)
+    ]
 
 
 def share(found: list[Answer], which: Callable[[Answer], bool]) -> str:
@@ -143,7 +145,7 @@ def line(name: str, found: list[Answer]) -> str:
     others = [a for a in found if a.picture.label == "none"]
     halves = [[a for a in clear if a.picture.reports is reports] for reports in (False, True)]
     cells = [f"{sum(a.right for a in part)}/{len(part)}" for part in (*halves, clear, garments)]
-    cells.append(f"{sum(a.rejected for a in clear)}/{len(clear)}")
+    cells.append(f"{sum(a.out_of_distribution for a in clear)}/{len(clear)}")
     cells.append(f"{sum(a.confident for a in others)}/{len(others)}")
     cells.append(f"{sum(a.probability > CONFIDENT for a in others)}")
     return f"{name:26}" + "".join(f"{cell:>10}" for cell in cells)
@@ -151,7 +153,7 @@ def line(name: str, found: list[Answer]) -> str:
 
 def main(bundle: str, every: bool) -> None:
     pictures, classifier = load_pictures(), load_bundle(bundle, "cpu")
-    heads = ("choosing", "reporting", "clear", "garments", "rejected", "conf.none", "no rej.")
+    heads = ("choosing", "reporting", "clear", "garments", "out_of_distribution", "conf.none", "no rej.")
     print(f"{'':26}" + "".join(f"{head:>10}" for head in heads))
     whole: list[Answer] = []
     for name, way in ways().items():
@@ -162,7 +164,7 @@ def main(bundle: str, every: bool) -> None:
     by_source(whole)
     if every:
         for a in whole:
-            told = f"{a.label:12}{a.probability:6.2f}  {'rejected' if a.rejected else '        '}"
+            told = f"{a.label:12}{a.probability:6.2f}  {'out_of_distribution' if a.out_of_distribution else '        '}"
             print(f"{a.picture.label:12}{a.picture.clear or '-':4}{told}  {a.picture.package}  {a.picture.path[-60:]}")
 
 

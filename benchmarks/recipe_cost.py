@@ -22,7 +22,7 @@ from attire.data.loading import load_dataset
 from attire.evaluation.report import duration
 from attire.features import cache
 from attire.features import views as features_views
-from attire.features.backbones import open_trunk
+from attire.features.backbones import open_backbone
 from attire.features.cache import FeatureSpec
 from attire.model import devices, heads, pretrained, vgg
 from attire.model.weights import read_weights, tensor_digest
@@ -33,27 +33,27 @@ TRAIN, TEST = 60_000, 10_000
 
 
 def extraction(recipe: Recipe, weights: Any, seconds: float) -> float:
-    """Images/s of preprocessing and trunk, as extraction runs them, over so many seconds."""
+    """Images/s of preprocessing and backbone, as extraction runs them, over so many seconds."""
     device = devices.choose_device("cpu")
     precision = devices.choose_precision(recipe.precision, device)
     backend = devices.choose_backend(recipe.backend, precision, device)
-    pool = 0 if recipe.train_blocks else recipe.pool
+    pool = 0 if recipe.finetune_blocks else recipe.pool
     digest = tensor_digest(read_weights(weights))
     spec = FeatureSpec(recipe.freeze_to, recipe.image_size, pool, digest, precision, backend=backend)
-    trunk = open_trunk(vgg.vgg16(weights, recipe.freeze_to, pool, nn.Sequential()), spec, device)
+    backbone = open_backbone(vgg.vgg16(weights, recipe.freeze_to, pool, nn.Sequential()), spec, device)
     images = load_dataset().images[: cache.batch_rows(recipe.image_size)]
-    cache.compute(images[:64], spec, trunk)
+    cache.compute(images[:64], spec, backbone)
     began, rows = time.perf_counter(), 0
     while (spent := time.perf_counter() - began) < seconds:
-        cache.compute(images, spec, trunk)
+        cache.compute(images, spec, backbone)
         rows += len(images)
     return rows / spent
 
 
 def new_head(recipe: Recipe, weights: Any) -> nn.Sequential:
-    shape = feature_shape(above(recipe.freeze_to, recipe.train_blocks), recipe.image_size, recipe.pool)
+    shape = feature_shape(above(recipe.freeze_to, recipe.finetune_blocks), recipe.image_size, recipe.pool)
     head = heads.build(shape, recipe.conv, recipe.hidden, 10, recipe.dropout)
-    if recipe.train_blocks:
+    if recipe.finetune_blocks:
         head = heads.tuned_head(weights, recipe, head)
     return head.to(memory_format=torch.channels_last)
 
@@ -99,13 +99,13 @@ def main() -> None:
         head = new_head(recipe, weights)
         timed = replace(recipe, precision=devices.choose_train_precision(recipe.precision, cpu))
         learning = step_seconds(timed, head, False, given.steps)
-        probing = step_seconds(timed, head, True, given.steps) if recipe.probe_epochs else 0.0
+        probing = step_seconds(timed, head, True, given.steps) if recipe.head_epochs else 0.0
         back = answer_rate(recipe, head)
         views = len(dict.fromkeys((*features_views.view_names(recipe.flips, recipe.shifts),)))
-        extract = (TRAIN * views + TEST * recipe.test_views) / rate
+        extract = (TRAIN * views + TEST * recipe.tta) / rate
         steps = -(-(TRAIN - recipe.val_size) // recipe.batch_size)
-        train = steps * (probing * recipe.probe_epochs + learning * (recipe.epochs - recipe.probe_epochs))
-        answers = recipe.test_views * (TRAIN + TEST) / back
+        train = steps * (probing * recipe.head_epochs + learning * (recipe.epochs - recipe.head_epochs))
+        answers = recipe.tta * (TRAIN + TEST) / back
         width = int(np.prod(recipe.map_shape))
         print(
             f"{recipe.name}: {views} views of {2 * width / 1000:.0f} kB, {2e-9 * width * views * TRAIN:.1f} GB on disk"

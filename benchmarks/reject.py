@@ -55,22 +55,22 @@ def main(bundle: str) -> None:
 def make_spec(classifier: Classifier) -> FeatureSpec:
     about = classifier.architecture
     precision = devices.choose_precision("auto", classifier.device)
-    return FeatureSpec(about.freeze_to, about.image_size, about.pool, classifier.facts["trunk"], precision)
+    return FeatureSpec(about.freeze_to, about.image_size, about.pool, classifier.facts["backbone"], precision)
 
 
 def cached(classifier: Classifier, data: ImageDataset, view: str) -> cache.Features:
     spec = replace(make_spec(classifier), view=view)
-    return cache.extract(data.images, data.image_digest, spec, lambda: make_trunk(classifier))
+    return cache.extract(data.images, data.image_digest, spec, lambda: make_backbone(classifier))
 
 
-def make_trunk(classifier: Classifier) -> cache.Trunk:
-    return vgg.Trunk(classifier.model, classifier.device, make_spec(classifier).precision)
+def make_backbone(classifier: Classifier) -> cache.Backbone:
+    return vgg.Backbone(classifier.model, classifier.device, make_spec(classifier).precision)
 
 
 def fresh(classifier: Classifier, images: Images) -> Tensor:
     """Features (n, D) of pictures that no cache has."""
-    spec, trunk = make_spec(classifier), make_trunk(classifier)
-    parts = [cache.compute(images[i : i + 250], spec, trunk) for i in range(0, len(images), 250)]
+    spec, backbone = make_spec(classifier), make_backbone(classifier)
+    parts = [cache.compute(images[i : i + 250], spec, backbone) for i in range(0, len(images), 250)]
     return torch.from_numpy(np.concatenate(parts)).float()
 
 
@@ -184,15 +184,17 @@ def neighbours(describe: Score, x: Tensor) -> Score:
 
 def report(classifier: Classifier, test: ImageDataset) -> None:
     """The bundle as it ships, on pictures that nothing was chosen by."""
-    rejecter = classifier.rejecter
-    if rejecter is None:
-        raise SystemExit("this bundle has no Rejecter")
+    ood_detector = classifier.ood_detector
+    if ood_detector is None:
+        raise SystemExit("this bundle has no OODDetector")
 
     def line(name: str, images: Images) -> None:
-        found = classifier.distances(images) > rejecter.threshold
+        found = classifier.distances(images) > ood_detector.threshold
         print(f"{name:40}{wilson(int(found.sum()), len(found)).percent()}", flush=True)
 
-    print(f"\nReporting: rejected, Wilson 95 %; threshold {rejecter.threshold:.2f} from {rejecter.rows:,} rows\n")
+    print(
+        f"\nReporting: rejected, Wilson 95 %; threshold {ood_detector.threshold:.2f} from {ood_detector.rows:,} rows\n"
+    )
     line("test garments (false rejects)", test.images)
     for name, images in sets("reporting").items():
         line(name, images)
@@ -219,11 +221,11 @@ def hold_out(
         known = tuple(part[~np.isin(data.labels[part], pair)] for part in rows)
         channels = CHANNELS[classifier.architecture.freeze_to]
         how = out_of_distribution.Fitting(range(len(source.views)), (0,), False, certain)
-        rejecter = out_of_distribution.fit(source, data.labels, (known[0], known[1]), channels, how)
-        assert rejecter is not None
+        ood_detector = out_of_distribution.fit(source, data.labels, (known[0], known[1]), channels, how)
+        assert ood_detector is not None
         for name, inside in ((" and ".join(data.classes[c] for c in pair), True), ("  the eight others", False)):
             chosen = np.flatnonzero(np.isin(test.labels, pair) == inside)
-            told = out_of_distribution.evaluate_ood(rejecter, tested, chosen, certain(chosen, 0))["test"]
+            told = out_of_distribution.evaluate_ood(ood_detector, tested, chosen, certain(chosen, 0))["test"]
             share = wilson(round(told["value"] * told["n"]), told["n"])
             print(f"{name:40}{share.percent()}", flush=True)
 

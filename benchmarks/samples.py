@@ -26,7 +26,7 @@ def main(bundle: str) -> None:
     good = [
         row
         for row, told in enumerate(found)
-        if told.label == data.classes[data.labels[row]] and told.probability >= 0.9 and not told.rejected
+        if told.label == data.classes[data.labels[row]] and told.probability >= 0.9 and not told.out_of_distribution
     ]
     rows = [row for label in range(len(data.classes)) for row in good if data.labels[row] == label]
     chosen = [row for label in range(len(data.classes)) for row in [r for r in rows if data.labels[r] == label][:2]]

@@ -34,7 +34,7 @@ from torch import nn
 
 from attire.data import csv_table, loading, table_cache
 from attire.features import cache, sources
-from attire.features.backbones import open_trunk
+from attire.features.backbones import open_backbone
 from attire.features.cache import FeatureSpec
 from attire.model import devices, pretrained, vgg
 from attire.recipes import RECIPES, Recipe
@@ -94,18 +94,20 @@ def extractions(quick: bool, precision: str, scratch: Path) -> Iterator[Stage]:
     for freeze_to, size, count in TAPS:
         count = max(2, count // 16) if quick else count
         spec = FeatureSpec(freeze_to, size, 0, "", precision)
-        trunk = open_trunk(vgg.vgg16(weights, freeze_to, 0, nn.Sequential()), spec, torch.device("cpu"), rows=MANY)
+        backbone = open_backbone(
+            vgg.vgg16(weights, freeze_to, 0, nn.Sequential()), spec, torch.device("cpu"), rows=MANY
+        )
         part, flop = images[:count], count * flop_per_image(freeze_to, size)
         pictures = vgg.preprocess(part, size)
 
-        def extract(part: Any = part, spec: FeatureSpec = spec, trunk: Any = trunk) -> None:
+        def extract(part: Any = part, spec: FeatureSpec = spec, backbone: Any = backbone) -> None:
             key = os.urandom(16).hex()  # never in the cache
-            cache.extract(part, key, spec, lambda: trunk)
+            cache.extract(part, key, spec, lambda: backbone)
             cache.delete_entry(spec.key(key))
 
-        def forward(pictures: Any = pictures, trunk: Any = trunk) -> None:
+        def forward(pictures: Any = pictures, backbone: Any = backbone) -> None:
             with torch.inference_mode():
-                trunk(pictures)
+                backbone(pictures)
 
         def least(found: dict[str, float], flop: float = flop) -> float:
             return flop / found[precision]

@@ -61,7 +61,7 @@ def trial(recipe: Recipe, rows: int | None, rest: bool) -> NDArray[np.bool_]:
     took, cpu = time.perf_counter() - began, time.process_time() - busy
     labels, told = stage.splits.data.labels[scored], []
     shown = [("one view", [0])]
-    for count in sorted({recipe.test_views, 2 if recipe.flips else 1} - {1}):
+    for count in sorted({recipe.tta, 2 if recipe.flips else 1} - {1}):
         names = features_views.answer_views(count)
         if set(names) <= set(source.names):
             shown.append((f"{count} views", [source.names.index(name) for name in names]))

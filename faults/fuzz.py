@@ -188,7 +188,7 @@ def bundle_seeds() -> list[bytes]:
         "classes": ["a", "b"],
         "preprocess": {"version": vgg.PREPROCESS_VERSION},
         "temperature": 1.0,
-        "reject": None,
+        "ood": None,
         "neighbours": None,
         "sha256": "",
         "facts": {},

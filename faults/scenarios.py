@@ -31,8 +31,8 @@ for name in (
     import_module(name)
 
 ROWS = 60
-TINY = "--freeze-to block2 --image-size 16 --hidden 16 --epochs 2 --batch-size 16 --precision fp32 --test-views 1"
-TUNED = "--freeze-to block1 --train-blocks 1 --batch-norm --ema 0.9 --probe-epochs 1 --no-standardise --pool 1"
+TINY = "--freeze-to block2 --image-size 16 --hidden 16 --epochs 2 --batch-size 16 --precision fp32 --tta 1"
+TUNED = "--freeze-to block1 --finetune-blocks 1 --batch-norm --ema 0.9 --head-epochs 1 --no-standardise --pool 1"
 
 
 def small_shards() -> None:

@@ -32,16 +32,14 @@ from attire.model import pretrained
 
 PROCESSES = 8
 PATIENCE = 300.0  # seconds; whoever is slower is killed, and that is a failure
-TINY = (
-    "--freeze-to block2 --image-size 16 --hidden 16 --batch-size 16 --precision fp32 --test-views 1 --no-flips --epochs"
-)
+TINY = "--freeze-to block2 --image-size 16 --hidden 16 --batch-size 16 --precision fp32 --tta 1 --no-flips --epochs"
 COMMAND = "from attire.cli.main import main; main()"
 EXTRACTS = """
 import sys, time
 import numpy as np, torch
 from attire import features
 
-def trunk(x):
+def backbone(x):
     print("computes", time.monotonic(), flush=True)
     if sys.argv[1] == "holds":
         time.sleep(600)
@@ -50,7 +48,7 @@ def trunk(x):
 print("ready", flush=True)
 sys.stdin.readline()
 images = np.zeros((60, 28, 28), np.uint8)
-features.extract(images, "digest", features.FeatureSpec("block2", 16, 0, "x"), lambda: trunk)
+features.extract(images, "digest", features.FeatureSpec("block2", 16, 0, "x"), lambda: backbone)
 """
 REFUSED = """
 import sys, time

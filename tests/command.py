@@ -12,9 +12,7 @@ import pytest
 from attire.cli import main
 
 # The recipe `tiny` of conftest.py.
-TINY = shlex.split(
-    "--freeze-to block2 --image-size 16 --hidden 16 --epochs 3 --batch-size 16 --precision fp32 --test-views 1"
-)
+TINY = shlex.split("--freeze-to block2 --image-size 16 --hidden 16 --epochs 3 --batch-size 16 --precision fp32 --tta 1")
 
 
 @dataclass(frozen=True)

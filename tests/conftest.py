@@ -150,13 +150,13 @@ def tiny() -> Recipe:
         epochs=3,
         batch_size=16,
         precision="fp32",
-        test_views=1,
+        tta=1,
     )
 
 
 @pytest.fixture
 def classifier(weights: Path) -> "Classifier":
-    """Not trained: the random trunk up to block2, a random head, a temperature that is not 1."""
+    """Not trained: the random backbone up to block2, a random head, a temperature that is not 1."""
     import torch  # not for the many tests that need none of it
 
     from attire.inference.classifier import Architecture, Classifier

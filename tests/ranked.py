@@ -44,12 +44,12 @@ CASES: dict[str, Recipe] = {
     "plain": PLAIN,
     "dropout": replace(PLAIN, dropout=0.5, epochs=3),
     "few": replace(PLAIN, batch_size=1, epochs=1),
-    "soft": replace(PLAIN, distil=0.6),
+    "soft": replace(PLAIN, distill_weight=0.6),
     "conv": CONV,
-    "mixed": replace(CONV, jitter=0.5, erase=0.5, cutmix=1.0, ema=0.9, clip=0.5),
+    "mixed": replace(CONV, jitter=0.5, random_erasing=0.5, cutmix=1.0, ema=0.9, clip_grad=0.5),
     "pairs": replace(CONV, batch_size=2, epochs=1),
-    "tuned": replace(CONV, conv=(), hidden=(8,), train_blocks=1, batch_norm=True, probe_epochs=1, block_lr=0.5),
-    "bf16": replace(CONV, precision="bf16", erase=0.5),
+    "tuned": replace(CONV, conv=(), hidden=(8,), finetune_blocks=1, batch_norm=True, head_epochs=1, layer_decay=0.5),
+    "bf16": replace(CONV, precision="bf16", random_erasing=0.5),
 }
 
 
@@ -75,7 +75,7 @@ class Table:
 def new_head(recipe: Recipe) -> nn.Sequential:
     """By the recipe; a trained block is one convolution of its own, with batch normalisation."""
     torch.manual_seed(0)
-    if not recipe.train_blocks:
+    if not recipe.finetune_blocks:
         return heads.build(SHAPE, recipe.conv, recipe.hidden, 10, recipe.dropout)
     block = OrderedDict[str, nn.Module]()
     block["0"], block["norm0"], block["1"] = nn.Conv2d(64, 6, 3, padding=1), BatchNorm(6), nn.ReLU()

@@ -29,7 +29,7 @@ class Fake:
 
     classes = FASHION_CLASSES
     temperature = 1.0
-    rejecter = None
+    ood_detector = None
     architecture = Architecture("block2", 16, 0, (8,), 0.5)
 
     def __init__(self) -> None:

@@ -79,7 +79,7 @@ class Work:
     def __init__(self, weights: Path) -> None:
         self.images = np.random.default_rng(0).integers(0, 256, (64 * 16 + 5, 28, 28), np.uint8)
         self.spec = FeatureSpec("block2", 16, 0, "random", "fp32")
-        self.load = partial(backbones.frozen_trunk, weights, self.spec, torch.device("cpu"), len(self.images))
+        self.load = partial(backbones.frozen_backbone, weights, self.spec, torch.device("cpu"), len(self.images))
 
     def extract(
         self, make: feature_cache.ShardExtractor | None = None, progress: feature_cache.ProgressCallback | None = None

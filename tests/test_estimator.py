@@ -44,13 +44,13 @@ def model(tiny: Recipe, weights: Path) -> VGGClassifier:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Pictures in each forward pass of the frozen part."""
     passes: list[int] = []
-    forward = vgg.Trunk.forward
+    forward = vgg.Backbone.forward
 
-    def counted(self: vgg.Trunk, x: torch.Tensor) -> torch.Tensor:
+    def counted(self: vgg.Backbone, x: torch.Tensor) -> torch.Tensor:
         passes.append(len(x))
         return forward(self, x)
 
-    monkeypatch.setattr(vgg.Trunk, "forward", counted)
+    monkeypatch.setattr(vgg.Backbone, "forward", counted)
     return passes
 
 
@@ -78,7 +78,7 @@ def test_it_is_what_attire_train_makes(tiny: Recipe, weights: Path, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("weights")
-@pytest.mark.parametrize("recipe", [replace(TUNED, test_views=2), replace(TUNED, train_blocks=1, pool=0)])
+@pytest.mark.parametrize("recipe", [replace(TUNED, tta=2), replace(TUNED, finetune_blocks=1, pool=0)])
 def test_trained_blocks_lie_behind_the_cached_features(recipe: Recipe) -> None:
     model = VGGClassifier(recipe).fit(DATA.images, DATA.labels)
     alone = model.classifier_.predict_proba(DATA.images)
@@ -283,7 +283,7 @@ class Recording(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-@pytest.mark.parametrize("changed", [{}, {"recipe": replace(TUNED, test_views=2)}], ids=["plain", "trained blocks"])
+@pytest.mark.parametrize("changed", [{}, {"recipe": replace(TUNED, tta=2)}], ids=["plain", "trained blocks"])
 def test_pickled_it_is_arrays_and_answers_the_same_without_a_download(
     changed: dict[str, Any], model: VGGClassifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:

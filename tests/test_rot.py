@@ -131,45 +131,45 @@ def test_a_run_from_before_there_were_digests_is_read(finished: tuple[Path, obje
 
 
 class Counting:
-    """A trunk that counts its pictures."""
+    """A backbone that counts its pictures."""
 
     def __init__(self, classifier: Classifier) -> None:
-        self.trunk, self.pictures = vgg.Trunk(classifier.model, torch.device("cpu"), "fp32"), 0
+        self.backbone, self.pictures = vgg.Backbone(classifier.model, torch.device("cpu"), "fp32"), 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         self.pictures += len(x)
-        return self.trunk(x)  # type: ignore[no-any-return]
+        return self.backbone(x)  # type: ignore[no-any-return]
 
 
 def test_a_damaged_shard_is_made_again_with_one_warning(
     classifier: Classifier, synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "SHARD_BYTES", 2**16)  # sixteen rows
-    trunk, spec = Counting(classifier), FeatureSpec("block2", 16, 0, "x")
-    made = cache.extract(synthetic.images, "digest", spec, lambda: trunk)
+    backbone, spec = Counting(classifier), FeatureSpec("block2", 16, 0, "x")
+    made = cache.extract(synthetic.images, "digest", spec, lambda: backbone)
     expected = [np.array(shard) for shard in made.shards]
     path = cache.shard_path(made.folder, 1)
     whole = path.read_bytes()
     for what, data in damages(whole):
         path.write_bytes(data)
-        trunk.pictures = 0
+        backbone.pictures = 0
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            again = cache.extract(synthetic.images, "digest", spec, lambda: trunk)
+            again = cache.extract(synthetic.images, "digest", spec, lambda: backbone)
         assert [str(line.message).endswith("set aside as *.damaged and made again") for line in caught] == [True], what
-        assert trunk.pictures == 16, what
+        assert backbone.pictures == 16, what
         assert all(map(np.array_equal, again.shards, expected)), what
 
 
 def test_whatever_happens_to_a_manifest_no_wrong_feature_comes_of_it(
     classifier: Classifier, synthetic: ImageDataset
 ) -> None:
-    trunk, spec = Counting(classifier), FeatureSpec("block2", 16, 0, "x")
-    made = cache.extract(synthetic.images[:8], "digest", spec, lambda: trunk)
+    backbone, spec = Counting(classifier), FeatureSpec("block2", 16, 0, "x")
+    made = cache.extract(synthetic.images[:8], "digest", spec, lambda: backbone)
     expected, path = np.array(made.shards[0]), made.folder / "MANIFEST.json"
     for what, data in damages(path.read_bytes()):
         path.write_bytes(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            again = cache.extract(synthetic.images[:8], "digest", spec, lambda: trunk)
+            again = cache.extract(synthetic.images[:8], "digest", spec, lambda: backbone)
         assert np.array_equal(again.shards[0], expected), what

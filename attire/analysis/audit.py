@@ -22,7 +22,7 @@ from attire.evaluation.intervals import Interval, wilson
 from attire.evaluation.pages import write_page
 from attire.evaluation.run_result import load_result
 from attire.features import cache
-from attire.features.backbones import choose_trunk, open_trunk
+from attire.features.backbones import choose_backbone, open_backbone
 from attire.features.cache import FeatureSpec
 from attire.model import devices, pretrained, vgg
 from attire.model.weights import read_weights, tensor_digest
@@ -157,7 +157,7 @@ def audit(
     classes: Sequence[str] | None = None,
     run: str | Path | None = None,
     device: str = "auto",
-    watcher: Progress | None = None,
+    progress: Progress | None = None,
 ) -> Audit:
     """Look through a data set, its training and test part together where it has both.
 
@@ -165,18 +165,18 @@ def audit(
     where they are there. run: a finished run on the same test set, whose accuracy is then taken apart; without one,
     that of a linear classifier. Raises AttireError where the optional package cleanlab is missing.
     """
-    watcher = watcher or NoProgress()
+    progress = progress or NoProgress()
     label_errors.cleanlab_filter()
     chosen = devices.choose_device(device)
-    url_copies.bring(data, test, progress=watcher.advance)
+    url_copies.bring(data, test, progress=progress.advance)
     parts = load_parts(data, test, classes)
     memory.keep_freed()
     images = np.concatenate([part.images for part in parts.values()])
     labels = np.concatenate([part.labels for part in parts.values()])
     known = len(next(iter(parts.values())).classes)
     answers = None if run is None else run_answers(Path(run), list(parts.values())[-1])
-    blocks = feature_blocks(parts, chosen, watcher)
-    found = examine(images, labels, known, blocks, watcher.advance)
+    blocks = feature_blocks(parts, chosen, progress)
+    found = examine(images, labels, known, blocks, progress.advance)
     start = len(images) - len(list(parts.values())[-1])
     if answers is None:
         answers = found.probabilities[start:].argmax(axis=1)
@@ -205,24 +205,24 @@ def run_answers(run: Path, data: ImageDataset) -> Rows:
     return result.predictions.predicted
 
 
-def feature_blocks(parts: Mapping[str, ImageDataset], device: torch.device, watcher: Progress) -> label_errors.Blocks:
+def feature_blocks(parts: Mapping[str, ImageDataset], device: torch.device, progress: Progress) -> label_errors.Blocks:
     """Plain features of all parts, as recipe `fast` has them: after a run of it nothing is extracted."""
-    weights = pretrained.vgg16_weights(progress=watcher.advance)
-    precision, backend = choose_trunk(FAST.freeze_to, FAST.backend, FAST.precision, device)
+    weights = pretrained.vgg16_weights(progress=progress.advance)
+    precision, backend = choose_backbone(FAST.freeze_to, FAST.backend, FAST.precision, device)
     digest = tensor_digest(read_weights(weights))
     spec = FeatureSpec(FAST.freeze_to, FAST.image_size, FAST.pool, digest, precision, backend=backend)
 
-    def load_trunk() -> cache.Trunk:
-        trunk = vgg.vgg16(weights, spec.freeze_to, spec.pool, nn.Sequential())
-        return open_trunk(trunk, spec, device, sum(map(len, parts.values())))
+    def load_backbone() -> cache.Backbone:
+        backbone = vgg.vgg16(weights, spec.freeze_to, spec.pool, nn.Sequential())
+        return open_backbone(backbone, spec, device, sum(map(len, parts.values())))
 
     cached = []
     for name, data in parts.items():
 
-        def progress(done: int, total: int, name: str = name) -> None:
-            watcher.advance(f"Features  {name}", done, total)
+        def advance(done: int, total: int, name: str = name) -> None:
+            progress.advance(f"Features  {name}", done, total)
 
-        cached.append(cache.extract(data.images, data.image_digest, spec, load_trunk, progress))
+        cached.append(cache.extract(data.images, data.image_digest, spec, load_backbone, advance))
 
     def blocks() -> Iterator[Tensor]:
         for entry in cached:

@@ -88,14 +88,14 @@ def bench(
     *,
     images: int = 0,
     threads: int = 0,
-    watcher: Progress | None = None,
+    progress: Progress | None = None,
 ) -> Bench:
     """Measure bundles and exported files on the same test images.
 
     data: as for `train`; None is the official set. images: how many test images the accuracy is taken on, 0 for all.
     threads: for each candidate, 0 for the machine's. Raises AttireError for what cannot be opened.
     """
-    watcher = watcher or NoProgress()
+    progress = progress or NoProgress()
     candidates = [Path(path) for path in paths]
     if not candidates:
         raise UsageError("attire bench", "name a bundle, and the exports to compare with it, or give --machine")
@@ -108,17 +108,17 @@ def bench(
         for path, found in zip(candidates, facts, strict=True):
             if tuple(found["classes"]) != test.classes:
                 raise AttireError(path, f"its classes are not those of {test.source}")
-        right = [accuracy(pool, test, path, watcher) for pool, path in zip(workers, candidates, strict=True)]
+        right = [accuracy(pool, test, path, progress) for pool, path in zip(workers, candidates, strict=True)]
         latencies: list[list[float]] = [[] for _ in workers]
         speeds: list[dict[int, list[float]]] = [{batch: [] for batch in BATCHES} for _ in workers]
         for done in range(ROUNDS):
-            watcher.advance("Rounds", done, ROUNDS)
+            progress.advance("Rounds", done, ROUNDS)
             for i, pool in enumerate(workers):
                 for batch in BATCHES:
                     took = pool.submit(time_calls, test.images, batch).result()
                     speeds[i][batch].append(batch / statistics.mean(took))
                     latencies[i] += took if batch == 1 else []
-        watcher.advance("Rounds", ROUNDS, ROUNDS)
+        progress.advance("Rounds", ROUNDS, ROUNDS)
         peaks = [pool.submit(peak_memory).result() for pool in workers]
     measured = []
     for i, path in enumerate(candidates):
@@ -131,12 +131,12 @@ def bench(
     return Bench(tuple(measured), devices.environment(devices.choose_device("cpu")))
 
 
-def accuracy(pool: Executor, test: ImageDataset, path: Path, watcher: Progress) -> Interval:
+def accuracy(pool: Executor, test: ImageDataset, path: Path, progress: Progress) -> Interval:
     right = 0
     for start in range(0, len(test), ROWS):
         part = slice(start, start + ROWS)
         right += int((pool.submit(answers, test.images[part]).result() == test.labels[part]).sum())
-        watcher.advance(f"Accuracy  {path.name}", min(start + ROWS, len(test)), len(test))
+        progress.advance(f"Accuracy  {path.name}", min(start + ROWS, len(test)), len(test))
     return wilson(right, len(test))
 
 

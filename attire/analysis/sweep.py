@@ -60,20 +60,20 @@ class TapSpec(FeatureSpec):
             start = end
 
 
-class TapTrunk(nn.Module):
+class TapBackbone(nn.Module):
     """(n, 3, S, S) normalised pictures to the features of every tap, (n, width) float32."""
 
-    def __init__(self, trunk: vgg.Trunk, taps: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, backbone: vgg.Backbone, taps: Sequence[tuple[str, int]]) -> None:
         super().__init__()
-        self.trunk, self.taps = trunk, tuple(taps)
+        self.backbone, self.taps = backbone, tuple(taps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.trunk.spread(self.tapped, x)
+        return self.backbone.spread(self.tapped, x)
 
     def tapped(self, x: Tensor) -> Tensor:
         found, end = {}, 0
         for boundary in sorted({boundary for boundary, _ in self.taps}, key=lambda name: BLOCKS[name]):
-            x = self.trunk.features[end : BLOCKS[boundary]](x)
+            x = self.backbone.features[end : BLOCKS[boundary]](x)
             end = BLOCKS[boundary]
             found[boundary] = x
         return torch.cat([F.adaptive_avg_pool2d(found[name].float(), side).flatten(1) for name, side in self.taps], 1)
@@ -81,7 +81,7 @@ class TapTrunk(nn.Module):
 
 @dataclass(frozen=True)
 class Cell:
-    """One line of the sweep: `correct` of `val` rows; images/s of the trunk up to this boundary, once measured."""
+    """One line of the sweep: `correct` of `val` rows; images/s of the backbone up to this boundary, once measured."""
 
     freeze_to: str
     image_size: int
@@ -160,7 +160,7 @@ def sweep(
     val: int = 3000,
     out: str | Path = "sweep",
     device: str = "auto",
-    watcher: Progress | None = None,
+    progress: Progress | None = None,
 ) -> Sweep:
     """Score every boundary, size and pooling; goes on where an earlier call with the same folder stopped.
 
@@ -168,13 +168,13 @@ def sweep(
     Raises AttireError for bad data or a folder of another sweep, UsageError for a size, boundary or background.
     """
     check(sizes, boundaries, backgrounds)
-    watcher, where = watcher or NoProgress(), devices.choose_device(device)
-    url_copies.bring(data, progress=watcher.advance)
+    progress, where = progress or NoProgress(), devices.choose_device(device)
+    url_copies.bring(data, progress=progress.advance)
     data_set, fit = draw(load_splits(data, classes=classes, seed=FAST.split_seed).train, rows, val)
     folder = files.make_dir(Path(out))
     with claimed_folder(folder):
-        watcher.note("Data", f"{data_set.source}, {fit:,} training images to fit, {len(data_set) - fit:,} to score")
-        bench = Bench(data_set, fit, boundaries, where, watcher)
+        progress.note("Data", f"{data_set.source}, {fit:,} training images to fit, {len(data_set) - fit:,} to score")
+        bench = Bench(data_set, fit, boundaries, where, progress)
         done = bench.stored(folder / "sweep.json")
         for size, background in ((size, background) for size in sizes for background in backgrounds):
             if not any((cell.image_size, cell.background) == (size, background) for cell in done):
@@ -184,7 +184,7 @@ def sweep(
         bench.keep(folder / "sweep.json", done)
         found = Sweep(folder, tuple(done), fit, len(data_set) - fit)
         write_sweep(found)
-    watcher.close()
+    progress.close()
     return found
 
 
@@ -220,16 +220,16 @@ class Bench:
     """What all cells share: images, network, device. Finished cells are kept in one JSON file."""
 
     def __init__(
-        self, data: ImageDataset, fit: int, boundaries: Sequence[str], device: torch.device, watcher: Progress
+        self, data: ImageDataset, fit: int, boundaries: Sequence[str], device: torch.device, progress: Progress
     ) -> None:
-        self.data, self.fit, self.watcher = data, fit, watcher
+        self.data, self.fit, self.progress = data, fit, progress
         self.boundaries = sorted(boundaries, key=lambda name: BLOCKS[name])
-        weights = pretrained.vgg16_weights(progress=watcher.advance)
+        weights = pretrained.vgg16_weights(progress=progress.advance)
         self.weights = tensor_digest(read_weights(weights))
         self.precision = devices.choose_precision("auto", device)
         self.backend = devices.choose_backend("torch", self.precision, device)
         model = vgg.vgg16(weights, self.boundaries[-1], 0, nn.Sequential())
-        self.trunk = vgg.Trunk(model, device, self.precision, self.backend == devices.WINOGRAD)
+        self.backbone = vgg.Backbone(model, device, self.precision, self.backend == devices.WINOGRAD)
 
     def taps(self, size: int) -> tuple[tuple[str, int], ...]:
         """Boundaries that this size reaches, each with the sides its map is averaged to, the whole map among them."""
@@ -249,11 +249,11 @@ class Bench:
         stage = f"{size} px, {background}"
         self.lay_out(size)
 
-        def progress(done: int, total: int) -> None:
-            self.watcher.advance(stage, done, total)
+        def advance(done: int, total: int) -> None:
+            self.progress.advance(stage, done, total)
 
         found = cache.extract(
-            self.data.images, self.data.image_digest, spec, lambda: TapTrunk(self.trunk, taps), progress
+            self.data.images, self.data.image_digest, spec, lambda: TapBackbone(self.backbone, taps), advance
         )
         table = np.concatenate(list(found.blocks()))
         cells = [self.cell(table[:, part], name, side, size, background) for name, side, part in spec.columns()]
@@ -265,7 +265,7 @@ class Bench:
         right, penalty = best_ridge(table[: self.fit], labels[: self.fit], table[self.fit :], labels[self.fit :], k)
         pool = 0 if side == map_side(name, size) else side
         found = Cell(name, size, pool, background, table.shape[1], penalty, right, len(labels) - self.fit)
-        self.watcher.note("Cell", f"{name} {size} px {f'{side}x{side}':5} {background}   {100 * found.accuracy:.2f} %")
+        self.progress.note("Cell", f"{name} {size} px {f'{side}x{side}':5} {background}   {100 * found.accuracy:.2f} %")
         return found
 
     def timed(self, cells: Sequence[Cell]) -> list[Cell]:
@@ -275,26 +275,26 @@ class Bench:
             key = (cell.freeze_to, cell.image_size)
             if key not in speeds:
                 speeds[key] = self.images_per_second(*key)
-                self.watcher.advance("Speed", len(speeds), len({(c.freeze_to, c.image_size) for c in cells}))
+                self.progress.advance("Speed", len(speeds), len({(c.freeze_to, c.image_size) for c in cells}))
         return [replace(cell, images_per_second=speeds[cell.freeze_to, cell.image_size]) for cell in cells]
 
     def lay_out(self, size: int) -> None:
-        if self.backend == "torch" and self.trunk.device.type == "cpu":
+        if self.backend == "torch" and self.backbone.device.type == "cpu":
             name = f"{self.boundaries[-1]} {self.precision}"
-            self.trunk.layout = devices.choose_layout(name, self.trunk, size, len(self.data))
+            self.backbone.layout = devices.choose_layout(name, self.backbone, size, len(self.data))
 
     def images_per_second(self, boundary: str, size: int) -> float:
-        """Preprocessing and trunk, as extraction runs them."""
+        """Preprocessing and backbone, as extraction runs them."""
         self.lay_out(size)
         part = np.resize(self.data.images, (min(cache.batch_rows(size), 512), 28, 28))
-        trunk = TapTrunk(self.trunk, [(boundary, 1)])
+        backbone = TapBackbone(self.backbone, [(boundary, 1)])
         best = 0.0
         with torch.inference_mode():
-            trunk(vgg.preprocess(part, size))  # warms up
+            backbone(vgg.preprocess(part, size))  # warms up
             for _ in range(3):
                 start, rows = time.perf_counter(), 0
                 while (spent := time.perf_counter() - start) < PASS_SECONDS:
-                    trunk(vgg.preprocess(part, size)).cpu()
+                    backbone(vgg.preprocess(part, size)).cpu()
                     rows += len(part)
                 best = max(best, rows / spent)
         return best
@@ -316,7 +316,7 @@ class Bench:
             return [Cell(**{key: item for key, item in cell.items() if key in names}) for cell in value["cells"]]
 
     def keep(self, path: Path, cells: Sequence[Cell]) -> None:
-        told = {"schema": 1, "about": self.about(), "environment": devices.environment(self.trunk.device)}
+        told = {"schema": 1, "about": self.about(), "environment": devices.environment(self.backbone.device)}
         files.write_json(path, {**told, "cells": [cell.to_json() for cell in cells]})
 
 

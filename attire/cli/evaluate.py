@@ -115,7 +115,7 @@ def ensemble(
 
     watch = Terminal(as_json)
     try:
-        found = evaluate_ensemble(models, data, classes=class_names(classes), watcher=watch, **options)
+        found = evaluate_ensemble(models, data, classes=class_names(classes), progress=watch, **options)
     finally:
         watch.close()
     if folder:
@@ -218,7 +218,7 @@ def audit(
 
     watch = Terminal(as_json)
     try:
-        found = look_through(data, test=test, classes=class_names(classes), run=run, device=device, watcher=watch)
+        found = look_through(data, test=test, classes=class_names(classes), run=run, device=device, progress=watch)
     finally:
         watch.close()
     with files.atomic_folder(folder) as part:

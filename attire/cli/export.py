@@ -68,7 +68,7 @@ def export(bundle: Path, kind: str, precision: str, out: Path | None, max_drop: 
 
     watch = Terminal(as_json)
     try:
-        made = write_export(bundle, kind, out=out, precision=precision, max_drop=max_drop / 100, watcher=watch)
+        made = write_export(bundle, kind, out=out, precision=precision, max_drop=max_drop / 100, progress=watch)
     finally:
         watch.close()
     if as_json:
@@ -101,7 +101,7 @@ def bench(models: tuple[Path, ...], data: str | None, images: int, threads: int,
 
     watch = Terminal(as_json)
     try:
-        found = measure(models, data, images=images, threads=threads, watcher=watch)
+        found = measure(models, data, images=images, threads=threads, progress=watch)
     finally:
         watch.close()
     with files.atomic_folder(folder) as part:

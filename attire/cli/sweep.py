@@ -47,7 +47,7 @@ def sweep(sizes: str, boundaries: str, backgrounds: str, classes: str | None, as
         "sizes": numbers("--sizes", sizes),
     }
     try:
-        found = run_sweep(classes=class_names(classes), watcher=watch, **lists, **options)
+        found = run_sweep(classes=class_names(classes), progress=watch, **lists, **options)
     finally:
         watch.close()
     if as_json:

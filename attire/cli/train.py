@@ -130,7 +130,7 @@ def trained(
                 return seeds_and_folds.resume_series(resumed, watch)
             with cluster_at(cluster, workers or 0) as machines:
                 return resume(resumed, watch, machines)
-        arguments = {**train_arguments(recipe_name, config, options), "run_dir": out, "watcher": watch}
+        arguments = {**train_arguments(recipe_name, config, options), "run_dir": out, "progress": watch}
         if seeds or folds:
             return train_many(seeds, folds, arguments)
         with cluster_at(cluster, workers or 0) as machines:

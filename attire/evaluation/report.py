@@ -90,7 +90,7 @@ def scored_once(result: RunResult) -> str:
 def cost(result: RunResult) -> str:
     """What answers cost where they are the mean of several, else nothing."""
     recipe = result.config.get("recipe", {})
-    count = result.config.get("views", recipe.get("test_views", 1) if isinstance(recipe, Mapping) else 1)
+    count = result.config.get("views", recipe.get("tta", 1) if isinstance(recipe, Mapping) else 1)
     if members := result.config.get("ensemble"):
         return f" An answer is the mean of {len(members)} bundles, {count} forward passes in all."
     if count == 1:

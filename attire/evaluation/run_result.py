@@ -65,7 +65,7 @@ class RunResult:
     predictions: Predictions
     train: Evaluation | None = None
     val: Evaluation | None = None
-    reject: Mapping[str, Any] | None = None
+    ood: Mapping[str, Any] | None = None
     history: Sequence[Mapping[str, Any]] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -188,7 +188,7 @@ def metrics(result: RunResult) -> dict[str, Any]:
         "command": result.command,
         "seconds": dict(result.seconds),
         "claim": result.claim.to_json(),
-        "reject": None if result.reject is None else dict(result.reject),
+        "ood": None if result.ood is None else dict(result.ood),
         **{name: found.to_json() if (found := getattr(result, name)) else None for name in SETS},
     }
 
@@ -244,7 +244,7 @@ def load_result(run_dir: Path) -> RunResult:
         test=test,
         train=train,
         val=val,
-        reject=stored.get("reject"),
+        ood=stored.get("ood"),
         claimed=claim.claimed,
         galleries=galleries,
         predictions=read_predictions(folder, test.classes, [row for rows in galleries.values() for row in rows]),

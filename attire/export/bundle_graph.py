@@ -31,13 +31,18 @@ def write_graph(folder: Path, data: ImageDataset) -> ParityCheck:
     differs.
     """
     classifier = load_bundle(folder, "cpu")
-    rejecter, path = classifier.rejecter, folder / GRAPH
-    distances = classifier.distances(data.images) if rejecter else None
+    ood_detector, path = classifier.ood_detector, folder / GRAPH
+    distances = classifier.distances(data.images) if ood_detector else None
     expected = Expected(classifier.predict_proba(data.images), distances)
     batch_norm.scale_only(classifier.model)
-    facts = {**export.describe(folder, classifier, "onnx", "fp32"), "reject": rejecter.about() if rejecter else None}
+    facts = {
+        **export.describe(folder, classifier, "onnx", "fp32"),
+        "ood": ood_detector.about() if ood_detector else None,
+    }
     with tempfile.TemporaryDirectory(prefix="attire-graph-") as made, export.quiet():
-        built, facts["runtime"] = export.build_onnx(WholeNetwork(classifier, rejecter=rejecter), "fp32", Path(made))
+        built, facts["runtime"] = export.build_onnx(
+            WholeNetwork(classifier, ood_detector=ood_detector), "fp32", Path(made)
+        )
         body = sealed(*outside(built, folder / WEIGHTS), facts)
         trial = trial_folder(Path(made), folder, body)
         found = export.measure_parity(runtimes.load_export(trial / GRAPH), expected, data)

@@ -78,19 +78,19 @@ class WholeNetwork(nn.Module):
     """Raw images (n, 28, 28) uint8 to calibrated probabilities (n, K) float32: preprocessing and temperature inside.
 
     So are the views, of which a bundle may average several; its batches are then so many times as large inside.
-    rejecter: its distances (n,) are then a second output.
+    ood_detector: its distances (n,) are then a second output.
     """
 
     def __init__(
-        self, classifier: Classifier, dtype: torch.dtype = torch.float32, rejecter: OODDetector | None = None
+        self, classifier: Classifier, dtype: torch.dtype = torch.float32, ood_detector: OODDetector | None = None
     ) -> None:
         super().__init__()
-        self.reject: nn.Module | None = None
-        self.doubt = rejecter.doubt if rejecter else 0.0
-        if rejecter is not None:
-            self.reject = nn.Module()
+        self.ood: nn.Module | None = None
+        self.doubt = ood_detector.doubt if ood_detector else 0.0
+        if ood_detector is not None:
+            self.ood = nn.Module()
             for name in TENSORS:
-                self.reject.register_buffer(name, getattr(rejecter, name))
+                self.ood.register_buffer(name, getattr(ood_detector, name))
         self.model, self.size, self.dtype = classifier.model.to(dtype), classifier.architecture.image_size, dtype
         self.temperature, self.views = classifier.temperature, classifier.architecture.views
         self.mean: Tensor
@@ -110,9 +110,9 @@ class WholeNetwork(nn.Module):
         if len(self.views) > 1:
             x, logits = x[:count], logits.unflatten(0, (len(self.views), count)).mean(0)
         probabilities = torch.softmax(logits / self.temperature, 1)
-        if self.reject is None:
+        if self.ood is None:
             return probabilities
-        centre, means, whiten = (getattr(self.reject, name) for name in TENSORS)
+        centre, means, whiten = (getattr(self.ood, name) for name in TENSORS)
         far = nearest(pooled(x, len(centre)), centre, whiten, means)
         return probabilities, doubted(far, probabilities, self.doubt)
 
@@ -133,7 +133,7 @@ def export(
     precision: str = "fp32",
     max_drop: float = 0.003,
     data: ImageDataset | None = None,
-    watcher: Progress | None = None,
+    progress: Progress | None = None,
 ) -> Exported:
     """Write the bundle as `out` (default: the bundle's folder name with the format's suffix) and return it, opened.
 
@@ -149,26 +149,26 @@ def export(
         files.sweep(path.parent)  # of one that was killed when all but its scratch folder was in order
         raise AttireError(path, "it exists already", do="give --out another name, or remove it first")
     files.check_writable(path.parent)
-    watcher, classifier = watcher or NoProgress(), load_bundle(bundle, "cpu")
+    progress, classifier = progress or NoProgress(), load_bundle(bundle, "cpu")
     data = data or load_dataset(part="test").subset(range(LEAST))
     if data.classes != classifier.classes:
         raise AttireError(data.source, "its classes are not the bundle's")
     folder_of_bundle = find_bundle(bundle)
     facts = describe(folder_of_bundle, classifier, kind, precision)
     card = folder_of_bundle / "README.md"
-    rejecter = classifier.rejecter if (kind, precision) == REJECTS else None
-    facts |= {"reject": rejecter.about()} if rejecter else {}
-    probabilities = [classifier.predict_proba(part) for part in in_parts(data.images, PART, "Bundle", watcher)]
-    seen = data.images if rejecter else data.images[:0]
-    far = [classifier.distances(part) for part in in_parts(seen, PART, "Distances", watcher)]
-    expected = Expected(np.concatenate(probabilities), np.concatenate(far) if rejecter else None)
+    ood_detector = classifier.ood_detector if (kind, precision) == REJECTS else None
+    facts |= {"ood": ood_detector.about()} if ood_detector else {}
+    probabilities = [classifier.predict_proba(part) for part in in_parts(data.images, PART, "Bundle", progress)]
+    seen = data.images if ood_detector else data.images[:0]
+    far = [classifier.distances(part) for part in in_parts(seen, PART, "Distances", progress)]
+    expected = Expected(np.concatenate(probabilities), np.concatenate(far) if ood_detector else None)
     with files.scratch(path) as folder:
-        watcher.note("Export", f"{kind}, {precision}")
+        progress.note("Export", f"{kind}, {precision}")
         with quiet():
-            built, versions = BUILDERS[kind](WholeNetwork(classifier, rejecter=rejecter), precision, folder)
+            built, versions = BUILDERS[kind](WholeNetwork(classifier, ood_detector=ood_detector), precision, folder)
         facts["runtime"] = versions
-        found = measure_parity(Exported(built, kind, facts, READERS[kind][1](built, facts)), expected, data, watcher)
-        watcher.note("Gate", str(found))
+        found = measure_parity(Exported(built, kind, facts, READERS[kind][1](built, facts)), expected, data, progress)
+        progress.note("Gate", str(found))
         judge(found, precision, max_drop, path)
         told = card.read_text(encoding="utf-8") if card.exists() else ""
         STAMPS[kind](built, {**facts, "gate": found.to_json()}, told, path)
@@ -210,10 +210,10 @@ class Expected:
 
 
 def measure_parity(
-    exported: Exported, bundle: Expected, data: ImageDataset, watcher: Progress | None = None
+    exported: Exported, bundle: Expected, data: ImageDataset, progress: Progress | None = None
 ) -> ParityCheck:
     """Run the export in its own runtime over all images of `data`, against the bundle's answers."""
-    answers = [exported.answers(part) for part in in_parts(data.images, PART, "Export", watcher or NoProgress())]
+    answers = [exported.answers(part) for part in in_parts(data.images, PART, "Export", progress or NoProgress())]
     found = np.concatenate([probabilities for probabilities, _ in answers])
     distances = [distance for _, distance in answers if distance is not None]
     far, expected = np.concatenate(distances) if distances else None, bundle.probabilities
@@ -291,7 +291,7 @@ def build_onnx(network: WholeNetwork, precision: str, folder: Path) -> Built:
         dynamo=True,
         opset_version=OPSET,
         input_names=["images"],
-        output_names=["probabilities", "distances"] if network.reject is not None else ["probabilities"],
+        output_names=["probabilities", "distances"] if network.ood is not None else ["probabilities"],
         dynamic_shapes=shapes,
         verbose=False,
     )

@@ -35,7 +35,7 @@ LARGEST = 0.01  # difference of a probability that 16 bits may make
 LIMIT = 16_000_000  # bytes, all files together
 
 
-def release(run: Path, out: Path, watcher: Progress | None = None, data: ImageDataset | None = None) -> dict[str, Any]:
+def release(run: Path, out: Path, progress: Progress | None = None, data: ImageDataset | None = None) -> dict[str, Any]:
     """Write the bundle of a finished run into `out`, with 16-bit weights, and return what it measured.
 
     data: labelled images, default the official test set. All of them decide: the class must stay the same on 99.9 %,
@@ -43,17 +43,17 @@ def release(run: Path, out: Path, watcher: Progress | None = None, data: ImageDa
     leaves `out` as it was, where that fails or the files exceed 16 MB.
     """
     files.check_writable(out.parent)
-    watcher, data = watcher or NoProgress(), data or load_dataset(part="test")
+    progress, data = progress or NoProgress(), data or load_dataset(part="test")
     result, whole = load_result(run), load_bundle(run, "cpu")
     config, told_of = without_places(result.config), without_places(result.data)
     result = replace(result, command=without_folders(result.command), config=config, data=told_of)
     if data.classes != whole.classes:
         raise AttireError(data.source, "its classes are not the bundle's")
-    expected = probabilities(whole, data, "Bundle", watcher)
+    expected = probabilities(whole, data, "Bundle", progress)
     with replaced(out) as part:
         whole.save(part, DTYPE)
         half = load_bundle(part, "cpu")
-        found = probabilities(half, data, "16 bits", watcher)
+        found = probabilities(half, data, "16 bits", progress)
         told = compare(found, expected, data)
         judge(told, out)
         texts = {REPORT: page(result), CARD: shipped_card(model_card(result), told, data)}
@@ -63,11 +63,11 @@ def release(run: Path, out: Path, watcher: Progress | None = None, data: ImageDa
         for name, text in texts.items():
             files.write_text(part / name, text)
         gate = write_graph(part, data.subset(range(min(SOME, len(data)))))
-        watcher.note("Gate", str(gate))
+        progress.note("Gate", str(gate))
         size = sum(path.stat().st_size for path in part.iterdir())
         if size > LIMIT:
             raise AttireError(out, f"{size:,} bytes altogether, allowed {LIMIT:,}", do="release a smaller recipe")
-        watcher.note("Size", files.human_size(size))
+        progress.note("Size", files.human_size(size))
     return {**told, "gate": gate.to_json(), "bytes": size}
 
 
@@ -85,8 +85,8 @@ def without_places(told: Mapping[str, Any]) -> dict[str, Any]:
     return {**told, "teacher": {**teacher, "bundles": names}}
 
 
-def probabilities(model: Classifier, data: ImageDataset, what: str, watcher: Progress) -> NDArray[np.float32]:
-    return np.concatenate([model.predict_proba(part) for part in in_parts(data.images, 1000, what, watcher)])
+def probabilities(model: Classifier, data: ImageDataset, what: str, progress: Progress) -> NDArray[np.float32]:
+    return np.concatenate([model.predict_proba(part) for part in in_parts(data.images, 1000, what, progress)])
 
 
 def compare(found: NDArray[np.float32], expected: NDArray[np.float32], data: ImageDataset) -> dict[str, Any]:

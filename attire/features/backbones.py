@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 CHOSEN = ("precision", "backend", "train_precision")  # of an environment, by measurement
 
 
-def choose_trunk(freeze_to: str, backend: str, precision: str, device: torch.device) -> tuple[str, str]:
-    """Precision and backend, as a FeatureSpec has them, of what a recipe or an option asks for; a trunk of nothing has
+def choose_backbone(freeze_to: str, backend: str, precision: str, device: torch.device) -> tuple[str, str]:
+    """Precision and backend, as a FeatureSpec has them, of what a recipe or an option asks for; a backbone of nothing has
     no products that could be in bf16.
 
     Raises UsageError where it asks for what this machine does not have.
@@ -35,28 +35,30 @@ def choose_trunk(freeze_to: str, backend: str, precision: str, device: torch.dev
     return "int8" if backend == openvino.INT8 else openvino.choose_precision(precision), backend
 
 
-def frozen_trunk(weights: Path, spec: FeatureSpec, device: torch.device, rows: int) -> cache.Trunk:
-    """The trunk that extraction calls, from VGG16's weights; rows: as for `open_trunk`."""
+def frozen_backbone(weights: Path, spec: FeatureSpec, device: torch.device, rows: int) -> cache.Backbone:
+    """The backbone that extraction calls, from VGG16's weights; rows: as for `open_backbone`."""
     frozen = vgg.vgg16(weights, spec.freeze_to, spec.pool, nn.Sequential())
-    return open_trunk(frozen, spec, device, rows)
+    return open_backbone(frozen, spec, device, rows)
 
 
-def open_trunk(model: "torchvision.models.VGG", spec: FeatureSpec, device: torch.device, rows: int = 0) -> cache.Trunk:
+def open_backbone(
+    model: "torchvision.models.VGG", spec: FeatureSpec, device: torch.device, rows: int = 0
+) -> cache.Backbone:
     """The frozen part of a model as the function that extraction calls, on the backend that the spec names.
 
     rows: how many pictures are to come; see `devices.choose_layout`.
     """
     if spec.backend.startswith("torch"):
-        trunk = vgg.Trunk(model, device, spec.precision, spec.backend == devices.WINOGRAD)
+        backbone = vgg.Backbone(model, device, spec.precision, spec.backend == devices.WINOGRAD)
         if spec.backend == "torch" and device.type == "cpu":
             name = f"{spec.freeze_to} {spec.precision}"
-            trunk.layout = devices.choose_layout(name, trunk, spec.image_size, rows)
-        return trunk
-    from attire.model.openvino import CALIBRATION_IMAGES, INT8, CompiledTrunk, Int8Trunk
+            backbone.layout = devices.choose_layout(name, backbone, spec.image_size, rows)
+        return backbone
+    from attire.model.openvino import CALIBRATION_IMAGES, INT8, CompiledBackbone, Int8Backbone
 
-    exact = vgg.Trunk(model, torch.device("cpu"), "fp32")
+    exact = vgg.Backbone(model, torch.device("cpu"), "fp32")
     if spec.backend != INT8:
-        return CompiledTrunk(exact, spec.image_size, spec.precision)
+        return CompiledBackbone(exact, spec.image_size, spec.precision)
     name = f"{spec.freeze_to}-{spec.image_size}-{spec.pool}-{spec.weights[:8]}"
     images = load_dataset().images[:CALIBRATION_IMAGES]
-    return Int8Trunk(exact, name, spec.image_size, images)
+    return Int8Backbone(exact, name, spec.image_size, images)

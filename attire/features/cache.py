@@ -26,7 +26,7 @@ SHARD_BYTES = 16 * 2**20  # a stopped extraction redoes at most one shard: 2,048
 BATCH_PIXELS = 1_700_000  # pictures a forward pass: 1,660 of 32 px, 415 of 64, 33 of 224
 PIXEL_BYTES = 800  # that a pass holds for each of them: 617 measured, block3 at 16 px in fp32 (docs/performance.md)
 
-Trunk = Callable[[Tensor], Tensor]  # (n, 3, S, S) normalised pictures to (n, D) float features
+Backbone = Callable[[Tensor], Tensor]  # (n, 3, S, S) normalised pictures to (n, D) float features
 ProgressCallback = Callable[[int, int], None]  # (rows done, rows in all)
 Ledger = dict[int, dict[str, Any]]  # of a shard's number its line: rows, sha256
 
@@ -38,7 +38,7 @@ class FeatureSpec:
     freeze_to: str
     image_size: int
     pool: int
-    weights: str  # SHA-256 over the trunk's tensors
+    weights: str  # SHA-256 over the backbone's tensors
     precision: str = "fp32"
     view: str = "plain"
     dtype: str = "float16"
@@ -65,7 +65,7 @@ class ShardExtractor(Protocol):
         self,
         parts: dict[int, NDArray[np.uint8]],
         spec: FeatureSpec,
-        load_trunk: Callable[[], Trunk],
+        load_backbone: Callable[[], Backbone],
         folder: Path,
         total: int,
         report: ProgressCallback,
@@ -133,7 +133,7 @@ def extract(
     images: NDArray[np.uint8],
     images_digest: str,
     spec: FeatureSpec,
-    load_trunk: Callable[[], Trunk],
+    load_backbone: Callable[[], Backbone],
     progress: ProgressCallback | None = None,
     make: ShardExtractor | None = None,
 ) -> Features:
@@ -141,7 +141,7 @@ def extract(
 
     images: (N, 28, 28) uint8; make: who makes what is missing, None: this process. Missing shards are computed,
     present ones verified; a damaged shard is set aside and made again with one warning. Two processes that want the
-    same entry take turns; the trunk is loaded only when something is missing. An entry that another machine shares is
+    same entry take turns; the backbone is loaded only when something is missing. An entry that another machine shares is
     pulled first, a new one is shared; see `shared`.
     """
     folder = cache_folder() / spec.key(images_digest)
@@ -156,7 +156,7 @@ def extract(
             parts = {i: images[starts[i] : starts[i] + spec.shard_rows] for i in missing}
             need = 2 * spec.width * sum(len(part) for part in parts.values())
             files.check_room(folder, need, "the features", "make room, or name another disk's folder in ATTIRE_CACHE")
-            ledger |= (make or extract_shards)(parts, spec, load_trunk, folder, len(images), report)
+            ledger |= (make or extract_shards)(parts, spec, load_backbone, folder, len(images), report)
         if missing or not (folder / "MANIFEST.json").exists():
             write_manifest(folder, images_digest, spec, ledger)
         for line in folder.glob("shard-*.json"):  # the manifest holds what the shards' own ledger lines did
@@ -169,7 +169,7 @@ def extract(
 def extract_shards(
     parts: dict[int, NDArray[np.uint8]],
     spec: FeatureSpec,
-    load_trunk: Callable[[], Trunk],
+    load_backbone: Callable[[], Backbone],
     folder: Path,
     total: int,
     report: ProgressCallback,
@@ -177,10 +177,10 @@ def extract_shards(
     """Shards by their number, one after another; each is written while the next one is computed."""
     done = total - sum(len(part) for part in parts.values())
     report(done, total)
-    trunk, pending = load_trunk(), dict[int, "Future[dict[str, Any]]"]()
+    backbone, pending = load_backbone(), dict[int, "Future[dict[str, Any]]"]()
     with ThreadPoolExecutor(1, "attire-writer") as writer:  # its end waits for the last one, after Ctrl-C as well
         for i, part in parts.items():
-            out = compute_shard(part, spec, trunk, lambda n, d=done: report(d + n, total))  # type: ignore[misc]
+            out = compute_shard(part, spec, backbone, lambda n, d=done: report(d + n, total))  # type: ignore[misc]
             if pending:
                 pending[max(pending)].result()  # never more than one: what is computed may not pile up
             pending[i] = writer.submit(commit_shard, out, folder, i)
@@ -192,7 +192,7 @@ def extract_shards(
 def extract_shard(
     images: NDArray[np.uint8],
     spec: FeatureSpec,
-    trunk: Trunk,
+    backbone: Backbone,
     folder: Path,
     index: int,
     check: Callable[[], None] = lambda: None,
@@ -201,19 +201,22 @@ def extract_shard(
 
     check: raises where it must no longer be committed once it is computed.
     """
-    out = compute_shard(images, spec, trunk)
+    out = compute_shard(images, spec, backbone)
     check()
     return commit_shard(out, folder, index)
 
 
 def compute_shard(
-    images: NDArray[np.uint8], spec: FeatureSpec, trunk: Trunk, progress: Callable[[int], None] = lambda rows: None
+    images: NDArray[np.uint8],
+    spec: FeatureSpec,
+    backbone: Backbone,
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> NDArray[np.float16]:
     """(n, D) float16, a batch at a time."""
     out = np.empty((len(images), spec.width), np.float16)
     step = batch_rows(spec.image_size)
     for start in range(0, len(images), step):
-        out[start : start + step] = compute(images[start : start + step], spec, trunk)
+        out[start : start + step] = compute(images[start : start + step], spec, backbone)
         progress(min(start + step, len(images)))
     return out
 
@@ -233,14 +236,14 @@ def batch_rows(image_size: int) -> int:
     return max(1, pixels // image_size**2)
 
 
-def compute(images: NDArray[np.uint8], spec: FeatureSpec, trunk: Trunk) -> NDArray[np.float16]:
+def compute(images: NDArray[np.uint8], spec: FeatureSpec, backbone: Backbone) -> NDArray[np.float16]:
     """(n, D) float16 features of (n, 28, 28) uint8 images, by the one path of cache, prediction and training."""
     pictures = torch.tensor(seen(images, spec.view))
-    device = getattr(trunk, "device", torch.device("cpu"))
+    device = getattr(backbone, "device", torch.device("cpu"))
     if device.type == "cuda":  # 784 bytes a picture instead of 602,112 at 224 px: it is prepared there
         pictures = pictures.pin_memory().to(device, non_blocking=True)
     with torch.inference_mode():
-        features = trunk(vgg.preprocess(pictures, spec.image_size))
+        features = backbone(vgg.preprocess(pictures, spec.image_size))
         return features.half().cpu().numpy()
 
 

@@ -1,7 +1,7 @@
 """Features of single images, found by each image's own digest, whatever array they stand in now.
 
 `features.extract` knows an array by one digest over all of it. Folds and grids hold the same images in ever other
-arrays: here only those that no entry holds go through the trunk, as a new entry of the same cache.
+arrays: here only those that no entry holds go through the backbone, as a new entry of the same cache.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from attire.data.dataset import FASHION_CLASSES, ImageDataset
 from attire.features import cache
-from attire.features.cache import Features, FeatureSpec, ProgressCallback, Trunk
+from attire.features.cache import Backbone, Features, FeatureSpec, ProgressCallback
 from attire.storage import files
 
 DIGEST = hashlib.sha256().digest_size  # bytes of one row of an index
@@ -56,7 +56,7 @@ class GatheredFeatures(Features):
 def collect(
     images: NDArray[np.uint8],
     spec: FeatureSpec,
-    load_trunk: Callable[[], Trunk],
+    load_backbone: Callable[[], Backbone],
     progress: ProgressCallback | None = None,
 ) -> GatheredFeatures:
     """Features of all images (N, 28, 28) uint8, each computed once however often and wherever it stands.
@@ -71,7 +71,7 @@ def collect(
         with files.lock(folder.with_suffix(".lock")):
             parts, places = found(folder, set(first), spec)
             if new := sorted(first[digest] for digest in first.keys() - places.keys()):
-                part = extracted(images[new], [digests[i] for i in new], spec, load_trunk, progress)
+                part = extracted(images[new], [digests[i] for i in new], spec, load_backbone, progress)
                 parts, places = [*parts, part], places | placed(new, digests, len(parts))
     return collected(parts, places, digests, spec)
 
@@ -79,14 +79,14 @@ def collect(
 def compute(
     images: NDArray[np.uint8],
     spec: FeatureSpec,
-    load_trunk: Callable[[], Trunk],
+    load_backbone: Callable[[], Backbone],
     progress: ProgressCallback | None = None,
 ) -> GatheredFeatures:
     """The same without the cache: every image that differs is computed, and held in memory alone."""
     report = progress or (lambda done, total: None)
     digests, first = digests_of(images)
     new = sorted(first.values())
-    table = cache.compute_shard(images[new], spec, load_trunk(), lambda rows: report(rows, len(new)))
+    table = cache.compute_shard(images[new], spec, load_backbone(), lambda rows: report(rows, len(new)))
     return collected([InMemoryFeatures(table)], placed(new, digests, 0), digests, spec)
 
 
@@ -157,12 +157,12 @@ def extracted(
     images: NDArray[np.uint8],
     digests: Sequence[bytes],
     spec: FeatureSpec,
-    load_trunk: Callable[[], Trunk],
+    load_backbone: Callable[[], Backbone],
     progress: ProgressCallback | None,
 ) -> Features:
     """A new entry, and the index of its rows once it is whole."""
     digest = ImageDataset(images, np.zeros(len(images), np.int64), FASHION_CLASSES, "images").image_digest
-    entry = cache.extract(images, digest, spec, load_trunk, progress)
+    entry = cache.extract(images, digest, spec, load_backbone, progress)
     with files.sealed(index_folder(spec) / f"{entry.folder.name}.rows") as file:
         file.write(b"".join(digests))
     return entry

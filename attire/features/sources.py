@@ -1,4 +1,4 @@
-"""Where `fit` gets its feature rows: from the cache, or on the fly from the images through the frozen trunk."""
+"""Where `fit` gets its feature rows: from the cache, or on the fly from the images through the frozen backbone."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ SPREAD = 0.05  # of the mean deviation, added to each: features that hardly vary
 
 
 class FeatureSource(Protocol):
-    """Where feature rows come from: the cache, or the trunk on the fly."""
+    """Where feature rows come from: the cache, or the backbone on the fly."""
 
     def batches(self, order: RowIndices, batch_size: int, views: Views | None) -> Iterator[Tensor]:
         """Feature rows (b, D) float in this order, each of its view: 0 the picture, 1 mirrored, then shifted ones."""
@@ -162,7 +162,7 @@ class Viewed(Dataset[Tensor]):
 
 
 class OnTheFlySource:
-    """`--no-cache`: each batch goes from rows of pixels through `GarmentDataset` and the frozen trunk, every epoch.
+    """`--no-cache`: each batch goes from rows of pixels through `GarmentDataset` and the frozen backbone, every epoch.
 
     Features are rounded to 16 bits as the cache rounds them, so that both ways train on the same numbers.
     """
@@ -170,11 +170,11 @@ class OnTheFlySource:
     def __init__(
         self,
         dataset: GarmentDataset,
-        trunk: Callable[[Tensor], Tensor],
+        backbone: Callable[[Tensor], Tensor],
         forward_rows: int,
         names: Sequence[str] = ("plain", "flip"),
     ) -> None:
-        self.dataset, self.trunk, self.forward_rows, self.names = dataset, trunk, forward_rows, names
+        self.dataset, self.backbone, self.forward_rows, self.names = dataset, backbone, forward_rows, names
         self.standardise = Standardiser()
 
     def batches(self, order: RowIndices, batch_size: int, views: Views | None) -> Iterator[Tensor]:
@@ -189,12 +189,12 @@ class OnTheFlySource:
 
     def _features(self, x: Tensor) -> Tensor:
         with torch.inference_mode():
-            parts = [self.trunk(part).half().float().cpu() for part in torch.split(x, self.forward_rows)]
+            parts = [self.backbone(part).half().float().cpu() for part in torch.split(x, self.forward_rows)]
         return torch.cat(parts).clone()
 
 
 class TunedSource:
-    """Features behind the trained blocks, for the Rejecter: what the bundle will hand to its classifier."""
+    """Features behind the trained blocks, for the OODDetector: what the bundle will hand to its classifier."""
 
     def __init__(self, source: FeatureSource, head: heads.TunedHead) -> None:
         self.source, self.head, self.standardise = source, head.eval(), Standardiser()

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from attire.data import synthetic
 
 VIEWS = ("plain", "flip", "negative")  # as it is, mirrored, black on white
-DRAWN, STRANGE = (f"{name}{synthetic.VERSION}" for name in ("drawn", "strange"))  # see drawings.py
+DRAWN, STRANGE = (f"{name}{synthetic.VERSION}" for name in ("drawing", "outlier"))  # see synthetic.py
 SHIFTS = ((0, -2), (0, 2), (-2, 0), (2, 0), (-1, -1), (1, 1), (-1, 1), (1, -1))  # (down, right), of 28 px
 
 

@@ -1,4 +1,4 @@
-"""Classifier: a frozen trunk, a trained head and the classes, complete enough to predict, save and load."""
+"""Classifier: a frozen backbone, a trained head and the classes, complete enough to predict, save and load."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -49,9 +49,9 @@ class Architecture:
     pool: int
     hidden: tuple[int, ...]
     dropout: float
-    train_blocks: int = 0  # blocks above `freeze_to` that are part of `features`, their weights no longer ImageNet's
+    finetune_blocks: int = 0  # blocks above `freeze_to` that are part of `features`, their weights no longer ImageNet's
     conv: tuple[int, ...] = ()
-    test_views: int = 1  # views of a picture whose logits are averaged for its answer
+    tta: int = 1  # views of a picture whose logits are averaged for its answer
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "conv", tuple(self.conv))
@@ -60,15 +60,15 @@ class Architecture:
     @property
     def views(self) -> tuple[str, ...]:
         """Names of the views that are averaged, the plain one first."""
-        return answer_views(self.test_views)
+        return answer_views(self.tta)
 
     @property
     def end(self) -> str:
         """The block that `features` ends with."""
-        return above(self.freeze_to, self.train_blocks)
+        return above(self.freeze_to, self.finetune_blocks)
 
     def build(self, classes: int) -> nn.Sequential:
-        """A new classifier for the features of this trunk, initialised from torch's random state."""
+        """A new classifier for the features of this backbone, initialised from torch's random state."""
         shape = feature_shape(self.end, self.image_size, self.pool)
         return heads.build(shape, self.conv, self.hidden, classes, self.dropout)
 
@@ -78,7 +78,7 @@ class Classifier:
 
     model: torchvision's VGG with `features`, `avgpool` and `classifier`; temperature divides the logits (Guo et al.
     2017), 1 for none; facts: what the bundle says of itself besides (metrics, recipe, digests), plain JSON;
-    rejecter: None where it cannot tell what is none of its classes; neighbours: None where it holds no training images.
+    ood_detector: None where it cannot tell what is none of its classes; neighbours: None where it holds no training images.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class Classifier:
         temperature: float = 1.0,
         facts: dict[str, Any] | None = None,
         device: torch.device | None = None,
-        rejecter: OODDetector | None = None,
+        ood_detector: OODDetector | None = None,
         neighbours: Neighbours | None = None,
     ) -> None:
-        self.rejecter, self.neighbours = rejecter, neighbours
+        self.ood_detector, self.neighbours = ood_detector, neighbours
         self.architecture, self.classes = architecture, tuple(classes)
         self.temperature, self.facts = temperature, dict(facts or {})
         self.device = device or torch.device("cpu")
@@ -136,14 +136,14 @@ class Classifier:
         return np.asarray(calibration.softmax(logits.numpy(), self.temperature), dtype=np.float32)
 
     def distances(self, images: ArrayLike) -> NDArray[np.float32]:
-        """How far from the training images each image lies, (n,) float32; above `rejecter.threshold` it is rejected.
+        """How far from the training images each image lies, (n,) float32; above `ood_detector.threshold` it is rejected.
 
-        images: as for `predict_proba`. Raises AttireError where the bundle has no Rejecter.
+        images: as for `predict_proba`. Raises AttireError where the bundle has no OODDetector.
         """
-        if self.rejecter is None:
+        if self.ood_detector is None:
             raise AttireError("bundle", CANNOT_REJECT, do=TRAIN_AGAIN)
         found = self._answers(as_images(images))
-        parts = [self.rejecter.distances(x, self._probabilities(logits)) for x, logits in found]
+        parts = [self.ood_detector.distances(x, self._probabilities(logits)) for x, logits in found]
         return np.concatenate([np.empty(0, np.float32), *parts])
 
     def nearest(self, images: ArrayLike, count: int = NEAREST) -> list[tuple[Neighbour, ...]]:
@@ -170,22 +170,22 @@ class Classifier:
         found: list[Prediction] = []
         for x, logits in self._answers(as_images(images)):
             sure = self._probabilities(logits)
-            distances = [None] * len(x) if self.rejecter is None else self.rejecter.distances(x, sure).tolist()
+            distances = [None] * len(x) if self.ood_detector is None else self.ood_detector.distances(x, sure).tolist()
             found += map(self.ranked, sure, distances)
         return found[0] if single else found
 
     def ranked(self, probabilities: NDArray[np.floating[Any]], distance: float | None = None) -> Prediction:
         """One row of `predict_proba`, and its distance, as a Prediction."""
-        return ranked(self.classes, probabilities, distance, self.rejecter.threshold if self.rejecter else None)
+        return ranked(self.classes, probabilities, distance, self.ood_detector.threshold if self.ood_detector else None)
 
     def save(self, folder: Path, dtype: str = "float32") -> None:
         """Write the bundle: `model.safetensors` and `neighbours.safetensors`, then `model.json`, which holds their
         digests and is written last.
 
         dtype: of the network's weights on disk, float32, float16 or bfloat16; they are computed with in float32, and
-        the Rejecter's tensors stay float32. Raises UsageError for another, AttireError for a weight that is too large.
+        the OODDetector's tensors stay float32. Raises UsageError for another, AttireError for a weight that is too large.
         """
-        body = save(self._stored(dtype) | (self.rejecter.tensors() if self.rejecter else {}), {"format": "pt"})
+        body = save(self._stored(dtype) | (self.ood_detector.tensors() if self.ood_detector else {}), {"format": "pt"})
         stored = self.neighbours.encoded() if self.neighbours else None
         about = {
             "schema": SCHEMA,
@@ -197,7 +197,7 @@ class Classifier:
             },
             "preprocess": {"version": vgg.PREPROCESS_VERSION, "mean": vgg.MEAN, "std": vgg.STD},
             "temperature": self.temperature,
-            "reject": self.rejecter.about() if self.rejecter else None,
+            "ood": self.ood_detector.about() if self.ood_detector else None,
             "neighbours": {"sha256": files.sha256(stored)} if stored else None,
             "sha256": files.sha256(body),
             "facts": self.facts,
@@ -231,13 +231,13 @@ def load_bundle(folder: str | Path | None = None, device: str = "auto") -> Class
     architecture = Architecture(**{**about["architecture"], "hidden": tuple(about["architecture"]["hidden"])})
     network = {name: value for name, value in tensors.items() if not name.startswith(out_of_distribution.PREFIX)}
     model = assemble(architecture, len(about["classes"]), network, folder)
-    rejecter = None  # of a bundle made before there was one, or from too few images
-    if told := about.get("reject"):
-        rejecter = out_of_distribution.restore(tensors, told, CHANNELS[architecture.end], folder)
+    ood_detector = None  # of a bundle made before there was one, or from too few images
+    if told := about.get("ood"):
+        ood_detector = out_of_distribution.restore(tensors, told, CHANNELS[architecture.end], folder)
     width = heads.last_linear(model.classifier).in_features
     near = read(folder, about.get("neighbours"), len(about["classes"]), width)
     where, hot = devices.choose_device(device), about["temperature"]
-    return Classifier(model, architecture, about["classes"], hot, about["facts"], where, rejecter, near)
+    return Classifier(model, architecture, about["classes"], hot, about["facts"], where, ood_detector, near)
 
 
 def read_about(path: Path) -> dict[str, Any]:

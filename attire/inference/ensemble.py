@@ -17,7 +17,7 @@ from attire.data.dataset import ImageDataset
 from attire.errors import AttireError, UsageError
 from attire.evaluation import calibration
 from attire.features import cache
-from attire.features.backbones import choose_trunk, open_trunk
+from attire.features.backbones import choose_backbone, open_backbone
 from attire.features.cache import FeatureSpec
 from attire.features.logits import predict_logits
 from attire.features.sources import CachedSource
@@ -114,15 +114,15 @@ def cached_probabilities(
     data: ImageDataset,
     views: Sequence[str] = (),
     backend: str = "torch",
-    watcher: Progress | None = None,
+    progress: Progress | None = None,
 ) -> NDArray[np.float64]:
     """Calibrated probabilities (n, K) of all images, averaged over these views, by default the bundle's own.
 
-    Only what lies below the freeze boundary comes from the cache; members with one trunk share it. The temperature is
+    Only what lies below the freeze boundary comes from the cache; members with one backbone share it. The temperature is
     the bundle's, whatever the views.
     """
     names = tuple(views) or classifier.architecture.views
-    parts = [bundle_features(classifier, data, view, backend, watcher or NoProgress()) for view in names]
+    parts = [bundle_features(classifier, data, view, backend, progress or NoProgress()) for view in names]
     source, head = CachedSource(*parts, names=names), behind(classifier)
     logits = predict_logits(head, source, np.arange(len(data)), 1024, range(len(names))).numpy()
     return calibration.softmax(logits, classifier.temperature)
@@ -131,7 +131,7 @@ def cached_probabilities(
 def behind(classifier: Classifier) -> nn.Sequential:
     """Features (n, D) of the freeze boundary to logits: blocks that were trained, if any, and the classifier."""
     about, model = classifier.architecture, classifier.model
-    if not about.train_blocks:
+    if not about.finetune_blocks:
         return nn.Sequential(model.classifier)
     shape = feature_shape(about.freeze_to, about.image_size, 0)
     blocks = model.features[ENDS[about.freeze_to] :]
@@ -141,7 +141,7 @@ def behind(classifier: Classifier) -> nn.Sequential:
 def below(classifier: Classifier) -> Any:
     """The network up to the freeze boundary alone."""
     about, model = classifier.architecture, classifier.model
-    if not about.train_blocks:
+    if not about.finetune_blocks:
         return model
     with torch.device("meta"):
         part = vgg.Network(about.freeze_to, 0, nn.Sequential())
@@ -150,26 +150,26 @@ def below(classifier: Classifier) -> Any:
 
 
 def bundle_features(
-    classifier: Classifier, data: ImageDataset, view: str, backend: str, watcher: Progress
+    classifier: Classifier, data: ImageDataset, view: str, backend: str, progress: Progress
 ) -> cache.Features:
-    """Features of all images in this view at the bundle's freeze boundary, by the bundle's own trunk."""
-    about, trunk = classifier.architecture, below(classifier)
-    precision, backend = choose_trunk(about.freeze_to, backend, "auto", classifier.device)
-    pool = 0 if about.train_blocks else about.pool
-    spec = FeatureSpec(about.freeze_to, about.image_size, pool, trunk_digest(classifier), precision, backend=backend)
+    """Features of all images in this view at the bundle's freeze boundary, by the bundle's own backbone."""
+    about, backbone = classifier.architecture, below(classifier)
+    precision, backend = choose_backbone(about.freeze_to, backend, "auto", classifier.device)
+    pool = 0 if about.finetune_blocks else about.pool
+    spec = FeatureSpec(about.freeze_to, about.image_size, pool, backbone_digest(classifier), precision, backend=backend)
     told = "Features" if view == "plain" else f"Features  {view}"
 
-    def load_trunk() -> cache.Trunk:
-        return open_trunk(trunk, spec, classifier.device, len(data))
+    def load_backbone() -> cache.Backbone:
+        return open_backbone(backbone, spec, classifier.device, len(data))
 
-    def progress(done: int, total: int) -> None:
-        watcher.advance(told, done, total)
+    def advance(done: int, total: int) -> None:
+        progress.advance(told, done, total)
 
-    return cache.extract(data.images, data.image_digest, replace(spec, view=view), load_trunk, progress)
+    return cache.extract(data.images, data.image_digest, replace(spec, view=view), load_backbone, advance)
 
 
-def trunk_digest(classifier: Classifier) -> str:
-    if told := classifier.facts.get("trunk", ""):
+def backbone_digest(classifier: Classifier) -> str:
+    if told := classifier.facts.get("backbone", ""):
         return str(told)
     end = ENDS[classifier.architecture.freeze_to]
     values = classifier.model.features[:end].state_dict().values()

@@ -148,7 +148,7 @@ def to_json(found: Explanation) -> dict[str, Any]:
     return {
         "label": found.prediction.label,
         "probability": found.prediction.probability,
-        "rejected": found.prediction.rejected,
+        "out_of_distribution": found.prediction.out_of_distribution,
         "explained": found.label,
         "method": found.method,
         "neighbours": [{"label": one.label, "distance": one.distance} for one in found.neighbours],

@@ -45,7 +45,7 @@ class Neighbours:
 
     images: (n, 28, 28) uint8; labels: (n,) int32, as the data set gives them; points: (n, d) float16, of length 1;
     centre: (D,); axes: (D, d), which map a hidden layer to a point. The hidden layer finds images of the class that the
-    model answers more often than the trunk's features do, 64 components as often as all 512, and directions a little
+    model answers more often than the backbone's features do, 64 components as often as all 512, and directions a little
     more often than places (docs/results.md, Explanations).
     """
 

@@ -20,7 +20,7 @@ SHRINKAGE = 0.1  # 0.01 rejected the same strangers (docs/log.md, Reject); more 
 FIT_ROWS = 5000  # with 55,000 rows, or with 200, the shares rejected differed by less than a point
 BATCH = 512  # rows pooled at a time
 TENSORS = ("centre", "means", "whiten")
-PREFIX = "reject."
+PREFIX = "ood."
 
 
 class Source(Protocol):
@@ -34,7 +34,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class OODDetector:
-    """Mahalanobis distance to the nearest class mean (Lee et al. 2018), of pooled trunk features, with its threshold.
+    """Mahalanobis distance to the nearest class mean (Lee et al. 2018), of pooled backbone features, with its threshold.
 
     A feature map is averaged over its places, one value a channel, and its square root taken: activations after a
     ReLU are skewed, and under the root their spread depends less on their size (Bartlett 1936). All classes share one
@@ -76,14 +76,14 @@ class OODDetector:
 
 
 def restore(tensors: dict[str, Tensor], about: dict[str, Any], channels: int, where: Any) -> OODDetector:
-    """The Rejecter of a bundle. Raises AttireError where a tensor is missing, misshapen or not finite."""
+    """The OODDetector of a bundle. Raises AttireError where a tensor is missing, misshapen or not finite."""
     found = [tensors.get(PREFIX + name, torch.empty(0)) for name in TENSORS]
     centre, means, whiten = found
     if centre.shape != (channels,) or whiten.shape != (channels, channels) or means.shape[1:] != (channels,):
         shapes = ", ".join(str(tuple(value.shape)) for value in found)
-        raise AttireError(where, f"reject: expected tensors for {channels} channels, found {shapes}")
+        raise AttireError(where, f"ood: expected tensors for {channels} channels, found {shapes}")
     if not len(means) or not all(torch.isfinite(value).all() for value in found):
-        raise AttireError(where, "reject: no class means, or values that are not finite", do="use a fresh copy")
+        raise AttireError(where, "ood: no class means, or values that are not finite", do="use a fresh copy")
     try:
         threshold, rows, rate = float(about["threshold"]), int(about["rows"]), float(about["rate"])
         doubt = float(about.get("doubt", 0.0))
@@ -91,7 +91,7 @@ def restore(tensors: dict[str, Tensor], about: dict[str, Any], channels: int, wh
             raise ValueError(f"threshold {threshold}, rate {rate}, doubt {doubt}")
     except (KeyError, TypeError, ValueError) as error:
         told = f"{type(error).__name__} {error}"[:80]
-        raise AttireError(where, "reject: not what a bundle holds", told, "use a fresh copy") from error
+        raise AttireError(where, "ood: not what a bundle holds", told, "use a fresh copy") from error
     return OODDetector(centre, whiten, means, threshold, rows, rate, doubt)
 
 
@@ -164,7 +164,7 @@ def pooled_rows(source: Source, rows: RowIndices, channels: int, view: int = 0) 
 
 @dataclass(frozen=True)
 class Fitting:
-    """What a Rejecter is fitted to besides its rows: the numbers of the views to fit on, and of those that the
+    """What a OODDetector is fitted to besides its rows: the numbers of the views to fit on, and of those that the
     threshold is set on; whether the largest probability counts; and calibrated probabilities (n, K) of rows in a view.
 
     Without mirrored views a quarter of mirrored garments were turned away, nearly all of them shoes; without drawn ones
@@ -180,7 +180,7 @@ class Fitting:
 def fit(
     source: Source, labels: NDArray[np.int64], rows: tuple[RowIndices, RowIndices], channels: int, how: Fitting
 ) -> OODDetector | None:
-    """A Rejecter from `share_rows`' two parts; None where there are too few rows for a threshold."""
+    """A OODDetector from `share_rows`' two parts; None where there are too few rows for a threshold."""
     fitted, held = rows
     if not len(fitted):
         return None
@@ -191,9 +191,9 @@ def fit(
     if how.doubts and len(held):
         sure = torch.from_numpy(np.concatenate([how.answers(held, view) for view in how.held]))
         doubt = find_doubt(nearest(x, *told), sure)
-    rejecter = OODDetector(*told, 0.0, len(x), doubt=doubt)
-    threshold = find_threshold(rejecter.of(x, sure))
-    return None if threshold is None else replace(rejecter, threshold=threshold)
+    ood_detector = OODDetector(*told, 0.0, len(x), doubt=doubt)
+    threshold = find_threshold(ood_detector.of(x, sure))
+    return None if threshold is None else replace(ood_detector, threshold=threshold)
 
 
 def find_doubt(distances: Tensor, probabilities: Tensor) -> float:
@@ -203,10 +203,10 @@ def find_doubt(distances: Tensor, probabilities: Tensor) -> float:
 
 
 def evaluate_ood(
-    rejecter: OODDetector, source: Source, rows: RowIndices, probabilities: NDArray[np.floating[Any]]
+    ood_detector: OODDetector, source: Source, rows: RowIndices, probabilities: NDArray[np.floating[Any]]
 ) -> dict[str, Any]:
     """How many of these rows, garments all, are turned away, answered with these probabilities (n, K): the "reject"
     block of metrics.json."""
-    x = pooled_rows(source, rows, len(rejecter.centre))
-    found = rejecter.of(x, torch.from_numpy(probabilities.astype(np.float32))) > rejecter.threshold
-    return {**rejecter.about(), "test": wilson(int(found.sum()), len(found)).to_json()}
+    x = pooled_rows(source, rows, len(ood_detector.centre))
+    found = ood_detector.of(x, torch.from_numpy(probabilities.astype(np.float32))) > ood_detector.threshold
+    return {**ood_detector.about(), "test": wilson(int(found.sum()), len(found)).to_json()}

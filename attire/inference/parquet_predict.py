@@ -40,7 +40,7 @@ ANSWERS = pa.schema(
     [
         ("predicted", pa.string()),
         ("probability", pa.float32()),
-        ("rejected", pa.bool_()),
+        ("out_of_distribution", pa.bool_()),
         ("distance", pa.float32()),
         ("top", TOP),
         ("error", pa.string()),
@@ -284,7 +284,7 @@ def looked_at(data: bytes | None, source: ParquetSource, row: int) -> NDArray[np
 def line(found: Prediction, top: int) -> dict[str, Any]:
     ranking = [{"label": label, "probability": p} for label, p in found.ranking[:top]]
     told = {"predicted": found.label, "probability": found.probability, "top": ranking}
-    return {**told, "rejected": found.rejected, "distance": found.distance}
+    return {**told, "out_of_distribution": found.out_of_distribution, "distance": found.distance}
 
 
 def kept_schema(source: ParquetSource) -> Any:

@@ -70,7 +70,7 @@ def open_model(path: Path | None, device: str) -> Model:
 
 def lacks_verdict(model: Model) -> bool:
     """Whether this is a bundle that cannot tell what is none of its classes."""
-    return not isinstance(model, Exported) and getattr(model, "rejecter", None) is None
+    return not isinstance(model, Exported) and getattr(model, "ood_detector", None) is None
 
 
 # Answers.
@@ -105,7 +105,7 @@ def in_places(batch: list[PictureInput | AttireError], found: Iterable[Predictio
 
 
 def table_line(name: str, found: Prediction, top: int) -> str:
-    if found.rejected:
+    if found.out_of_distribution:
         return f"{one_line(name):24} {found}"
     rest = "   ".join(f"{label} {p:.3f}" for label, p in found.ranking[1:top])
     return f"{one_line(name):24} {found.label:12} {found.probability:.3f}   {rest}".rstrip()
@@ -113,17 +113,17 @@ def table_line(name: str, found: Prediction, top: int) -> str:
 
 def narrow_lines(name: str, found: Prediction, top: int) -> str:
     """The same on a terminal that is too narrow for it: the name, and a line for each class."""
-    told = [f"{found}"] if found.rejected else [f"{label:12} {p:.3f}" for label, p in found.ranking[:top]]
+    told = [f"{found}"] if found.out_of_distribution else [f"{label:12} {p:.3f}" for label, p in found.ranking[:top]]
     return "\n  ".join([one_line(name), *told])
 
 
 def json_line(name: str, found: Prediction, top: int) -> str:
     told = {"file": name, "label": found.label, "probabilities": dict(found.ranking[:top])}
-    return json.dumps({**told, "rejected": found.rejected, "distance": found.distance})
+    return json.dumps({**told, "out_of_distribution": found.out_of_distribution, "distance": found.distance})
 
 
 def csv_line(name: str, found: Prediction, top: int) -> str:
-    verdict = ["" if found.rejected is None else str(found.rejected).lower()]
+    verdict = ["" if found.out_of_distribution is None else str(found.out_of_distribution).lower()]
     verdict.append("" if found.distance is None else f"{found.distance:.4f}")
     rest = [value for label, p in found.ranking[1:top] for value in (label, f"{p:.6f}")]
     shown = name.encode("utf-8", "backslashreplace").decode()  # a name on disk need not be UTF-8
@@ -132,7 +132,7 @@ def csv_line(name: str, found: Prediction, top: int) -> str:
 
 def csv_header(top: int) -> str:
     rest = [f"{part}_{i}" for i in range(2, top + 1) for part in ("label", "probability")]
-    return csv_text(["file", "label", "probability", "rejected", "distance", *rest])
+    return csv_text(["file", "label", "probability", "out_of_distribution", "distance", *rest])
 
 
 def csv_text(cells: list[str]) -> str:

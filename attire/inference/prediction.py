@@ -18,8 +18,8 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 class Prediction:
     """The answer for one image: the likeliest class first, with its calibrated probability, then the others.
 
-    distance: from the training images, see `Classifier.distances`; rejected: whether it is farther than all but 5 % of
-    garments, and so rather none of the classes. Both are None where the bundle cannot tell. Label and probabilities
+    distance: from the training images, see `Classifier.distances`; out_of_distribution: whether it is farther than all but
+    5 % of garments, and so rather none of the classes. Both are None where the bundle cannot tell. Label and probabilities
     are those of the closest classes all the same.
     """
 
@@ -27,10 +27,10 @@ class Prediction:
     probability: float
     ranking: tuple[tuple[str, float], ...]
     distance: float | None = None
-    rejected: bool | None = None
+    out_of_distribution: bool | None = None
 
     def __str__(self) -> str:
-        if self.rejected:
+        if self.out_of_distribution:
             count = len(self.ranking)
             known = NUMBERS[count] if count < len(NUMBERS) else count
             return f"none of the {known} (closest: {self.label} {self.probability:.2f})"
@@ -46,8 +46,8 @@ def ranked(
     """One row of probabilities (K,) as a Prediction; with a distance and the threshold beyond which it is rejected."""
     order = np.argsort(-probabilities, kind="stable")
     ranking = tuple((classes[i], float(probabilities[i])) for i in order)
-    rejected = None if distance is None or threshold is None else distance > threshold
-    return Prediction(*ranking[0], ranking, distance, rejected)
+    out_of_distribution = None if distance is None or threshold is None else distance > threshold
+    return Prediction(*ranking[0], ranking, distance, out_of_distribution)
 
 
 def as_images(images: ArrayLike) -> NDArray[np.uint8]:

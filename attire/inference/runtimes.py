@@ -49,7 +49,7 @@ class Exported:
     @property
     def threshold(self) -> float | None:
         """The distance beyond which an image is rejected; None where this file cannot tell."""
-        told = self.facts.get("reject")
+        told = self.facts.get("ood")
         return float(told["threshold"]) if told else None
 
     def predict_proba(self, images: ArrayLike) -> NDArray[np.float32]:
@@ -179,11 +179,11 @@ def run_onnx(path: Path, facts: dict[str, Any]) -> Run:
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in tensors.values()]
         options.add_external_initializers(list(tensors), values)
     session = onnxruntime.InferenceSession(read(path), options, providers=["CPUExecutionProvider"])
-    names = ["probabilities", "distances"] if facts.get("reject") else ["probabilities"]
+    names = ["probabilities", "distances"] if facts.get("ood") else ["probabilities"]
 
     def run(images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         found = session.run(names, {"images": images})
-        return found[0], found[1] if facts.get("reject") else None
+        return found[0], found[1] if facts.get("ood") else None
 
     return run
 

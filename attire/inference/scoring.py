@@ -33,7 +33,7 @@ def evaluate_bundle(
     classes: Sequence[str] | None = None,
     backend: str = "torch",
     device: str = "auto",
-    watcher: Progress | None = None,
+    progress: Progress | None = None,
     views: int | None = None,
 ) -> run_result.RunResult:
     """Measure a bundle, its features taken from the cache where it has them, or an exported file in its own runtime.
@@ -42,21 +42,21 @@ def evaluate_bundle(
     None for the bundle's own number; the temperature stays the bundle's. Raises AttireError where the data's classes
     are not the bundle's, UsageError where an exported file, which holds its views, is to average others.
     """
-    began, watcher, names = time.perf_counter(), watcher or NoProgress(), views_of(views)
+    began, progress, names = time.perf_counter(), progress or NoProgress(), views_of(views)
     if backend not in BACKENDS:
         raise UsageError("--backend", f"expected torch, openvino or openvino-int8, found {backend!r}")
     model = load_export(bundle) if format_of(Path(bundle)) else load_bundle(bundle, device)
-    url_copies.bring(data, progress=watcher.advance)
+    url_copies.bring(data, progress=progress.advance)
     asked = EvaluationRequest(data, part, classes, device, views)
     labelled = asked.load(model.classes)
     if isinstance(model, Exported):
         if names:
             raise UsageError("--views", "an exported file holds its own", do="measure the bundle it was made of")
-        probabilities, facts, how = run_export(model, labelled, watcher), model.facts["facts"], model.format
-        count = int(model.facts["architecture"].get("test_views", 1))
+        probabilities, facts, how = run_export(model, labelled, progress), model.facts["facts"], model.format
+        count = int(model.facts["architecture"].get("tta", 1))
     else:
         names = names or model.architecture.views
-        probabilities = cached_probabilities(model, labelled, names, backend, watcher)
+        probabilities = cached_probabilities(model, labelled, names, backend, progress)
         facts, how, count = model.facts, backend, len(names)
     config = {"bundle": str(bundle), "backend": how, "views": count}
     return asked.result(probabilities, labelled, facts, asked.command("evaluate", [bundle]), config, began)
@@ -147,20 +147,20 @@ def evaluate_ensemble(
     part: Part = "test",
     classes: Sequence[str] | None = None,
     device: str = "auto",
-    watcher: Progress | None = None,
+    progress: Progress | None = None,
     views: int | None = None,
 ) -> EnsembleEvaluation:
     """Measure several bundles or runs, or the file that names them, as one model that averages their probabilities.
 
-    Features come from the cache, and members that share a trunk share them. The rest as for `evaluate_bundle`.
+    Features come from the cache, and members that share a backbone share them. The rest as for `evaluate_bundle`.
     """
     began, names, found = time.perf_counter(), views_of(views), open_ensemble(what, device)
     asked = EvaluationRequest(data, part, classes, device, views)
-    url_copies.bring(data, progress=(watcher or NoProgress()).advance)
+    url_copies.bring(data, progress=(progress or NoProgress()).advance)
     labelled, members, parts = asked.load(found.classes), [], []
     for folder, member in zip(found.bundles, found.members, strict=True):
         own, start = names or member.architecture.views, time.perf_counter()
-        parts.append(cached_probabilities(member, labelled, own, watcher=watcher))
+        parts.append(cached_probabilities(member, labelled, own, progress=progress))
         about = {"bundle": str(folder), "views": len(own)}
         alone = asked.command("evaluate", [folder])
         members.append(asked.result(parts[-1], labelled, member.facts, alone, about, start))
@@ -172,6 +172,6 @@ def evaluate_ensemble(
     return EnsembleEvaluation(found, whole, tuple(members), pair)
 
 
-def run_export(exported: Exported, data: ImageDataset, watcher: Progress) -> NDArray[np.floating[Any]]:
+def run_export(exported: Exported, data: ImageDataset, progress: Progress) -> NDArray[np.floating[Any]]:
     """Calibrated probabilities (n, K)."""
-    return np.concatenate([exported.predict_proba(part) for part in in_parts(data.images, 1024, "Images", watcher)])
+    return np.concatenate([exported.predict_proba(part) for part in in_parts(data.images, 1024, "Images", progress)])

@@ -86,9 +86,9 @@ def choose_backend(name: str, precision: str, device: torch.device) -> str:
 
 
 def choose_layout(name: str, forward: Callable[[Tensor], Tensor], size: int, rows: int) -> microbatches.Layout:
-    """How a CPU gets through a trunk fastest: measured once, then kept in the cache folder under the processor's name.
+    """How a CPU gets through a backbone fastest: measured once, then kept in the cache folder under the processor's name.
 
-    name: of the trunk; forward: its pass over pictures (n, 3, size, size); rows: how many pictures are to come: for
+    name: of the backbone; forward: its pass over pictures (n, 3, size, size); rows: how many pictures are to come: for
     few of them it is not measured. Small batches gained 1.3 to 1.7 times (AMD EPYC, direct convolutions, 32 to 224 px),
     since what lies between two layers stays in the processor's cache. A layout is taken only if it gives the very same
     bits as all pictures at once.

@@ -75,7 +75,7 @@ def tuned_head(weights: Path, recipe: Recipe, classifier: nn.Sequential) -> Tune
     """The recipe's blocks with ImageNet's weights in front of `classifier`; see `calibrate` for batch normalisation."""
     tensors, names, blocks = vgg.read_tensors(weights), list(ENDS), []
     first = names.index(recipe.freeze_to) + 1
-    for i in range(first, first + recipe.train_blocks):
+    for i in range(first, first + recipe.finetune_blocks):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for index in range(ENDS[names[i - 1]], ENDS[names[i]]):
             layers[str(index)] = layer = vgg.layer(index)
@@ -150,8 +150,8 @@ def set_phase(head: nn.Module, probing: bool) -> None:
         head.blocks.requires_grad_(not probing).train(not probing)
 
 
-def parameter_groups(head: nn.Module, block_lr: float) -> list[dict[str, Any]]:
-    """For the optimiser: `scale` multiplies the learning rate, by `block_lr` once more for each block further down.
+def parameter_groups(head: nn.Module, layer_decay: float) -> list[dict[str, Any]]:
+    """For the optimiser: `scale` multiplies the learning rate, by `layer_decay` once more for each block further down.
 
     In heads with convolutions biases and normalisation are not decayed; in the plain classifier all is.
     """
@@ -161,7 +161,7 @@ def parameter_groups(head: nn.Module, block_lr: float) -> list[dict[str, Any]]:
     if isinstance(head, TunedHead):
         blocks = list(head.blocks)
         parts = [(head.classifier, 1.0)]
-        parts += [(block, block_lr ** (len(blocks) - i)) for i, block in enumerate(blocks)]
+        parts += [(block, layer_decay ** (len(blocks) - i)) for i, block in enumerate(blocks)]
     groups: list[dict[str, Any]] = []
     for part, scale in parts:
         decayed = [p for p in part.parameters() if p.ndim > 1]
@@ -187,10 +187,10 @@ def last_hidden(head: nn.Module) -> nn.Sequential:
 
 def outline(recipe: Recipe, classes: int) -> nn.Sequential:
     """What a recipe trains, from features (n, D) to logits, without memory for its weights: to be counted."""
-    end = above(recipe.freeze_to, recipe.train_blocks)
+    end = above(recipe.freeze_to, recipe.finetune_blocks)
     with torch.device("meta"):
         blocks = [vgg.layer(index) for index in range(ENDS[recipe.freeze_to], ENDS[end])]
-        pool = nn.AdaptiveAvgPool2d(recipe.pool) if recipe.pool and recipe.train_blocks else nn.Identity()
+        pool = nn.AdaptiveAvgPool2d(recipe.pool) if recipe.pool and recipe.finetune_blocks else nn.Identity()
         shape = feature_shape(end, recipe.image_size, recipe.pool)
         head = build(shape, recipe.conv, recipe.hidden, classes, recipe.dropout)
         return nn.Sequential(nn.Unflatten(1, recipe.map_shape), *blocks, pool, nn.Flatten(), head)

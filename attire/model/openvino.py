@@ -1,4 +1,4 @@
-"""The frozen trunk compiled by OpenVINO, an optional extra: in fp32 or bf16, or in int8, quantised by NNCF."""
+"""The frozen backbone compiled by OpenVINO, an optional extra: in fp32 or bf16, or in int8, quantised by NNCF."""
 
 import logging
 import warnings
@@ -18,17 +18,17 @@ BACKEND, INT8 = "openvino", "openvino-int8"
 CALIBRATION_IMAGES = 128  # of the official training set, never of a test set
 
 
-class CompiledTrunk:
-    """Callable like a torch trunk: (n, 3, S, S) float32 normalised pictures to (n, D) float32 features.
+class CompiledBackbone:
+    """Callable like a torch backbone: (n, 3, S, S) float32 normalised pictures to (n, D) float32 features.
 
     precision: fp32 or bf16, of the arithmetic. Compiled anew in each process: it takes a second.
     """
 
     @devices.signal_stack_kept()
-    def __init__(self, trunk: nn.Module, image_size: int, precision: str) -> None:
+    def __init__(self, backbone: nn.Module, image_size: int, precision: str) -> None:
         core, hint = backend()[1].Core(), {"fp32": "f32", "bf16": "bf16"}[precision]
         options = {"NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": hint}
-        self.network = core.compile_model(converted(trunk, image_size), "CPU", options)
+        self.network = core.compile_model(converted(backbone, image_size), "CPU", options)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.from_numpy(np.array(self.network(x.numpy())[0]))
@@ -45,18 +45,18 @@ def choose_precision(name: str) -> str:
     return ("bf16" if able else "fp32") if name == "auto" else name
 
 
-class Int8Trunk:
-    """Callable like a torch trunk: (n, 3, S, S) float32 normalised pictures to (n, D) float32 features.
+class Int8Backbone:
+    """Callable like a torch backbone: (n, 3, S, S) float32 normalised pictures to (n, D) float32 features.
 
     Built once per boundary, size and weights, then kept in the cache folder with its digest, so that every row of
     training and test data passes through the very same quantised network.
     """
 
-    def __init__(self, trunk: nn.Module, name: str, image_size: int, calibration: NDArray[np.uint8]) -> None:
+    def __init__(self, backbone: nn.Module, name: str, image_size: int, calibration: NDArray[np.uint8]) -> None:
         folder = files.cache_dir() / "backends" / f"{INT8}-{name}"
         with files.lock(folder.with_suffix(".lock")):
             if not (folder / "MANIFEST.json").exists():
-                quantise(trunk, image_size, calibration, folder)
+                quantise(backbone, image_size, calibration, folder)
             self.network = compile_network(folder)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -64,11 +64,11 @@ class Int8Trunk:
 
 
 @devices.signal_stack_kept()
-def quantise(trunk: nn.Module, image_size: int, calibration: NDArray[np.uint8], folder: Path) -> None:
+def quantise(backbone: nn.Module, image_size: int, calibration: NDArray[np.uint8], folder: Path) -> None:
     """NNCF post-training quantisation: int8 weights per channel, int8 activations per tensor."""
     nncf, openvino = backend()
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    network = converted(trunk, image_size)
+    network = converted(backbone, image_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pictures = [vgg.preprocess(image[None], image_size).numpy() for image in calibration[:CALIBRATION_IMAGES]]
@@ -85,12 +85,12 @@ def quantise(trunk: nn.Module, image_size: int, calibration: NDArray[np.uint8], 
     files.write_json(folder / "MANIFEST.json", {"schema": 1, "sha256": digests, "nncf": nncf.__version__})
 
 
-def converted(trunk: nn.Module, image_size: int) -> Any:
-    """A torch trunk as OpenVINO's model, for any number of pictures."""
+def converted(backbone: nn.Module, image_size: int) -> Any:
+    """A torch backbone as OpenVINO's model, for any number of pictures."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's own deprecation notices
         return backend()[1].convert_model(
-            trunk, example_input=torch.zeros(1, 3, image_size, image_size), input=[-1, 3, image_size, image_size]
+            backbone, example_input=torch.zeros(1, 3, image_size, image_size), input=[-1, 3, image_size, image_size]
         )
 
 

@@ -105,12 +105,12 @@ def layer(index: int) -> nn.Module:
     return nn.ReLU(inplace=True) if f"features.{index - 1}.weight" in SHAPES else nn.MaxPool2d(2)
 
 
-def freeze(trunk: nn.Module) -> None:
-    for parameter in trunk.parameters():
+def freeze(backbone: nn.Module) -> None:
+    for parameter in backbone.parameters():
         parameter.requires_grad = False
 
 
-class Trunk(nn.Module):
+class Backbone(nn.Module):
     """`features`, `avgpool` and flatten of a frozen VGG16, on its device and in its precision; no gradients.
 
     (n, 3, S, S) normalised pictures to (n, D) float32 features in torchvision's C, H, W order. fast: by Winograd's

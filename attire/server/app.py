@@ -52,7 +52,7 @@ from attire.version import __version__
 Result = TypeVar("Result")
 MB = 1 << 20
 NICE = 10  # of the threads that run the model, see docs/serving.md
-FACTS = ("name", "recipe", "test", "test_digest", "trunk")  # what a bundle says of itself and /model passes on
+FACTS = ("name", "recipe", "test", "test_digest", "backbone")  # what a bundle says of itself and /model passes on
 REPORT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'self'"  # the page shows it in a tab
@@ -264,7 +264,7 @@ class Service:
             "label": told.label,
             "probability": told.probability,
             "ranking": [{"label": label, "probability": p} for label, p in told.ranking[:top]],
-            "rejected": told.rejected,
+            "out_of_distribution": told.out_of_distribution,
             "distance": told.distance,
             "verdict": verdict(told),
             "seen": data_uri(grey_png(found.seen.image)),
@@ -414,7 +414,7 @@ def shared_copy(classifier: Classifier) -> Classifier:
 
 def verdict(told: Prediction) -> str:
     """The answer in words. Probabilities are calibrated, so that words may stand for them."""
-    if told.rejected:
+    if told.out_of_distribution:
         return str(told)
     if told.probability >= 0.9:
         return told.label
@@ -423,7 +423,7 @@ def verdict(told: Prediction) -> str:
 
 
 def model_card(classifier: Classifier, settings: Settings) -> dict[str, Any]:
-    rejecter = classifier.rejecter
+    ood_detector = classifier.ood_detector
     return {
         "name": str(classifier.facts.get("name", "unnamed")),
         "version": __version__,
@@ -431,7 +431,7 @@ def model_card(classifier: Classifier, settings: Settings) -> dict[str, Any]:
         "temperature": classifier.temperature,
         "image_size": classifier.architecture.image_size,
         "freeze_to": classifier.architecture.end,
-        "reject": None if rejecter is None else rejecter.about(),
+        "ood": None if ood_detector is None else ood_detector.about(),
         "facts": {name: classifier.facts[name] for name in FACTS if name in classifier.facts},
         "limits": {
             "upload_bytes": settings.max_upload,

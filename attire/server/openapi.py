@@ -112,7 +112,10 @@ def schemas_of(classes: Sequence[str], most_images: int) -> Json:
         "label": label,
         "probability": PROBABILITY,
         "ranking": {"type": "array", "items": likely, "minItems": 1, "maxItems": len(classes)},
-        "rejected": {"type": ["boolean", "null"], "description": "Whether it is rather none of the classes."},
+        "out_of_distribution": {
+            "type": ["boolean", "null"],
+            "description": "Whether it is rather none of the classes.",
+        },
         "distance": {**DISTANCE, "type": ["number", "null"], "description": "From the training images."},
         "verdict": {"type": "string", "description": "The answer in words."},
         "seen": {**PNG_URI, "description": "What the model saw, 28x28."},

@@ -71,7 +71,7 @@ def spare() -> int:
 
 
 def for_batches() -> int:
-    """Bytes for pictures on their way through the trunk: half, since features may be in memory meanwhile."""
+    """Bytes for pictures on their way through the backbone: half, since features may be in memory meanwhile."""
     return spare() // 2
 
 

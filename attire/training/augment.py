@@ -35,7 +35,7 @@ class Target:
 
 def is_drawn_for_batches(recipe: Recipe) -> bool:
     """Whether `augment` does anything: then it must see whole batches, since what it draws is drawn for their rows."""
-    return bool(recipe.jitter or recipe.erase or recipe.cutmix)
+    return bool(recipe.jitter or recipe.random_erasing or recipe.cutmix)
 
 
 def augment(x: Tensor, target: Target, recipe: Recipe, epoch: int, step: int) -> tuple[Tensor, Target]:
@@ -46,8 +46,8 @@ def augment(x: Tensor, target: Target, recipe: Recipe, epoch: int, step: int) ->
     maps = x.view(len(x), *recipe.map_shape)
     if recipe.jitter:
         jitter(maps, recipe.jitter, rng)
-    if recipe.erase:
-        erase(maps, recipe.erase, rng)
+    if recipe.random_erasing:
+        erase(maps, recipe.random_erasing, rng)
     if len(x) < 2 or rng.random() >= recipe.cutmix:
         return x, target
     return x, cutmix(maps, target, rng)

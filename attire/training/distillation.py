@@ -53,7 +53,7 @@ def targets(
     views: Sequence[str],
     recipe: Recipe,
     folder: Path,
-    watcher: Progress,
+    progress: Progress,
     recorded: Mapping[str, Any] | None = None,
 ) -> tuple[NDArray[np.float32], dict[str, Any]]:
     """What the teacher answers for each view of each image, (V, N, K), softened by the recipe's temperature; and what
@@ -69,7 +69,7 @@ def targets(
     if (found := kept(path, shape)) is None:
         taught = members(teacher, splits, recipe)
         asked = dict.fromkeys(shown(view) for view in views if view != STRANGE)
-        told = {view: answers(taught, data, view, watcher) for view in asked}
+        told = {view: answers(taught, data, view, progress) for view in asked}
         told[STRANGE] = np.full(shape[1:], 1 / shape[2], np.float32)
         found = np.stack([told[shown(view)] for view in views])
         with files.sealed(path) as file:
@@ -77,7 +77,7 @@ def targets(
     digest = files.sha256(found.tobytes())
     if recorded and recorded.get("targets") != digest:
         raise AttireError(path, "lost, and made again it is not what the run began with", do="start a new run")
-    return soften(found, recipe.soften), {**teacher.to_json(), "targets": digest}
+    return soften(found, recipe.distill_temperature), {**teacher.to_json(), "targets": digest}
 
 
 def shown(view: str) -> str:
@@ -125,9 +125,9 @@ def check_split(folder: Path, facts: Mapping[str, Any], splits: Splits, recipe: 
         warnings.warn(f"{what}; what they measure may be too good", AttireWarning, stacklevel=2)
 
 
-def answers(members: Sequence[Classifier], data: ImageDataset, view: str, watcher: Progress) -> NDArray[np.float32]:
+def answers(members: Sequence[Classifier], data: ImageDataset, view: str, progress: Progress) -> NDArray[np.float32]:
     """Mean of the members' calibrated probabilities (N, K) of all images in this view."""
-    found = [cached_probabilities(member, data, (view,), watcher=watcher) for member in members]
+    found = [cached_probabilities(member, data, (view,), progress=progress) for member in members]
     return np.asarray(np.mean(found, axis=0), np.float32)
 
 
@@ -140,4 +140,4 @@ def soften(probabilities: NDArray[np.float32], temperature: float) -> NDArray[np
 def describe(teacher: Teacher, recipe: Recipe) -> str:
     count = len(teacher.bundles)
     who = "one bundle" if count == 1 else f"{count} bundles averaged"
-    return f"{who}: {100 * recipe.distil:.0f} % of the loss, softened at {recipe.soften:g}"
+    return f"{who}: {100 * recipe.distill_weight:.0f} % of the loss, softened at {recipe.distill_temperature:g}"

@@ -45,7 +45,7 @@ from attire.training.skew import Skew, sample_rows
 if TYPE_CHECKING:
     import torchvision
 from attire.data.loading import DataChoice
-from attire.features.backbones import CHOSEN, choose_trunk, frozen_trunk
+from attire.features.backbones import CHOSEN, choose_backbone, frozen_backbone
 from attire.features.sources import TunedSource
 from attire.training.outcome import SCORED_ROWS, Outcome, SplitLogits
 
@@ -67,24 +67,26 @@ class Experiment:
         recipe: Recipe,
         source: DataChoice,
         device: torch.device,
-        watcher: Progress,
+        progress: Progress,
         make: cache.ShardExtractor | None = None,
     ) -> None:
-        self.recipe, self.device, self.watcher, self.make = recipe, device, watcher, make
+        self.recipe, self.device, self.progress, self.make = recipe, device, progress, make
         self.taught: dict[str, Any] | None = None  # the teacher of the run, for data.json
-        distributed.after_first(lambda: url_copies.bring(source.data, source.test, progress=watcher.advance))
+        distributed.after_first(lambda: url_copies.bring(source.data, source.test, progress=progress.advance))
         self.splits = distributed.after_first(lambda: source.load(recipe))
-        watcher.note("Data", describe_data(self.splits))
+        progress.note("Data", describe_data(self.splits))
         self.train, self.val = validation_rows(self.splits.data, self.splits.train_rows, recipe)
-        self.weights = distributed.after_first(lambda: pretrained.vgg16_weights(progress=watcher.advance))
-        watcher.note("Weights", "VGG16 ImageNet, 13 convolutions   verified")
-        watcher.note("Recipe", recipe.describe())
+        self.weights = distributed.after_first(lambda: pretrained.vgg16_weights(progress=progress.advance))
+        progress.note("Weights", "VGG16 ImageNet, 13 convolutions   verified")
+        progress.note("Recipe", recipe.describe())
         self.architecture = Architecture(**{field.name: getattr(recipe, field.name) for field in fields(Architecture)})
-        if (count := recipe.test_views) > 1:
-            watcher.note("Views", f"{count} of each picture averaged: an answer takes {count} times the forward passes")
-        widths = (recipe.freeze_to, recipe.image_size, 0 if recipe.train_blocks else recipe.pool)
+        if (count := recipe.tta) > 1:
+            progress.note(
+                "Views", f"{count} of each picture averaged: an answer takes {count} times the forward passes"
+            )
+        widths = (recipe.freeze_to, recipe.image_size, 0 if recipe.finetune_blocks else recipe.pool)
         precision, backend = distributed.shared(
-            lambda: choose_trunk(recipe.freeze_to, recipe.backend, recipe.precision, device)
+            lambda: choose_backbone(recipe.freeze_to, recipe.backend, recipe.precision, device)
         )
         self.train_precision = distributed.shared(lambda: devices.choose_train_precision(recipe.precision, device))
         self.digest = tensor_digest(read_weights(self.weights))
@@ -127,16 +129,16 @@ class Experiment:
         return vgg.vgg16(self.weights, self.architecture.end, self.recipe.pool, classifier)
 
     @property
-    def load_trunk(self) -> Callable[[], cache.Trunk]:
+    def load_backbone(self) -> Callable[[], cache.Backbone]:
         """Opens the frozen part alone, on the device and in the precision of the run; it can be sent to a process."""
-        return partial(frozen_trunk, self.weights, self.spec, self.device, len(self.splits.data))
+        return partial(frozen_backbone, self.weights, self.spec, self.device, len(self.splits.data))
 
     def extract(self, data: ImageDataset, view: str, what: str) -> cache.Features:
-        def progress(done: int, total: int) -> None:
-            self.watcher.advance(f"Features  {what}", done, total)
+        def advance(done: int, total: int) -> None:
+            self.progress.advance(f"Features  {what}", done, total)
 
         spec = replace(self.spec, view=view)
-        told = (data.images, data.image_digest, spec, self.load_trunk, progress, self.make)
+        told = (data.images, data.image_digest, spec, self.load_backbone, advance, self.make)
         return distributed.after_first(lambda: cache.extract(*told))
 
     def extract_all(self) -> list[cache.Features]:
@@ -173,7 +175,9 @@ class Experiment:
     def training_views(self) -> tuple[str, ...]:
         """The views that training draws from, in the order of their numbers."""
         recipe = self.recipe
-        return features_views.view_names(recipe.flips, recipe.shifts, recipe.drawn, recipe.strange)
+        return features_views.view_names(
+            recipe.flips, recipe.shifts, recipe.synthetic_drawings, recipe.outlier_exposure
+        )
 
     def view_names(self) -> tuple[str, ...]:
         """Those, then what answers alone look at."""
@@ -187,12 +191,12 @@ class Experiment:
         return fit_standardiser(torch.from_numpy(source.views[0].gather(rows)) for rows in parts)
 
     def on_the_fly(self) -> Sources:
-        """No cache: every epoch sends every picture through the trunk again."""
-        trunk, size = distributed.after_first(self.load_trunk), self.recipe.image_size
+        """No cache: every epoch sends every picture through the backbone again."""
+        backbone, size = distributed.after_first(self.load_backbone), self.recipe.image_size
 
         def source(data: ImageDataset) -> OnTheFlySource:
             dataset = GarmentDataset(data.images, data.labels, size)
-            return OnTheFlySource(dataset, trunk, cache.batch_rows(size), self.view_names())
+            return OnTheFlySource(dataset, backbone, cache.batch_rows(size), self.view_names())
 
         trained = source(self.splits.data)
         if self.recipe.standardise:
@@ -217,7 +221,7 @@ class Experiment:
     def new_head(self, source: Source) -> nn.Sequential:
         """The classifier, and in front of it the blocks that are trained, if any; from torch's random state."""
         head = self.architecture.build(len(self.splits.data.classes))
-        if self.recipe.train_blocks:
+        if self.recipe.finetune_blocks:
             tuned = heads.tuned_head(self.weights, self.recipe, head)
             if self.recipe.batch_norm:
                 heads.calibrate(tuned, source.batches(self.train[:CALIBRATION_ROWS], 256, None))
@@ -231,9 +235,9 @@ class Experiment:
             last = state.history[-1]
             text += f"  loss {last.train_loss:.4f}"
             text += f"  val {100 * last.val_accuracy:.1f} %" if last.val_accuracy is not None else ""
-        self.watcher.advance("Training", state.epoch * total + done, epochs * total, text)
+        self.progress.advance("Training", state.epoch * total + done, epochs * total, text)
         if not done:
-            self.watcher.epoch(state.history[-1])
+            self.progress.epoch(state.history[-1])
 
     def answers(self, head: nn.Sequential, sources: Sources) -> SplitLogits:
         """The test set is read here, once, by the weights that training ended with; each process answers its share."""
@@ -257,16 +261,16 @@ class Experiment:
         test_labels = self.splits.test_data.labels[self.splits.test_rows]
         skewed = self.skew(head, sources[0])
         behind = [TunedSource(s, head) if isinstance(head, heads.TunedHead) else s for s in sources]
-        rejecter = self.rejecter(behind[0], partial(self.sure, head, sources[0], temperature))
+        ood_detector = self.ood_detector(behind[0], partial(self.sure, head, sources[0], temperature))
         return Outcome(
             temperature,
             test=evaluate(tested, test_labels, classes),
             train=evaluate(trained, labels[seen], classes),
             val=val,
             probabilities=tested,
-            rejecter=rejecter,
-            reject=out_of_distribution.evaluate_ood(rejecter, behind[1], self.splits.test_rows, tested)
-            if rejecter
+            ood_detector=ood_detector,
+            ood=out_of_distribution.evaluate_ood(ood_detector, behind[1], self.splits.test_rows, tested)
+            if ood_detector
             else None,
             neighbours=self.neighbours(head, sources[0]),
             skew=skewed,
@@ -275,13 +279,13 @@ class Experiment:
     def scored_training_rows(self) -> RowIndices:
         """Those that the training accuracy is measured on: all, or with trained blocks, whose every answer costs a
         pass through them, some."""
-        if not self.recipe.train_blocks:
+        if not self.recipe.finetune_blocks:
             return self.train
         drawn = np.random.default_rng(self.recipe.split_seed).permutation(self.train)
         return np.sort(drawn[:SCORED_ROWS])
 
     def skew(self, head: nn.Sequential, source: Source) -> Skew | None:
-        """What is lost where the trunk is not the fp32 one that bundles predict with; None where it is.
+        """What is lost where the backbone is not the fp32 one that bundles predict with; None where it is.
 
         Raises AttireError where that is more than can be borne, before anything is written.
         """
@@ -290,11 +294,11 @@ class Experiment:
         data, size = self.splits.data, self.recipe.image_size
         rows = sample_rows(self.val if len(self.val) else self.train, size, self.recipe.split_seed)
         frozen = vgg.vgg16(self.weights, self.recipe.freeze_to, self.spec.pool, nn.Sequential())
-        trunk = vgg.Trunk(frozen, self.device, "fp32")
-        served = OnTheFlySource(GarmentDataset(data.images, data.labels, size), trunk, cache.batch_rows(size))
+        backbone = vgg.Backbone(frozen, self.device, "fp32")
+        served = OnTheFlySource(GarmentDataset(data.images, data.labels, size), backbone, cache.batch_rows(size))
         served.standardise = source.standardise
         found = training_skew.measure_skew(head, source, served, data.labels, rows)
-        self.watcher.note("Skew", found.describe())
+        self.progress.note("Skew", found.describe())
         found.check(self.spec.backend)
         return found
 
@@ -321,16 +325,16 @@ class Experiment:
         """Calibrated probabilities (n, K) of these rows in this view, averaged with the mirrored one as answers are."""
         names = source.names
         both = [view, *(i for i, name in enumerate(names) if name == mirrored(names[view]))]
-        found = predict_logits(head, source, rows, 1024, both[: self.architecture.test_views])
+        found = predict_logits(head, source, rows, 1024, both[: self.architecture.tta])
         return np.asarray(calibration.softmax(found.numpy(), temperature), np.float32)
 
-    def rejecter(self, source: "Source | TunedSource", answers: Answering) -> OODDetector | None:
+    def ood_detector(self, source: "Source | TunedSource", answers: Answering) -> OODDetector | None:
         """From training rows alone; its threshold from validation rows, or from a part of the training rows."""
         rows = out_of_distribution.share_rows(self.train, self.val, self.recipe.split_seed)
         names, held = self.training_views(), ("plain", DRAWN)
         views = [i for i, name in enumerate(names) if name.removesuffix(" flip") in (*held, "flip")]
         plain = [i for i, name in enumerate(names) if name in held]
-        how = out_of_distribution.Fitting(views, plain, self.recipe.strange, answers)
+        how = out_of_distribution.Fitting(views, plain, self.recipe.outlier_exposure, answers)
         return out_of_distribution.fit(source, self.splits.data.labels, rows, CHANNELS[self.architecture.end], how)
 
     def result(
@@ -345,7 +349,7 @@ class Experiment:
             test=found.test,
             train=found.train,
             val=found.val,
-            reject=found.reject,
+            ood=found.ood,
             predictions=run_result.predictions(test.labels, found.probabilities, test.images),
             history=[asdict(epoch) for epoch in history],
             seconds=seconds,
@@ -367,7 +371,7 @@ class Experiment:
     def save(
         self, folder: Path, head: nn.Sequential, scaled: Standardiser, found: Outcome, result: run_result.RunResult
     ) -> None:
-        """Report and bundle. The trunk that ships is read afresh from the verified weights: frozen means the same."""
+        """Report and bundle. The backbone that ships is read afresh from the verified weights: frozen means the same."""
         if scaled.mean is not None and scaled.scale is not None:
             fold_standardisation(head, scaled.mean, scaled.scale)
         facts = {
@@ -375,13 +379,13 @@ class Experiment:
             "recipe": self.recipe.to_json(),
             "test": {key: result.test.to_json()[key] for key in ("n", "correct", "accuracy", *BOUNDS)},
             "test_digest": self.splits.test_data.image_digest,
-            "trunk": self.digest,
+            "backbone": self.digest,
         }
         run_result.save_result(folder, result)
         write_report(folder, result)
         model, classes = self.assembled(head), self.splits.data.classes
         told = (model, self.architecture, classes, found.temperature, facts)
-        whole = Classifier(*told, rejecter=found.rejecter, neighbours=found.neighbours)
+        whole = Classifier(*told, ood_detector=found.ood_detector, neighbours=found.neighbours)
         whole.save(folder / "model")
         write_model_card(folder / "model", result)
 
@@ -407,7 +411,7 @@ def describe_data(splits: Splits) -> str:
 
 
 def frozen_bytes(freeze_to: str) -> int:
-    """What the trunk takes in a bundle, in 32 bits."""
+    """What the backbone takes in a bundle, in 32 bits."""
     end = ENDS[freeze_to]
     return 4 * sum(prod(shape) for name, shape in SHAPES.items() if int(name.split(".")[1]) < end)
 

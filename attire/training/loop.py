@@ -77,8 +77,8 @@ def fit(
         check_agreement(source, labels, train, val, recipe, state, soft)
     with stop_requests() as stop:
         while state.epoch < recipe.epochs:
-            heads.set_phase(classifier, state.epoch < recipe.probe_epochs)
-            first = state.epoch in (0, recipe.probe_epochs) and not state.resumed
+            heads.set_phase(classifier, state.epoch < recipe.head_epochs)
+            first = state.epoch in (0, recipe.head_epochs) and not state.resumed
             before = digests(classifier) if first else {}
             targets = torch.from_numpy(labels)
             run_epoch(classifier, optimiser, source, targets, train, recipe, state, folder, stop, report, average, soft)
@@ -118,7 +118,7 @@ def run_epoch(
     soft: NDArray[np.float32] | None = None,
 ) -> None:
     """The steps of one epoch that are still to do, each followed by a look at the clock and at `stop`."""
-    heads.set_phase(classifier, state.epoch < recipe.probe_epochs)
+    heads.set_phase(classifier, state.epoch < recipe.head_epochs)
     order, mirrored = epoch_order(train, recipe, state.epoch, getattr(source, "stretch", None))
     steps = math.ceil(len(train) / recipe.batch_size)
     position = min(state.step * recipe.batch_size, len(order))  # the last batch may have been a smaller one
@@ -131,11 +131,11 @@ def run_epoch(
         left -= len(x)
         taught = answers(soft, order, mirrored, share.read, device)
         given = augment.Target(targets[order[share.read]].to(device), soft=taught)
-        if recipe.strange and mirrored is not None:
+        if recipe.outlier_exposure and mirrored is not None:
             given = replace(given, none=torch.from_numpy(mirrored[share.read] == recipe.training_views - 1).to(device))
         x, target = augment.augment(x.to(device), given, recipe, state.epoch, state.step)
         loss = train_step(classifier, optimiser, x[share.own], target.part(share.own), recipe, share.rows)
-        if average is not None and state.epoch >= recipe.probe_epochs:
+        if average is not None and state.epoch >= recipe.head_epochs:
             average.update_parameters(classifier)
         if state.epoch == state.step == 0:
             check_first_loss(loss, heads.classes_of(classifier))
@@ -155,7 +155,7 @@ def run_epoch(
 
 def make_optimiser(classifier: nn.Module, recipe: Recipe) -> torch.optim.Adam:
     """Adam over what is trained only; AdamW's decoupled decay where the recipe asks for decay."""
-    parameters = heads.parameter_groups(classifier, recipe.block_lr)
+    parameters = heads.parameter_groups(classifier, recipe.layer_decay)
     if recipe.weight_decay:
         return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     return torch.optim.Adam(parameters, lr=recipe.lr, fused=True)
@@ -202,8 +202,8 @@ def train_step(
     torch.autograd.backward(loss)
     if distributed.count() > 1:
         loss = distributed.add_up(classifier.parameters(), loss)
-    if recipe.clip:
-        nn.utils.clip_grad_norm_(classifier.parameters(), recipe.clip)
+    if recipe.clip_grad:
+        nn.utils.clip_grad_norm_(classifier.parameters(), recipe.clip_grad)
     optimiser.step()
     return loss.item()
 
@@ -226,8 +226,8 @@ def loss_of(logits: Tensor, target: augment.Target, recipe: Recipe) -> Tensor:
         loss = target.share * loss + (1 - target.share) * rest
     if target.soft is None:
         return loss
-    taught = F.cross_entropy(logits / recipe.soften, target.soft)
-    return (1 - recipe.distil) * loss + recipe.distil * taught
+    taught = F.cross_entropy(logits / recipe.distill_temperature, target.soft)
+    return (1 - recipe.distill_weight) * loss + recipe.distill_weight * taught
 
 
 def epoch_order(
@@ -241,7 +241,7 @@ def epoch_order(
     order = shuffled_stretches(train, rng, *stretch) if stretch else rng.permutation(train)
     if not np.array_equal(np.sort(order), np.sort(train)):
         raise AttireError("training", "an epoch's order does not hold each row once")
-    if recipe.shifts or recipe.drawn or recipe.strange:
+    if recipe.shifts or recipe.synthetic_drawings or recipe.outlier_exposure:
         return order, drawn_views(rng, recipe, len(order))
     return order, rng.random(len(order)) < 0.5 if recipe.flips else None
 
@@ -250,7 +250,7 @@ def drawn_views(rng: np.random.Generator, recipe: Recipe, count: int) -> Views:
     """The numbers of `count` views. Beside drawn and strange ones each of the pictures' own counts twice: with as many
     of each, 24 epochs came to 95.0 % of validation rows, where 15 of `fast` come to 95.6 % (docs/log.md)."""
     views, own = recipe.training_views, (1 + recipe.flips) * (1 + recipe.shifts)
-    return rng.integers(0, views + (own if recipe.drawn or recipe.strange else 0), count) % views
+    return rng.integers(0, views + (own if recipe.synthetic_drawings or recipe.outlier_exposure else 0), count) % views
 
 
 def shuffled_stretches(train: RowIndices, rng: np.random.Generator, length: int, window: int) -> RowIndices:
@@ -264,7 +264,7 @@ def shuffled_stretches(train: RowIndices, rng: np.random.Generator, length: int,
 
 def set_learning_rate(optimiser: torch.optim.Adam, recipe: Recipe, step: int, steps: int) -> None:
     """The schedule runs over the epochs after the probe, which has the full rate; steps: in an epoch."""
-    probe = recipe.probe_epochs * steps
+    probe = recipe.head_epochs * steps
     factor = 1.0
     if step >= probe:
         factor = learning_rate_factor(recipe.schedule, step - probe, recipe.epochs * steps - probe)

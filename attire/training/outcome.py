@@ -22,7 +22,7 @@ SCORED_ROWS = 10_000  # of training, where blocks are trained: its interval is t
 class Outcome:
     """What the trained head says of each set; test probabilities (n, K) are calibrated with `temperature`.
 
-    rejecter: None where there are too few rows for its threshold; reject: what it does to the test set; neighbours:
+    ood_detector: None where there are too few rows for its threshold; ood: what it does to the test set; neighbours:
     the training images that go into the bundle.
     """
 
@@ -31,8 +31,8 @@ class Outcome:
     train: Evaluation
     val: Evaluation | None
     probabilities: NDArray[np.float64]
-    rejecter: OODDetector | None = None
-    reject: dict[str, Any] | None = None
+    ood_detector: OODDetector | None = None
+    ood: dict[str, Any] | None = None
     neighbours: Neighbours | None = None
     skew: Skew | None = None
 

@@ -49,7 +49,7 @@ class Machines(Protocol):
     def extract_shards(self) -> ShardExtractor:
         """Makes missing shards."""
 
-    def resume(self, folder: Path, watcher: Progress) -> None:
+    def resume(self, folder: Path, progress: Progress) -> None:
         """Call `resume` with this run's folder in each of the processes that train it together."""
 
 
@@ -79,7 +79,7 @@ def train(
     claimed: float = 0.98,
     log: str | None = None,
     teacher: Sequence[str | Path] | Mapping[str, Any] | Teacher | None = None,
-    watcher: Progress | None = None,
+    progress: Progress | None = None,
     cluster: Machines | None = None,
 ) -> Run:
     """Train a classifier and evaluate it once on the test set.
@@ -110,7 +110,7 @@ def train(
         "log": log,
         "teacher": taught.to_json() if taught else None,
     }
-    watch = watcher or NoProgress()
+    watch = progress or NoProgress()
     with distributed.joined(), new_folder(run_dir) as folder:
         if distributed.leads():
             files.write_json(folder / "config.json", config)
@@ -121,14 +121,14 @@ def train(
     return finished_on(cluster, folder, watch)
 
 
-def resume(run_dir: str | Path, watcher: Progress | None = None, cluster: Machines | None = None) -> Run:
+def resume(run_dir: str | Path, progress: Progress | None = None, cluster: Machines | None = None) -> Run:
     """Go on with a run that was stopped, from its own `config.json` and newest checkpoint."""
     folder = Path(run_dir)
     if not (folder / "config.json").exists():
         raise AttireError(folder, "no run to resume: it holds no config.json", do="start one with: attire train")
     known = read_config(folder)
     told = (known.recipe, known.source, known.device)
-    log, watch = None if cluster else known.log, watcher or NoProgress()
+    log, watch = None if cluster else known.log, progress or NoProgress()
     with distributed.joined(), claimed_folder(folder), logging(log, folder, watch) as watching:
         if not cluster:
             return carry_out(folder, *told, known.cache, known.claimed, watching, known.teacher)
@@ -136,9 +136,9 @@ def resume(run_dir: str | Path, watcher: Progress | None = None, cluster: Machin
     return finished_on(cluster, folder, watch)
 
 
-def finished_on(cluster: Machines, folder: Path, watcher: Progress) -> Run:
+def finished_on(cluster: Machines, folder: Path, progress: Progress) -> Run:
     """A run whose features are in the cache, carried out by processes that hold its folder themselves."""
-    cluster.resume(folder, watcher)
+    cluster.resume(folder, progress)
     return Run(folder, run_result.load_result(folder))
 
 
@@ -166,16 +166,16 @@ def claimed_folder(folder: Path) -> AbstractContextManager[Path]:
 
 
 @contextmanager
-def logging(log: str | None, folder: Path, watcher: Progress) -> Iterator[Progress]:
-    """`watcher`, or one that also writes TensorBoard's files; of several processes the first alone is watched."""
+def logging(log: str | None, folder: Path, progress: Progress) -> Iterator[Progress]:
+    """`progress`, or one that also writes TensorBoard's files; of several processes the first alone is watched."""
     if log is None or not distributed.leads():
-        yield watcher if distributed.leads() else NoProgress()
+        yield progress if distributed.leads() else NoProgress()
         return
     if log != "tensorboard":
         raise UsageError("--log", f"expected tensorboard, found {log!r}")
     from attire.training.tensorboard import Board  # an optional extra, imported only where it is used
 
-    board = Board(watcher, folder / "tensorboard")
+    board = Board(progress, folder / "tensorboard")
     try:
         yield board
     finally:
@@ -189,17 +189,17 @@ def carry_out(
     device: str,
     cache: bool,
     claimed: float,
-    watcher: Progress,
+    progress: Progress,
     teacher: Teacher | None = None,
 ) -> Run:
     """The stages, in order. Each leaves on disk what the next start of the same run will not do again."""
     began = time.perf_counter()
-    stage = begin(folder, recipe, source, device, watcher)
+    stage = begin(folder, recipe, source, device, progress)
     sources = stage.cached() if cache else stage.on_the_fly()
     soft = None
     if teacher:
-        watcher.note("Teacher", teaching.describe(teacher, recipe))
-        told = (stage.splits, stage.training_views(), recipe, folder, watcher, stage.taught)
+        progress.note("Teacher", teaching.describe(teacher, recipe))
+        told = (stage.splits, stage.training_views(), recipe, folder, progress, stage.taught)
         soft, stage.taught = distributed.after_first(lambda: teaching.targets(teacher, *told))
         if distributed.leads():
             files.write_json(folder / "data.json", stage.describe_data())
@@ -214,11 +214,11 @@ def carry_out(
         result = stage.result(folder, found, history, seconds, claimed)
         stage.save(folder, head, sources[0].standardise, found, result)
         accuracy = result.test.accuracy
-        watcher.tested(accuracy.value, accuracy.low, accuracy.high, len(history))
+        progress.tested(accuracy.value, accuracy.low, accuracy.high, len(history))
         done.append(result)
 
     distributed.shared(finish)
-    watcher.close()
+    progress.close()
     return Run(folder, done[0] if done else run_result.load_result(folder))
 
 
@@ -227,13 +227,13 @@ def begin(
     recipe: Recipe,
     source: DataChoice,
     device: str,
-    watcher: Progress,
+    progress: Progress,
     make: ShardExtractor | None = None,
 ) -> Experiment:
     """The stage of a run, and what it found written down. A run that goes on keeps what it began with."""
     if distributed.leads():
         run_result.reopen(folder)
-    stage = Experiment(recipe, source, devices.choose_device(device), watcher, make)
+    stage = Experiment(recipe, source, devices.choose_device(device), progress, make)
     distributed.shared(lambda: stage.check(folder))
     memory.keep_freed()  # from here on: what reading a CSV took goes back to the system
     told = [folder / name for name in ("data.json", "environment.json")]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attire import progress, recipes
+from attire import recipes
 from attire.data import dataset
 from attire.data.loading import DataChoice
 from attire.errors import AttireError, UsageError
@@ -23,7 +23,7 @@ from attire.evaluation.report import write_report
 from attire.evaluation.run_result import RunResult, load_result, save_result
 from attire.features.sources import CachedSource
 from attire.model import devices, distributed
-from attire.progress import NoProgress, Progress
+from attire.progress import Epoch, NoProgress, Progress
 from attire.recipes import Recipe
 from attire.storage import files, memory
 from attire.training import distillation
@@ -81,26 +81,28 @@ def train_seeds(count: int, recipe: Recipe, *, run_dir: str | Path | None = None
     devices.choose_device(arguments.get("device", "auto"))
     if count < 2:
         raise UsageError("--seeds", f"expected 2 or more, found {count}")
-    watcher = arguments.pop("watcher", None)
+    progress = arguments.pop("progress", None)
     about = {"schema": 1, "kind": "seeds", "count": count, "recipe": recipe.to_json(), "arguments": plain(arguments)}
     with distributed.joined(), new_folder(run_dir) as folder:
         if distributed.leads():
             files.write_json(folder / "series.json", about)
-        return seeds_in(folder, count, recipe, arguments, watcher)
+        return seeds_in(folder, count, recipe, arguments, progress)
 
 
-def seeds_in(folder: Path, count: int, recipe: Recipe, arguments: Mapping[str, Any], watcher: Progress | None) -> Seeds:
+def seeds_in(
+    folder: Path, count: int, recipe: Recipe, arguments: Mapping[str, Any], progress: Progress | None
+) -> Seeds:
     runs = tuple(folder / f"seed-{recipe.seed + i}" for i in range(count))
     for i, run in enumerate(runs):
-        if watcher:
-            watcher.note("Seed", f"{recipe.seed + i}   ({i + 1} of {count})")
+        if progress:
+            progress.note("Seed", f"{recipe.seed + i}   ({i + 1} of {count})")
         there = distributed.shared(partial(begun, run))
         if there == "finished":
             continue
         if there == "begun":
-            resume(run, watcher)
+            resume(run, progress)
         else:
-            train(recipe=replace(recipe, seed=recipe.seed + i), run_dir=run, watcher=watcher, **arguments)
+            train(recipe=replace(recipe, seed=recipe.seed + i), run_dir=run, progress=progress, **arguments)
     found = Seeds(folder, runs, tuple(load_result(run) for run in runs))
     if distributed.leads():
         files.write_json(folder / "seeds.json", found.to_json())
@@ -125,7 +127,7 @@ def cross_validate(
     run_dir: str | Path | None = None,
     device: str = "auto",
     claimed: float = 0.98,
-    watcher: Progress | None = None,
+    progress: Progress | None = None,
 ) -> Folds:
     """Each training row is scored by a classifier that did not train on it; the test set is never touched.
 
@@ -141,14 +143,14 @@ def cross_validate(
     with distributed.joined(), new_folder(run_dir) as folder:
         if distributed.leads():
             files.write_json(folder / "series.json", {**config, "kind": "folds", "claimed": claimed})
-        return folds_in(folder, folds, recipe, choice, device, claimed, watcher or NoProgress())
+        return folds_in(folder, folds, recipe, choice, device, claimed, progress or NoProgress())
 
 
 def folds_in(
-    folder: Path, folds: int, recipe: Recipe, choice: DataChoice, device: str, claimed: float, watcher: Progress
+    folder: Path, folds: int, recipe: Recipe, choice: DataChoice, device: str, claimed: float, progress: Progress
 ) -> Folds:
     began = time.perf_counter()
-    stage = Experiment(recipe, choice, devices.choose_device(device), watcher)
+    stage = Experiment(recipe, choice, devices.choose_device(device), progress)
     stage.check(folder, folds)
     memory.keep_freed()
     source, data = stage.train_features(), stage.splits.data
@@ -157,7 +159,7 @@ def folds_in(
     probabilities = np.empty((len(everything), len(data.classes)), np.float32)
     histories = []
     for k, out in enumerate(fold_members(data.labels[everything], folds, recipe, data.source)):
-        watcher.note("Fold", f"{k + 1} of {folds}")
+        progress.note("Fold", f"{k + 1} of {folds}")
         stage.train, stage.val = validation_rows(data, np.delete(everything, out), recipe)
         part, history = one_fold(stage, source, everything[out], folder / f"fold-{k + 1}")
         probabilities[out] = part
@@ -179,7 +181,7 @@ def folds_in(
         claimed=claimed,
     )
     distributed.shared(partial(write_folds, folder, result))
-    watcher.close()
+    progress.close()
     return Folds(folder, result)
 
 
@@ -202,12 +204,12 @@ def fold_members(labels: NDArray[np.int64], folds: int, recipe: Recipe, name: st
 
 def one_fold(
     stage: Experiment, source: CachedSource, out: dataset.RowIndices, folder: Path
-) -> tuple[NDArray[np.float32], list[progress.Epoch]]:
+) -> tuple[NDArray[np.float32], list[Epoch]]:
     """Calibrated probabilities (n, K) of the rows that this fold leaves out; kept, so that no fold is done twice."""
     kept = folder / "probabilities.npy"
     expected = (len(out), len(stage.splits.data.classes))
     if (before := probabilities_in(kept, expected)) is not None and (folder / "history.csv").exists():
-        return before, [progress.Epoch(**row) for row in run_result.read_history(folder / "history.csv")]
+        return before, [Epoch(**row) for row in run_result.read_history(folder / "history.csv")]
     source.standardise = stage.measured(source)
     head, history = stage.fit(source, folder)
     temperature = 1.0
@@ -231,7 +233,7 @@ def probabilities_in(path: Path, shape: tuple[int, int]) -> NDArray[np.float32] 
     return found if found.shape == shape and np.isfinite(found).all() else None
 
 
-def mean_history(histories: Sequence[Sequence[progress.Epoch]]) -> list[dict[str, Any]]:
+def mean_history(histories: Sequence[Sequence[Epoch]]) -> list[dict[str, Any]]:
     """The folds' curves averaged; seconds are summed."""
     lines = []
     for epochs in zip(*histories, strict=True):
@@ -254,7 +256,7 @@ def is_series(folder: str | Path) -> bool:
     return (Path(folder) / "series.json").exists()
 
 
-def resume_series(folder: str | Path, watcher: Progress | None = None) -> Seeds | Folds:
+def resume_series(folder: str | Path, progress: Progress | None = None) -> Seeds | Folds:
     """Go on with seeds or folds that were stopped; what is finished is not done again."""
     folder = Path(folder)
     about = files.read_json(folder / "series.json")
@@ -262,12 +264,12 @@ def resume_series(folder: str | Path, watcher: Progress | None = None) -> Seeds 
     try:
         recipe = recipes.from_json(about["recipe"], str(folder / "series.json"))
         if about["kind"] == "seeds":
-            go_on = partial(seeds_in, folder, about["count"], recipe, about["arguments"], watcher)
+            go_on = partial(seeds_in, folder, about["count"], recipe, about["arguments"], progress)
         else:
             values = dict(about["data"])
             choice = DataChoice(**{**values, "classes": tuple(values["classes"]) if values["classes"] else None})
             told = (about["folds"], recipe, choice, about["device"], about["claimed"])
-            go_on = partial(folds_in, folder, *told, watcher or NoProgress())
+            go_on = partial(folds_in, folder, *told, progress or NoProgress())
     except (KeyError, TypeError) as error:
         raise AttireError(folder / "series.json", "not a series of runs", str(error)[:80]) from error
     with distributed.joined(), claimed_folder(folder):

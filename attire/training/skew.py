@@ -14,7 +14,7 @@ from attire.features.logits import predict_logits
 from attire.features.sources import FeatureSource
 
 ROWS = 5000  # at most
-PIXELS = 25_000_000  # of pictures, which the fp32 trunk sees once: 500 of 224 px, two minutes on 2 cores
+PIXELS = 25_000_000  # of pictures, which the fp32 backbone sees once: 500 of 224 px, two minutes on 2 cores
 ALLOWED = -0.003  # of accuracy: a loss that is smaller, or that could be none, is borne
 
 

@@ -10,7 +10,7 @@ NAMES = {"train_loss": "loss/train", "val_loss": "loss/validation", "val_accurac
 
 
 class Board:
-    """A watcher that passes everything on to another one, and writes each epoch as scalars into `folder`.
+    """A progress that passes everything on to another one, and writes each epoch as scalars into `folder`.
 
     Steps are epochs. After a resume the epochs go on in a further event file of the same folder, as TensorBoard
     expects. Raises AttireError where TensorBoard is not installed.

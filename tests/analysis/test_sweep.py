@@ -47,11 +47,11 @@ def test_every_size_boundary_and_pooling_gets_a_line(small_csv: Path, weights: P
 
 def test_a_tap_gives_the_features_that_training_at_that_boundary_uses(weights: Path, synthetic: ImageDataset) -> None:
     pictures = vgg.preprocess(synthetic.images[:5], 20)
-    deep = vgg.Trunk(vgg.vgg16(weights, "block3", 0, nn.Sequential()), torch.device("cpu"), "fp32")
+    deep = vgg.Backbone(vgg.vgg16(weights, "block3", 0, nn.Sequential()), torch.device("cpu"), "fp32")
     with torch.inference_mode():
-        both = sweep.TapTrunk(deep, [("block2", 2), ("block3", 2)])(pictures)
+        both = sweep.TapBackbone(deep, [("block2", 2), ("block3", 2)])(pictures)
         for name, part in (("block2", both[:, :512]), ("block3", both[:, 512:])):
-            alone = vgg.Trunk(vgg.vgg16(weights, name, 2, nn.Sequential()), torch.device("cpu"), "fp32")(pictures)
+            alone = vgg.Backbone(vgg.vgg16(weights, name, 2, nn.Sequential()), torch.device("cpu"), "fp32")(pictures)
             assert torch.allclose(part, alone, rtol=1e-4, atol=1e-4), name
 
 

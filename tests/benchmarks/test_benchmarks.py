@@ -234,7 +234,7 @@ def test_the_recipe_of_the_claim_stands_first_and_mistakes_are_shared_over_recip
     results = {"recipes": {"fast": CLAIM, "classic": classic}}
     text = " ".join(claim_page.text(results).split())
     assert text.index("### `classic`, seed 0") < text.index("### `fast`, seed 0")
-    assert "Recipe `classic`, 2 epochs instead of the recipe's 10, cached features, trunk by openvino-int8" in text
+    assert "Recipe `classic`, 2 epochs instead of the recipe's 10, cached features, backbone by openvino-int8" in text
     assert "4 classifiers get wrong: 3 (`classic`, seed 0 of this page)" in text
     assert "**1 images are wrong in all of them**, 7 in at least one" in text
     assert "- Of `classic`: `seed-1`" in text

@@ -78,7 +78,7 @@ def test_views_are_numbered_with_the_strange_one_last(garments: np.ndarray) -> N
     names = features_views.view_names(True, 1, True, True)
     ours = (features_views.DRAWN, f"{features_views.DRAWN} flip", features_views.STRANGE)
     assert names == ("plain", "flip", "shift+0-2", "shift+0-2 flip", *ours)
-    recipe = Recipe(shifts=1, drawn=True, strange=True)
+    recipe = Recipe(shifts=1, synthetic_drawings=True, outlier_exposure=True)
     assert recipe.training_views == len(names)
     drawn, mirrored = (features_views.seen(garments, name) for name in ours[:2])
     assert np.array_equal(mirrored, drawn[:, :, ::-1])
@@ -104,8 +104,8 @@ def test_rows_that_are_none_of_the_classes_are_to_be_answered_with_each_alike() 
 
 
 def test_strange_shapes_and_cutmix_exclude_each_other() -> None:
-    with pytest.raises(UsageError, match="--strange: expected no, as CutMix mixes rows"):
-        Recipe(strange=True, cutmix=0.5)
+    with pytest.raises(UsageError, match="--outlier-exposure: expected no, as CutMix mixes rows"):
+        Recipe(outlier_exposure=True, cutmix=0.5)
 
 
 def test_a_classifier_learns_to_doubt_what_is_strange() -> None:

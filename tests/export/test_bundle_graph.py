@@ -32,7 +32,7 @@ def rejecting(classifier: Classifier, synthetic: ImageDataset) -> Classifier:
     x = torch.cat([pooled(part, 128) for part in classifier._features(synthetic.images)])
     centre, whiten, means = fit_classes(x, torch.from_numpy(synthetic.labels), shrinkage=0.9)  # 60 rows, 128 channels
     far = nearest(x, centre, whiten, means).sort().values
-    classifier.rejecter = OODDetector(centre, whiten, means, float(far[29] + far[30]) / 2, 60)
+    classifier.ood_detector = OODDetector(centre, whiten, means, float(far[29] + far[30]) / 2, 60)
     return classifier
 
 
@@ -48,8 +48,8 @@ def test_the_graph_answers_as_the_bundle_and_holds_no_weights(graphed: Path, syn
     bundle, graph = load_bundle(graphed, "cpu"), load_graph(graphed)
     expected, found = bundle.predict(synthetic.images), graph.predict(synthetic.images)
     assert [x.label for x in found] == [x.label for x in expected]
-    assert [x.rejected for x in found] == [x.rejected for x in expected]
-    assert {True, False} == {x.rejected for x in found}
+    assert [x.out_of_distribution for x in found] == [x.out_of_distribution for x in expected]
+    assert {True, False} == {x.out_of_distribution for x in found}
     assert np.allclose([x.probability for x in found], [x.probability for x in expected], atol=1e-4)
     assert np.allclose([x.distance or 0 for x in found], [x.distance or 0 for x in expected], rtol=1e-3)
     assert (graphed / "network.onnx").stat().st_size < 0.2 * (graphed / "model.safetensors").stat().st_size
@@ -80,23 +80,23 @@ def test_a_convolutional_classifier_has_a_graph_of_the_bundles_own_weights(
 def test_doubt_counts_in_the_graph_as_in_the_bundle(
     rejecting: Classifier, synthetic: ImageDataset, tmp_path: Path
 ) -> None:
-    assert rejecting.rejecter is not None
+    assert rejecting.ood_detector is not None
     plain = rejecting.distances(synthetic.images)
-    rejecting.rejecter = replace(rejecting.rejecter, doubt=5.0)
+    rejecting.ood_detector = replace(rejecting.ood_detector, doubt=5.0)
     far = rejecting.distances(synthetic.images)
-    rejecting.rejecter = replace(rejecting.rejecter, threshold=float(np.sort(far)[29:31].mean()))
+    rejecting.ood_detector = replace(rejecting.ood_detector, threshold=float(np.sort(far)[29:31].mean()))
     rejecting.save(tmp_path)
     write_graph(tmp_path, synthetic)
     found = load_graph(tmp_path).predict(synthetic.images)
     assert np.allclose([x.distance or 0 for x in found], far, rtol=1e-3)
     assert not np.allclose(far, plain, rtol=1e-3)
-    assert sum(bool(x.rejected) for x in found) == 30
+    assert sum(bool(x.out_of_distribution) for x in found) == 30
 
 
 def test_a_graph_holds_the_views_that_its_bundle_averages(
     rejecting: Classifier, synthetic: ImageDataset, tmp_path: Path
 ) -> None:
-    rejecting.architecture = replace(rejecting.architecture, test_views=6)
+    rejecting.architecture = replace(rejecting.architecture, tta=6)
     rejecting.save(tmp_path)
     gate = write_graph(tmp_path, synthetic)
     assert gate.largest < 1e-5
@@ -121,14 +121,14 @@ def test_a_graph_without_a_verdict_where_the_bundle_has_none(
 ) -> None:
     classifier.save(tmp_path)
     write_graph(tmp_path, synthetic)
-    assert load_graph(tmp_path).predict(synthetic.images[:1])[0].rejected is None
+    assert load_graph(tmp_path).predict(synthetic.images[:1])[0].out_of_distribution is None
 
 
 def test_an_onnx_export_gives_verdicts_too(rejecting: Classifier, synthetic: ImageDataset, tmp_path: Path) -> None:
     rejecting.save(tmp_path / "bundle")
     made = export(tmp_path / "bundle", "onnx", out=tmp_path / "m.onnx", data=synthetic)
-    expected = [found.rejected for found in rejecting.predict(synthetic.images)]
-    assert [found.rejected for found in made.predict(synthetic.images)] == expected
+    expected = [found.out_of_distribution for found in rejecting.predict(synthetic.images)]
+    assert [found.out_of_distribution for found in made.predict(synthetic.images)] == expected
     assert (made.facts["gate"]["verdicts"], made.facts["gate"]["distance"] < 1e-3) == (0, True)
 
 

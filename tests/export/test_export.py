@@ -78,7 +78,7 @@ def test_an_export_averages_the_views_that_its_bundle_averages(
 ) -> None:
     needs(kind)
     classifier = load_bundle(bundle)
-    classifier.architecture = replace(classifier.architecture, test_views=4)
+    classifier.architecture = replace(classifier.architecture, tta=4)
     classifier.save(bundle)
     made = export(bundle, kind, out=tmp_path / f"m{SUFFIXES[kind]}", data=synthetic)
     for rows in (1, 3):

@@ -130,9 +130,9 @@ def test_what_ships_is_whole_and_small_enough() -> None:
     told = classifier.facts["release"]
     assert all(files.sha256_file(SHIPPED / name) == digest for name, digest in told["digests"].items())
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 16_000_000
-    assert classifier.rejecter is not None
+    assert classifier.ood_detector is not None
     graph = load_graph()
-    assert (graph.classes, graph.threshold) == (classifier.classes, classifier.rejecter.threshold)
+    assert (graph.classes, graph.threshold) == (classifier.classes, classifier.ood_detector.threshold)
     first = told["first"]
     card = (SHIPPED / "MODEL_CARD.md").read_text()
     assert f"| all | {told['correct']:,} | {told['n']:,} |\n| the first 2,000 | {first['correct']:,} | 2,000 |" in card
@@ -150,7 +150,7 @@ def test_predict_answers_right_after_install_without_torch(tmp_path: Path, synth
     assert (done.returncode, done.stderr) == (0, "")
     expected = load_bundle(device="cpu").predict(tmp_path / "a.png")
     told = json.loads(done.stdout)
-    assert (told["label"], told["rejected"]) == (expected.label, expected.rejected)
+    assert (told["label"], told["out_of_distribution"]) == (expected.label, expected.out_of_distribution)
     assert told["distance"] == pytest.approx(expected.distance, rel=1e-4)
 
 

@@ -18,10 +18,10 @@ from attire.features import cache
 from attire.features.cache import Features, FeatureSpec, extract
 
 SPEC = FeatureSpec("block2", 16, 0, "w" * 64)  # 4 x 4 x 128 = 2,048 features
-Shrunk = Callable[[], "CountingTrunk"]
+Shrunk = Callable[[], "CountingBackbone"]
 
 
-class CountingTrunk:
+class CountingBackbone:
     """2,048 numbers that depend on every pixel; counts its calls, and stops where it is told to."""
 
     def __init__(self, fail_at: int = 0) -> None:
@@ -41,8 +41,8 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "SHARD_BYTES", 16 * 2 * 2048)
 
 
-def run(data: ImageDataset, trunk: CountingTrunk, spec: FeatureSpec = SPEC) -> Features:
-    return extract(data.images, data.image_digest, spec, lambda: trunk)
+def run(data: ImageDataset, backbone: CountingBackbone, spec: FeatureSpec = SPEC) -> Features:
+    return extract(data.images, data.image_digest, spec, lambda: backbone)
 
 
 def rows_of(found: Features) -> np.ndarray:
@@ -50,12 +50,12 @@ def rows_of(found: Features) -> np.ndarray:
 
 
 def test_features_are_computed_once(synthetic: ImageDataset) -> None:
-    first, second = CountingTrunk(), CountingTrunk()
+    first, second = CountingBackbone(), CountingBackbone()
     made, again = run(synthetic, first), run(synthetic, second)
     assert (first.calls, second.calls) == (4, 0)
     assert made.shape == (60, 2048)
     assert np.array_equal(rows_of(made), rows_of(again))
-    assert np.array_equal(rows_of(made), cache.compute(synthetic.images, SPEC, CountingTrunk()))
+    assert np.array_equal(rows_of(made), cache.compute(synthetic.images, SPEC, CountingBackbone()))
 
 
 def test_whatever_decides_a_feature_is_in_the_key() -> None:
@@ -71,14 +71,14 @@ def test_whatever_decides_a_feature_is_in_the_key() -> None:
 @pytest.mark.parametrize("fail_at", [1, 2, 4])
 def test_a_stopped_extraction_redoes_at_most_one_shard(fail_at: int, synthetic: ImageDataset) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(synthetic, CountingTrunk(fail_at))
+        run(synthetic, CountingBackbone(fail_at))
     for entry in cache.cache_entries():  # none where not one shard was finished
         assert not entry.finished
         assert "unfinished" in entry.describe()
-    rest = CountingTrunk()
+    rest = CountingBackbone()
     found = run(synthetic, rest)
     assert rest.calls == 4 - (fail_at - 1)
-    assert np.array_equal(rows_of(found), cache.compute(synthetic.images, SPEC, CountingTrunk()))
+    assert np.array_equal(rows_of(found), cache.compute(synthetic.images, SPEC, CountingBackbone()))
     assert sorted(path.suffix for path in found.folder.iterdir()) == [".json"] + 4 * [".npy"]  # the manifest alone
 
 
@@ -100,10 +100,10 @@ def append(path: Path) -> None:
 def test_a_damaged_shard_is_set_aside_and_made_again_with_one_warning(
     damage: Callable[[Path], None], synthetic: ImageDataset
 ) -> None:
-    made = run(synthetic, CountingTrunk())
+    made = run(synthetic, CountingBackbone())
     whole = rows_of(made)
     damage(cache.shard_path(made.folder, 2))
-    again = CountingTrunk()
+    again = CountingBackbone()
     with pytest.warns(AttireWarning, match=r"1 damaged shard set aside as \*\.damaged and made again") as caught:
         found = run(synthetic, again)
     assert (len(caught), again.calls) == (1, 1)
@@ -111,32 +111,32 @@ def test_a_damaged_shard_is_set_aside_and_made_again_with_one_warning(
     assert (made.folder / "shard-00002.damaged").exists()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(synthetic, CountingTrunk(1))  # mended: nothing is computed, nothing is warned of
+        run(synthetic, CountingBackbone(1))  # mended: nothing is computed, nothing is warned of
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"shards": 3}', '{"shards": [{"rows": "../../x", "sha256": 1}]}'])
 def test_a_damaged_manifest_costs_the_entry_but_nothing_else(text: str, synthetic: ImageDataset) -> None:
-    made = run(synthetic, CountingTrunk())
+    made = run(synthetic, CountingBackbone())
     whole = rows_of(made)
     (made.folder / "MANIFEST.json").write_text(text)
     with pytest.warns(AttireWarning, match="damaged shards set aside"):
-        found = run(synthetic, CountingTrunk())
+        found = run(synthetic, CountingBackbone())
     assert np.array_equal(rows_of(found), whole)
 
 
 def test_a_manifest_cannot_point_elsewhere(synthetic: ImageDataset, tmp_path: Path) -> None:
     """Shards have fixed names: whatever a manifest says besides digests and rows is not followed."""
-    made = run(synthetic, CountingTrunk())
+    made = run(synthetic, CountingBackbone())
     manifest = json.loads((made.folder / "MANIFEST.json").read_text())
     for line in manifest["shards"]:
         line["file"] = "../../../outside.npy"
     (made.folder / "MANIFEST.json").write_text(json.dumps(manifest))
-    assert np.array_equal(rows_of(run(synthetic, CountingTrunk(1))), rows_of(made))
+    assert np.array_equal(rows_of(run(synthetic, CountingBackbone(1))), rows_of(made))
     assert not list(tmp_path.glob("*.npy"))
 
 
 def test_rows_come_in_the_order_asked_for_across_shards(synthetic: ImageDataset) -> None:
-    found = run(synthetic, CountingTrunk())
+    found = run(synthetic, CountingBackbone())
     whole = rows_of(found)
     order = np.array([59, 0, 17, 16, 15, 31, 0, 42])
     assert np.array_equal(found.gather(order), whole[order])
@@ -149,23 +149,23 @@ def test_rows_come_in_the_order_asked_for_across_shards(synthetic: ImageDataset)
 
 
 def test_the_other_views_are_the_mirrored_and_the_negative_image(synthetic: ImageDataset) -> None:
-    trunk = CountingTrunk()
-    flipped = cache.compute(synthetic.images, cache.with_view(SPEC, "flip"), trunk)
-    assert np.array_equal(flipped, cache.compute(synthetic.images[:, :, ::-1].copy(), SPEC, trunk))
-    negative = cache.compute(synthetic.images, cache.with_view(SPEC, "negative"), trunk)
-    assert np.array_equal(negative, cache.compute(255 - synthetic.images, SPEC, trunk))
+    backbone = CountingBackbone()
+    flipped = cache.compute(synthetic.images, cache.with_view(SPEC, "flip"), backbone)
+    assert np.array_equal(flipped, cache.compute(synthetic.images[:, :, ::-1].copy(), SPEC, backbone))
+    negative = cache.compute(synthetic.images, cache.with_view(SPEC, "negative"), backbone)
+    assert np.array_equal(negative, cache.compute(255 - synthetic.images, SPEC, backbone))
     assert not np.array_equal(flipped, negative)
 
 
 def test_progress_is_told_in_rows(synthetic: ImageDataset) -> None:
     told: list[tuple[int, int]] = []
     extract(
-        synthetic.images, synthetic.image_digest, SPEC, CountingTrunk, lambda done, total: told.append((done, total))
+        synthetic.images, synthetic.image_digest, SPEC, CountingBackbone, lambda done, total: told.append((done, total))
     )
     assert told == [(0, 60), (16, 60), (32, 60), (48, 60), (60, 60), (60, 60)]
     told.clear()
     extract(
-        synthetic.images, synthetic.image_digest, SPEC, CountingTrunk, lambda done, total: told.append((done, total))
+        synthetic.images, synthetic.image_digest, SPEC, CountingBackbone, lambda done, total: told.append((done, total))
     )
     assert told == [(60, 60)]
 
@@ -178,8 +178,8 @@ def test_shards_hold_a_power_of_two_of_rows(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_cache_is_listed_and_entries_are_deleted(synthetic: ImageDataset) -> None:
-    first = run(synthetic, CountingTrunk())
-    second = run(synthetic, CountingTrunk(), replace(SPEC, view="flip"))
+    first = run(synthetic, CountingBackbone())
+    second = run(synthetic, CountingBackbone(), replace(SPEC, view="flip"))
     entries = {entry.key: entry for entry in cache.cache_entries()}
     assert set(entries) == {first.folder.name, second.folder.name}
     entry = entries[second.folder.name]
@@ -192,7 +192,7 @@ def test_the_cache_is_listed_and_entries_are_deleted(synthetic: ImageDataset) ->
 
 @pytest.mark.parametrize("key", ["", "zzz"])
 def test_an_unknown_or_unclear_key_deletes_nothing(key: str, synthetic: ImageDataset) -> None:
-    run(synthetic, CountingTrunk())
+    run(synthetic, CountingBackbone())
     with pytest.raises(AttireError, match=f"cache: no entries begin with '{key}'; see: attire cache"):
         cache.delete_entry(key)
     assert len(cache.cache_entries()) == 1

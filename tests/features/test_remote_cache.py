@@ -12,7 +12,7 @@ from attire.errors import AttireWarning, UsageError
 from attire.features import cache, remote_cache
 from attire.storage import files
 from attire.storage.stores import StorageLocation, StoreError, place
-from tests.features.test_cache import SPEC, CountingTrunk, rows_of, run, small_shards  # noqa: F401  (a fixture)
+from tests.features.test_cache import SPEC, CountingBackbone, rows_of, run, small_shards  # noqa: F401  (a fixture)
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -25,7 +25,7 @@ def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 @pytest.fixture
 def entry(remote: StorageLocation, synthetic: ImageDataset) -> StorageLocation:
     """What the first machine shared; the local cache is empty again."""
-    run(synthetic, CountingTrunk())
+    run(synthetic, CountingBackbone())
     forget()
     return place(f"{remote.url}/{SPEC.key(synthetic.image_digest)}")
 
@@ -36,13 +36,13 @@ def forget() -> None:
 
 def test_what_one_machine_made_another_pulls(entry: StorageLocation, synthetic: ImageDataset) -> None:
     assert sorted(name[:11] for name in entry.sizes()) == ["MANIFEST.js", *(f"shard-{i:05d}" for i in range(4))]
-    trunk, told = CountingTrunk(), list[tuple[int, int]]()
+    backbone, told = CountingBackbone(), list[tuple[int, int]]()
     found = cache.extract(
-        synthetic.images, synthetic.image_digest, SPEC, lambda: trunk, lambda done, total: told.append((done, total))
+        synthetic.images, synthetic.image_digest, SPEC, lambda: backbone, lambda done, total: told.append((done, total))
     )
-    assert trunk.calls == 0
+    assert backbone.calls == 0
     assert told[:4] == [(16, 60), (32, 60), (48, 60), (60, 60)]
-    assert np.array_equal(rows_of(found), cache.compute(synthetic.images, SPEC, CountingTrunk()))
+    assert np.array_equal(rows_of(found), cache.compute(synthetic.images, SPEC, CountingBackbone()))
     assert sorted(path.name for path in found.folder.iterdir()) == [
         "MANIFEST.json",
         *(f"shard-{i:05d}.npy" for i in range(4)),
@@ -51,8 +51,8 @@ def test_what_one_machine_made_another_pulls(entry: StorageLocation, synthetic: 
 
 def test_a_finished_entry_is_never_written_again(entry: StorageLocation, synthetic: ImageDataset) -> None:
     entry.write("MANIFEST.json", entry.read("MANIFEST.json").replace(b'"schema": 1', b'"schema": 1, "first": true'))
-    run(synthetic, CountingTrunk())
-    run(synthetic, CountingTrunk())
+    run(synthetic, CountingBackbone())
+    run(synthetic, CountingBackbone())
     assert b'"first": true' in entry.read("MANIFEST.json")
 
 
@@ -64,21 +64,21 @@ def test_a_damaged_shard_is_computed_here(harm: str, entry: StorageLocation, syn
         entry.remove(name)
     else:
         entry.write(name, data[:-1] if harm == "cut off" else data[:500] + bytes([data[500] ^ 1]) + data[501:])
-    trunk = CountingTrunk()
+    backbone = CountingBackbone()
     line = rf"^{remote_cache.VARIABLE}: .*{name}: damaged or missing; features are computed here$"
     with pytest.warns(AttireWarning, match=line) as told:
-        found = run(synthetic, trunk)
-    assert (trunk.calls, len(told)) == (1, 1)
-    assert np.array_equal(rows_of(found), cache.compute(synthetic.images, SPEC, CountingTrunk()))
+        found = run(synthetic, backbone)
+    assert (backbone.calls, len(told)) == (1, 1)
+    assert np.array_equal(rows_of(found), cache.compute(synthetic.images, SPEC, CountingBackbone()))
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b'{"shards": []}', b'{"shards": 1}'])
 def test_a_damaged_manifest_is_as_good_as_none(text: bytes, entry: StorageLocation, synthetic: ImageDataset) -> None:
     entry.write("MANIFEST.json", text)
-    trunk = CountingTrunk()
+    backbone = CountingBackbone()
     with pytest.warns(AttireWarning, match="damaged, or not of these features; delete it there; features are computed"):
-        run(synthetic, trunk)
-    assert trunk.calls == 4
+        run(synthetic, backbone)
+    assert backbone.calls == 4
 
 
 def test_features_of_other_images_are_not_taken(entry: StorageLocation, synthetic: ImageDataset) -> None:
@@ -86,7 +86,7 @@ def test_features_of_other_images_are_not_taken(entry: StorageLocation, syntheti
     lied = entry.read("MANIFEST.json").replace(synthetic.image_digest.encode(), b"0" * 64)
     entry.write("MANIFEST.json", lied)
     with pytest.warns(AttireWarning, match="not of these features"):
-        run(synthetic, CountingTrunk())
+        run(synthetic, CountingBackbone())
 
 
 def test_a_push_that_was_stopped_is_finished_later(
@@ -103,13 +103,13 @@ def test_a_push_that_was_stopped_is_finished_later(
     monkeypatch.setattr(remote_cache, "THREADS", 1)
     monkeypatch.setattr(StorageLocation, "write", write)
     with pytest.raises(KeyboardInterrupt):
-        run(synthetic, CountingTrunk())
+        run(synthetic, CountingBackbone())
     monkeypatch.setattr(StorageLocation, "write", real)
     at = place(f"{remote.url}/{SPEC.key(synthetic.image_digest)}")
     assert "MANIFEST.json" not in at.sizes()
-    trunk = CountingTrunk()
-    run(synthetic, trunk)
-    assert trunk.calls == 0
+    backbone = CountingBackbone()
+    run(synthetic, backbone)
+    assert backbone.calls == 0
     assert len(at.sizes()) == 5
 
 
@@ -120,11 +120,11 @@ def test_two_machines_that_made_it_differently_do_not_mix(entry: StorageLocation
     run(synthetic, Doubled())
     assert len(entry.sizes()) == len(there) + 4
     forget()
-    found = run(synthetic, CountingTrunk(fail_at=1))
+    found = run(synthetic, CountingBackbone(fail_at=1))
     assert np.array_equal(rows_of(found), cache.compute(synthetic.images, SPEC, Doubled()))
 
 
-class Doubled(CountingTrunk):
+class Doubled(CountingBackbone):
     def __call__(self, x: Tensor) -> Tensor:
         return 2 * super().__call__(x)
 
@@ -135,8 +135,8 @@ def test_without_the_store_work_goes_on(synthetic: ImageDataset, monkeypatch: py
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv(remote_cache.VARIABLE, "s3://bucket/features")
     with pytest.warns(AttireWarning, match="the store did not serve it .*; features are computed here"):
-        run(synthetic, CountingTrunk())
-    run(synthetic.subset(range(20)), CountingTrunk())  # it is not asked again: here a warning would be an error
+        run(synthetic, CountingBackbone())
+    run(synthetic.subset(range(20)), CountingBackbone())  # it is not asked again: here a warning would be an error
 
 
 def test_who_may_not_write_goes_on_reading(
@@ -147,21 +147,21 @@ def test_who_may_not_write_goes_on_reading(
 
     monkeypatch.setattr(StorageLocation, "write", refused)
     with pytest.warns(AttireWarning, match="ACCESS_DENIED.*; new features are not shared"):
-        run(synthetic.subset(range(20)), CountingTrunk())
-    run(synthetic.subset(range(30)), CountingTrunk())  # told once
-    trunk = CountingTrunk()
-    run(synthetic, trunk)
-    assert trunk.calls == 0
+        run(synthetic.subset(range(20)), CountingBackbone())
+    run(synthetic.subset(range(30)), CountingBackbone())  # told once
+    backbone = CountingBackbone()
+    run(synthetic, backbone)
+    assert backbone.calls == 0
 
 
 def test_a_name_that_cannot_be_meant_is_an_error(synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(remote_cache.VARIABLE, "ftp://host/x")
     with pytest.raises(UsageError, match="ftp:// is not known"):
-        run(synthetic, CountingTrunk())
+        run(synthetic, CountingBackbone())
 
 
 def test_nothing_is_shared_unless_it_is_asked_for(synthetic: ImageDataset, tmp_path: Path) -> None:
-    run(synthetic, CountingTrunk())
+    run(synthetic, CountingBackbone())
     assert remote_cache.shared_place("key", set()) is None
     assert files.cache_dir().parent == tmp_path
     assert not (tmp_path / "shared").exists()

@@ -20,7 +20,7 @@ IMAGES = blocks_and_noise(40).images
 
 
 class Counting:
-    """A trunk that gives each picture's own mean in every column, and counts the pictures."""
+    """A backbone that gives each picture's own mean in every column, and counts the pictures."""
 
     device = torch.device("cpu")
 
@@ -33,13 +33,13 @@ class Counting:
 
 
 @pytest.fixture
-def trunk() -> Counting:
+def backbone() -> Counting:
     return Counting()
 
 
 @pytest.fixture
-def load(trunk: Counting) -> Callable[[], Counting]:
-    return lambda: trunk
+def load(backbone: Counting) -> Callable[[], Counting]:
+    return lambda: backbone
 
 
 def expected(images: NDArray[np.uint8]) -> NDArray[np.float16]:
@@ -50,18 +50,18 @@ def rows_of(found: feature_cache.Features) -> NDArray[np.float16]:
     return np.concatenate(list(found.blocks(7)))
 
 
-def test_only_images_that_no_entry_holds_are_computed(trunk: Counting, load: Callable[[], Counting]) -> None:
+def test_only_images_that_no_entry_holds_are_computed(backbone: Counting, load: Callable[[], Counting]) -> None:
     row_lookup.collect(IMAGES[:20], SPEC, load)
-    assert trunk.rows == 20
+    assert backbone.rows == 20
     mixed = IMAGES[[25, 3, 30, 3, 19, 25]]
     assert np.array_equal(rows_of(row_lookup.collect(mixed, SPEC, load)), expected(mixed))
-    assert trunk.rows == 22  # 25 and 30, once each
+    assert backbone.rows == 22  # 25 and 30, once each
     everything = row_lookup.collect(IMAGES, SPEC, load)
-    assert trunk.rows == 40
+    assert backbone.rows == 40
     assert np.array_equal(rows_of(everything), expected(IMAGES))
     assert everything.shape == (40, 512)
     row_lookup.collect(IMAGES[::-1], SPEC, load)
-    assert trunk.rows == 40
+    assert backbone.rows == 40
 
 
 def test_rows_come_in_any_order_and_into_a_given_array(load: Callable[[], Counting]) -> None:
@@ -73,38 +73,38 @@ def test_rows_come_in_any_order_and_into_a_given_array(load: Callable[[], Counti
     assert np.array_equal(out, expected(IMAGES[[1, 4, 8]]))
 
 
-def test_another_spec_has_features_of_its_own(trunk: Counting, load: Callable[[], Counting]) -> None:
+def test_another_spec_has_features_of_its_own(backbone: Counting, load: Callable[[], Counting]) -> None:
     row_lookup.collect(IMAGES[:9], SPEC, load)
     row_lookup.collect(IMAGES[:9], feature_cache.with_view(SPEC, "flip"), load)
-    assert trunk.rows == 18
+    assert backbone.rows == 18
 
 
-def test_an_array_that_is_an_entry_already_is_taken_as_one(trunk: Counting, load: Callable[[], Counting]) -> None:
+def test_an_array_that_is_an_entry_already_is_taken_as_one(backbone: Counting, load: Callable[[], Counting]) -> None:
     """What `attire train` has extracted."""
     data = blocks_and_noise(40)
     feature_cache.extract(data.images, data.image_digest, SPEC, load)
     row_lookup.collect(data.images, SPEC, load)
-    assert trunk.rows == 40
+    assert backbone.rows == 40
 
 
-def test_without_the_cache_nothing_is_written(trunk: Counting, load: Callable[[], Counting], cache: Path) -> None:
+def test_without_the_cache_nothing_is_written(backbone: Counting, load: Callable[[], Counting], cache: Path) -> None:
     told: list[tuple[int, int]] = []
     double = np.concatenate([IMAGES[:9], IMAGES[:3]])
     found = row_lookup.compute(double, SPEC, load, lambda done, total: told.append((done, total)))
     assert np.array_equal(rows_of(found), expected(double))
-    assert (trunk.rows, told[-1]) == (9, (9, 9))
+    assert (backbone.rows, told[-1]) == (9, (9, 9))
     assert not cache.exists()
     assert row_lookup.compute(IMAGES[:0], SPEC, load).shape == (0, 512)
 
 
-def test_a_deleted_entry_is_computed_again(trunk: Counting, load: Callable[[], Counting]) -> None:
+def test_a_deleted_entry_is_computed_again(backbone: Counting, load: Callable[[], Counting]) -> None:
     row_lookup.collect(IMAGES[:9], SPEC, load)
     feature_cache.delete_entry(feature_cache.cache_entries()[0].key)
     assert np.array_equal(rows_of(row_lookup.collect(IMAGES[3:9], SPEC, load)), expected(IMAGES[3:9]))
-    assert trunk.rows == 15
+    assert backbone.rows == 15
 
 
-def test_a_damaged_entry_is_computed_again(trunk: Counting, load: Callable[[], Counting]) -> None:
+def test_a_damaged_entry_is_computed_again(backbone: Counting, load: Callable[[], Counting]) -> None:
     entry = row_lookup.collect(IMAGES[:9], SPEC, load).parts[0]
     assert isinstance(entry, feature_cache.Features)
     shard = feature_cache.shard_path(entry.folder, 0)
@@ -112,18 +112,18 @@ def test_a_damaged_entry_is_computed_again(trunk: Counting, load: Callable[[], C
     with pytest.warns(AttireWarning, match="1 damaged shard set aside"):
         found = row_lookup.collect(IMAGES[3:9], SPEC, load)
     assert np.array_equal(rows_of(found), expected(IMAGES[3:9]))
-    assert trunk.rows == 15
+    assert backbone.rows == 15
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:-5], lambda data: b"?" + data[1:], lambda data: b""])
 def test_a_damaged_index_is_passed_over(
-    spoil: Callable[[bytes], bytes], trunk: Counting, load: Callable[[], Counting]
+    spoil: Callable[[bytes], bytes], backbone: Counting, load: Callable[[], Counting]
 ) -> None:
     row_lookup.collect(IMAGES[:9], SPEC, load)
     (path,) = row_lookup.index_folder(SPEC).glob("*.rows")
     path.write_bytes(spoil(path.read_bytes()))
     assert np.array_equal(rows_of(row_lookup.collect(IMAGES[3:9], SPEC, load)), expected(IMAGES[3:9]))
-    assert trunk.rows == 15
+    assert backbone.rows == 15
 
 
 def test_deleted_entries_leave_no_index(load: Callable[[], Counting]) -> None:

@@ -21,15 +21,15 @@ MASK = np.array([True, False, True, True, False, False, False])
 
 
 @pytest.fixture
-def trunk(random_weights: Path) -> vgg.Trunk:
-    return vgg.Trunk(vgg.vgg16(random_weights, "block2", 0, nn.Sequential()), torch.device("cpu"), "fp32")
+def backbone(random_weights: Path) -> vgg.Backbone:
+    return vgg.Backbone(vgg.vgg16(random_weights, "block2", 0, nn.Sequential()), torch.device("cpu"), "fp32")
 
 
 @pytest.fixture
-def views(synthetic: ImageDataset, trunk: vgg.Trunk) -> list[Features]:
+def views(synthetic: ImageDataset, backbone: vgg.Backbone) -> list[Features]:
     def made(view: str) -> Features:
         spec = cache.with_view(SPEC, view)
-        return cache.extract(synthetic.images, synthetic.image_digest, spec, lambda: trunk)
+        return cache.extract(synthetic.images, synthetic.image_digest, spec, lambda: backbone)
 
     return [made("plain"), made("flip")]
 
@@ -39,14 +39,14 @@ def taken(source: CachedSource | OnTheFlySource, mask: np.ndarray | None = None)
 
 
 def test_rows_from_memory_from_the_map_and_on_the_fly_are_equal(
-    views: list[Features], trunk: vgg.Trunk, synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch
+    views: list[Features], backbone: vgg.Backbone, synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = CachedSource(*views)
     monkeypatch.setattr(sources, "IN_MEMORY", 0)
     mapped = CachedSource(*views)
     assert held.table is not None
     assert mapped.table is None
-    flying = OnTheFlySource(sources.GarmentDataset(synthetic.images, synthetic.labels, 16), trunk, 2)
+    flying = OnTheFlySource(sources.GarmentDataset(synthetic.images, synthetic.labels, 16), backbone, 2)
     for mask in (None, MASK):
         expected = taken(held, mask)
         assert expected.shape == (7, 2048)
@@ -89,8 +89,10 @@ def test_a_source_standardises_what_it_gives(views: list[Features]) -> None:
     assert torch.allclose(taken(source), fit_standardiser(iter([plain]))(plain.clone()))
 
 
-def test_on_the_fly_rows_draw_nothing_from_the_global_random_state(trunk: vgg.Trunk, synthetic: ImageDataset) -> None:
-    flying = OnTheFlySource(sources.GarmentDataset(synthetic.images, synthetic.labels, 16), trunk, 8)
+def test_on_the_fly_rows_draw_nothing_from_the_global_random_state(
+    backbone: vgg.Backbone, synthetic: ImageDataset
+) -> None:
+    flying = OnTheFlySource(sources.GarmentDataset(synthetic.images, synthetic.labels, 16), backbone, 8)
     before = torch.get_rng_state()
     taken(flying, MASK)
     assert torch.equal(torch.get_rng_state(), before)

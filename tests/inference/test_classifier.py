@@ -142,7 +142,7 @@ def test_several_views_are_averaged_and_distances_are_of_the_plain_one(
     assert names == ("plain", "flip", "shift+0-2", "shift+0-2 flip")
     expected = torch.stack([classifier.logits(views.seen(images, name)) for name in names]).mean(0)
     plain = classifier.predict_proba(images)
-    classifier.architecture = replace(classifier.architecture, test_views=4)
+    classifier.architecture = replace(classifier.architecture, tta=4)
     assert torch.allclose(classifier.logits(images), expected, atol=1e-5)
     assert not np.allclose(classifier.predict_proba(images), plain, atol=1e-3)
     assert [found.probability for found in classifier.predict(images)] == classifier.predict_proba(images).max(
@@ -150,7 +150,7 @@ def test_several_views_are_averaged_and_distances_are_of_the_plain_one(
     ).tolist()
     classifier.save(tmp_path / "model")
     again = load_bundle(tmp_path / "model", "cpu")
-    assert again.architecture.test_views == 4
+    assert again.architecture.tta == 4
     assert np.array_equal(again.predict_proba(images), classifier.predict_proba(images))
 
 
@@ -380,7 +380,7 @@ SHAPE = {"freeze_to": "block2", "image_size": 16, "pool": 0, "hidden": [8], "dro
         {"architecture": {**SHAPE, "hidden": 8}},
         {"architecture": {**SHAPE, "pool": -1}},
         {"architecture": {**SHAPE, "depth": 3}},
-        {"architecture": {**SHAPE, "test_views": 99}},
+        {"architecture": {**SHAPE, "tta": 99}},
         {"architecture": {"freeze_to": "block2"}},
         {"architecture": None},
     ],

@@ -24,10 +24,10 @@ from tests.model.test_heads import TUNED
 
 @pytest.fixture
 def pair(classifier: Classifier, tmp_path: Path) -> tuple[Path, Path]:
-    """Two bundles on one trunk whose heads differ; the second averages two views."""
+    """Two bundles on one backbone whose heads differ; the second averages two views."""
     classifier.save(tmp_path / "first")
     head = classifier.architecture.build(10)
-    architecture = replace(classifier.architecture, test_views=2)
+    architecture = replace(classifier.architecture, tta=2)
     classifier.model.classifier = head
     other = Classifier(classifier.model, architecture, FASHION_CLASSES, 0.4, {"recipe": {"name": "other", "seed": 3}})
     other.save(tmp_path / "second")
@@ -56,8 +56,8 @@ def test_a_bundle_answers_through_the_cache_as_by_itself(pair: tuple[Path, Path]
 @pytest.mark.parametrize(
     ("recipe", "key"),
     [
-        (replace(TUNED, test_views=2), ("block1", 64 * 8 * 8)),
-        (replace(TUNED, train_blocks=1, pool=0), ("block1", 64 * 8 * 8)),
+        (replace(TUNED, tta=2), ("block1", 64 * 8 * 8)),
+        (replace(TUNED, finetune_blocks=1, pool=0), ("block1", 64 * 8 * 8)),
         (replace(TUNED, freeze_to="none"), ("none", 3 * 16 * 16)),
     ],
 )
@@ -69,7 +69,7 @@ def test_a_bundle_with_trained_blocks_takes_only_what_is_frozen_from_the_cache(
     expected = load_bundle(run.bundle, "cpu").predict_proba(synthetic.images)
     assert np.allclose(found.predictions.probabilities, expected, atol=5e-3)
     assert {(entry.made_by["freeze_to"], entry.made_by["width"]) for entry in cache.cache_entries()} == {key}
-    assert found.config["views"] == recipe.test_views
+    assert found.config["views"] == recipe.tta
 
 
 def test_an_ensemble_is_the_mean_of_its_members(
@@ -79,7 +79,7 @@ def test_an_ensemble_is_the_mean_of_its_members(
     alone = [load_bundle(path, "cpu").predict_proba(synthetic.images) for path in pair]
     assert np.allclose(found.result.predictions.probabilities, np.mean(alone, 0), atol=2e-3)
     assert np.allclose(found.ensemble.predict_proba(synthetic.images), np.mean(alone, 0), atol=1e-6)
-    assert [entry.made_by["view"] for entry in cache.cache_entries()].count("plain") == 1  # one trunk, one entry
+    assert [entry.made_by["view"] for entry in cache.cache_entries()].count("plain") == 1  # one backbone, one entry
     assert [member.config["views"] for member in found.members] == [1, 2]
     assert found.result.config["views"] == 3
     right = [member.test.correct for member in found.members]

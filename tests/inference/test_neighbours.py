@@ -124,7 +124,7 @@ def test_a_run_s_bundle_holds_its_training_rows_and_no_others(
     [
         {"hidden": ()},
         {"conv": (8,), "hidden": (), "standardise": False},
-        {"train_blocks": 1, "hidden": (), "standardise": False},
+        {"finetune_blocks": 1, "hidden": (), "standardise": False},
         {"pool": 2},
     ],
     ids=str,

@@ -50,7 +50,7 @@ def clusters(rows: int = 4000) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture
-def rejecter() -> OODDetector:
+def ood_detector() -> OODDetector:
     """For the 128 channels of block2: class means at 0 and at 1, no correlation, a threshold of 6."""
     means = torch.stack([torch.zeros(128), torch.ones(128)])
     return OODDetector(torch.zeros(128), torch.eye(128), means, 6.0, 100)
@@ -164,31 +164,33 @@ def test_a_run_s_bundle_rejects_noise_and_takes_garments(
 ) -> None:
     model = trained(many_csv, tiny, tmp_path / "run")
     noise = np.random.default_rng(1).integers(0, 256, (40, 28, 28), np.uint8)
-    assert all(found.rejected for found in model.predict(noise))
+    assert all(found.out_of_distribution for found in model.predict(noise))
     garments = model.predict(blocks_and_noise(200, seed=9).images)
-    assert np.mean([found.rejected for found in garments]) < 0.2
+    assert np.mean([found.out_of_distribution for found in garments]) < 0.2
 
 
 def test_metrics_tell_the_share_of_test_rows_rejected(
     weights: Path, many_csv: Path, tiny: Recipe, tmp_path: Path
 ) -> None:
     run = training_run.train(many_csv, tiny, run_dir=tmp_path / "run")
-    told = json.loads((run.folder / "evaluation" / "metrics.json").read_text())["reject"]
+    told = json.loads((run.folder / "evaluation" / "metrics.json").read_text())["ood"]
     model = load_bundle(run.bundle, "cpu")
-    assert model.rejecter is not None
-    assert told["threshold"] == model.rejecter.threshold
+    assert model.ood_detector is not None
+    assert told["threshold"] == model.ood_detector.threshold
     assert (told["rate"], told["rows"], told["test"]["n"]) == (0.05, 20, 52)
     assert told["test"]["low"] <= told["test"]["value"] <= told["test"]["high"]
-    assert attire.evaluation.run_result.load_result(run.folder).reject == told
+    assert attire.evaluation.run_result.load_result(run.folder).ood == told
 
 
 def test_test_rows_counted_from_the_cache_are_those_the_bundle_rejects(
     weights: Path, many_csv: Path, tiny: Recipe, tmp_path: Path
 ) -> None:
     run = training_run.train(many_csv, tiny, run_dir=tmp_path / "run")
-    assert run.result.reject is not None
+    assert run.result.ood is not None
     found = load_bundle(run.bundle, "cpu").predict(run.result.predictions.images)
-    assert np.mean([one.rejected for one in found]) == pytest.approx(run.result.reject["test"]["value"], abs=0.02)
+    assert np.mean([one.out_of_distribution for one in found]) == pytest.approx(
+        run.result.ood["test"]["value"], abs=0.02
+    )
 
 
 @pytest.mark.parametrize("change", [{"val_size": 0}, {"flips": False}, {"standardise": False}], ids=str)
@@ -196,16 +198,16 @@ def test_every_recipe_gets_a_threshold(
     weights: Path, many_csv: Path, tiny: Recipe, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     model = trained(many_csv, replace(tiny, **change), tmp_path / "run")
-    assert model.rejecter is not None
-    assert model.rejecter.rows == 20
+    assert model.ood_detector is not None
+    assert model.ood_detector.rows == 20
 
 
 def test_the_cache_changes_nothing(weights: Path, many_csv: Path, tiny: Recipe, tmp_path: Path) -> None:
     thresholds = []
     for cache in (True, False):
         run = training_run.train(many_csv, replace(tiny, epochs=1), run_dir=tmp_path / str(cache), cache=cache)
-        assert run.result.reject is not None
-        thresholds.append(run.result.reject["threshold"])
+        assert run.result.ood is not None
+        thresholds.append(run.result.ood["threshold"])
     assert thresholds[0] == pytest.approx(thresholds[1], rel=1e-3)
 
 
@@ -216,7 +218,7 @@ def test_mirrored_pictures_count_where_the_recipe_uses_them(
     shares = []
     for flips in (True, False):
         model = trained(many_csv, replace(tiny, flips=flips), tmp_path / str(flips))
-        shares.append(np.mean([found.rejected for found in model.predict(mirrored)]))
+        shares.append(np.mean([found.out_of_distribution for found in model.predict(mirrored)]))
     assert shares[0] < shares[1]
 
 
@@ -225,49 +227,49 @@ def test_too_few_images_give_a_bundle_that_says_it_cannot_reject(
 ) -> None:
     run = training_run.train(small_csv, tiny, run_dir=tmp_path / "run")
     model = load_bundle(run.bundle, "cpu")
-    assert run.result.reject is None
+    assert run.result.ood is None
     found = model.predict(synthetic.images[0])
-    assert (found.rejected, found.distance) == (None, None)
+    assert (found.out_of_distribution, found.distance) == (None, None)
     with pytest.raises(AttireError, match="cannot tell what is none of its classes"):
         model.distances(synthetic.images)
 
 
 def test_a_rejecter_survives_the_journey_to_disk(
-    classifier: Classifier, rejecter: OODDetector, tmp_path: Path, synthetic: ImageDataset
+    classifier: Classifier, ood_detector: OODDetector, tmp_path: Path, synthetic: ImageDataset
 ) -> None:
-    classifier.rejecter = rejecter
+    classifier.ood_detector = ood_detector
     classifier.save(tmp_path / "model")
     loaded = load_bundle(tmp_path / "model", "cpu")
-    assert loaded.rejecter is not None
-    assert (loaded.rejecter.threshold, loaded.rejecter.rows, loaded.rejecter.rate) == (6.0, 100, 0.05)
+    assert loaded.ood_detector is not None
+    assert (loaded.ood_detector.threshold, loaded.ood_detector.rows, loaded.ood_detector.rate) == (6.0, 100, 0.05)
     distances = loaded.distances(synthetic.images)
     assert distances.shape == (60,)
     assert np.array_equal(distances, classifier.distances(synthetic.images))
 
 
 def test_probabilities_are_the_same_with_and_without(
-    classifier: Classifier, rejecter: OODDetector, synthetic: ImageDataset
+    classifier: Classifier, ood_detector: OODDetector, synthetic: ImageDataset
 ) -> None:
     before = classifier.predict_proba(synthetic.images)
-    classifier.rejecter = rejecter
+    classifier.ood_detector = ood_detector
     assert np.array_equal(classifier.predict_proba(synthetic.images), before)
     assert [found.probability for found in classifier.predict(synthetic.images)] == before.max(1).tolist()
 
 
 def test_what_is_answered_in_doubt_is_farther(
-    classifier: Classifier, rejecter: OODDetector, tmp_path: Path, synthetic: ImageDataset
+    classifier: Classifier, ood_detector: OODDetector, tmp_path: Path, synthetic: ImageDataset
 ) -> None:
-    classifier.rejecter = rejecter
+    classifier.ood_detector = ood_detector
     plain, sure = classifier.distances(synthetic.images), classifier.predict_proba(synthetic.images).max(1)
-    classifier.rejecter = replace(rejecter, doubt=2.5)
+    classifier.ood_detector = replace(ood_detector, doubt=2.5)
     assert np.allclose(classifier.distances(synthetic.images), plain - 2.5 * np.log(sure), atol=1e-4)
     assert np.allclose(
         [one.distance for one in classifier.predict(synthetic.images)], plain - 2.5 * np.log(sure), atol=1e-4
     )
     classifier.save(tmp_path / "model")
     loaded = load_bundle(tmp_path / "model", "cpu")
-    assert loaded.rejecter is not None
-    assert loaded.rejecter.doubt == 2.5
+    assert loaded.ood_detector is not None
+    assert loaded.ood_detector.doubt == 2.5
 
 
 def test_distance_and_doubt_spread_alike_among_garments() -> None:
@@ -279,12 +281,14 @@ def test_distance_and_doubt_spread_alike_among_garments() -> None:
     assert np.isfinite(find_doubt(distances, torch.ones(500, 1)))
 
 
-@pytest.mark.filterwarnings("ignore:the first loss")  # of a random trunk's features of strange shapes
+@pytest.mark.filterwarnings("ignore:the first loss")  # of a random backbone's features of strange shapes
 def test_doubt_counts_where_strange_shapes_were_trained_on(
     weights: Path, many_csv: Path, tiny: Recipe, tmp_path: Path
 ) -> None:
-    plain = trained(many_csv, tiny, tmp_path / "plain").rejecter
-    strange = trained(many_csv, replace(tiny, drawn=True, strange=True), tmp_path / "strange").rejecter
+    plain = trained(many_csv, tiny, tmp_path / "plain").ood_detector
+    strange = trained(
+        many_csv, replace(tiny, synthetic_drawings=True, outlier_exposure=True), tmp_path / "strange"
+    ).ood_detector
     assert plain is not None
     assert strange is not None
     assert plain.doubt == 0
@@ -293,52 +297,52 @@ def test_doubt_counts_where_strange_shapes_were_trained_on(
 
 
 def test_a_verdict_is_a_distance_above_the_threshold(
-    classifier: Classifier, rejecter: OODDetector, synthetic: ImageDataset
+    classifier: Classifier, ood_detector: OODDetector, synthetic: ImageDataset
 ) -> None:
-    classifier.rejecter = rejecter
+    classifier.ood_detector = ood_detector
     distances = np.sort(classifier.distances(synthetic.images))
-    classifier.rejecter = replace(rejecter, threshold=float(distances[29]))
+    classifier.ood_detector = replace(ood_detector, threshold=float(distances[29]))
     found = classifier.predict(synthetic.images)
-    assert sum(one.rejected for one in found) == 30
-    assert all(one.rejected == (one.distance > distances[29]) for one in found)
+    assert sum(one.out_of_distribution for one in found) == 30
+    assert all(one.out_of_distribution == (one.distance > distances[29]) for one in found)
 
 
 @pytest.mark.parametrize(("name", "value"), [("centre", torch.zeros(3)), ("whiten", torch.full((128, 128), torch.nan))])
-def test_tensors_that_do_not_belong_are_refused(rejecter: OODDetector, name: str, value: Tensor) -> None:
-    with pytest.raises(AttireError, match="reject: "):
-        restore({**rejecter.tensors(), PREFIX + name: value}, rejecter.about(), 128, "bundle")
+def test_tensors_that_do_not_belong_are_refused(ood_detector: OODDetector, name: str, value: Tensor) -> None:
+    with pytest.raises(AttireError, match="ood: "):
+        restore({**ood_detector.tensors(), PREFIX + name: value}, ood_detector.about(), 128, "bundle")
 
 
-def test_a_missing_tensor_is_refused(rejecter: OODDetector) -> None:
-    tensors = rejecter.tensors()
+def test_a_missing_tensor_is_refused(ood_detector: OODDetector) -> None:
+    tensors = ood_detector.tensors()
     del tensors[PREFIX + "means"]
     with pytest.raises(AttireError, match=r"expected tensors for 128 channels, found \(128,\), \(0,\), \(128, 128\)"):
-        restore(tensors, rejecter.about(), 128, "bundle")
+        restore(tensors, ood_detector.about(), 128, "bundle")
 
 
 @pytest.mark.parametrize("change", [{"threshold": None}, {"threshold": float("nan")}, {"rate": 1}, {"rows": "many"}])
-def test_a_threshold_that_is_none_is_refused(rejecter: OODDetector, change: dict[str, Any]) -> None:
+def test_a_threshold_that_is_none_is_refused(ood_detector: OODDetector, change: dict[str, Any]) -> None:
     with pytest.raises(AttireError, match="not what a bundle holds"):
-        restore(rejecter.tensors(), {**rejecter.about(), **change}, 128, "bundle")
+        restore(ood_detector.tensors(), {**ood_detector.about(), **change}, 128, "bundle")
 
 
 def test_tensors_left_without_a_threshold_are_not_used(
-    classifier: Classifier, rejecter: OODDetector, tmp_path: Path
+    classifier: Classifier, ood_detector: OODDetector, tmp_path: Path
 ) -> None:
-    classifier.rejecter = rejecter
+    classifier.ood_detector = ood_detector
     classifier.save(tmp_path)
     about = files.read_json(tmp_path / "model.json")
-    del about["seal"], about["reject"]
+    del about["seal"], about["ood"]
     about["seal"] = files.sha256(files.canonical_json(about))
     (tmp_path / "model.json").write_text(json.dumps(about))
     assert any(name.startswith(PREFIX) for name in load_file(tmp_path / "model.safetensors"))
-    assert load_bundle(tmp_path, "cpu").rejecter is None
+    assert load_bundle(tmp_path, "cpu").ood_detector is None
 
 
 @pytest.fixture
-def strict_bundle(classifier: Classifier, rejecter: OODDetector, tmp_path: Path) -> Path:
+def strict_bundle(classifier: Classifier, ood_detector: OODDetector, tmp_path: Path) -> Path:
     """A bundle that rejects everything, and a picture beside it."""
-    classifier.rejecter = replace(rejecter, threshold=0.0)
+    classifier.ood_detector = replace(ood_detector, threshold=0.0)
     classifier.save(tmp_path / "model")
     Image.fromarray(blocks_and_noise(1).images[0]).save(tmp_path / "cat.png")
     return tmp_path / "model"
@@ -354,7 +358,7 @@ def test_predict_says_none_of_the_ten_and_what_is_closest(strict_bundle: Path, t
 def test_predict_tells_the_verdict_in_json(strict_bundle: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["predict", "--json", str(strict_bundle), str(tmp_path / "cat.png")])
     told = json.loads(done.output)
-    assert told["rejected"] is True
+    assert told["out_of_distribution"] is True
     assert told["distance"] > 0
     assert told["label"] in told["probabilities"]
 
@@ -363,7 +367,7 @@ def test_predict_warns_of_a_bundle_that_cannot_reject(bundle: Path, tmp_path: Pa
     Image.fromarray(blocks_and_noise(1).images[0]).save(tmp_path / "a.png")
     done = CliRunner().invoke(cli, ["predict", "--json", str(bundle), str(tmp_path / "a.png")])
     assert "cannot tell what is none of its classes" in done.stderr
-    assert json.loads(done.stdout)["rejected"] is None
+    assert json.loads(done.stdout)["out_of_distribution"] is None
     assert json.loads(done.stdout)["distance"] is None
 
 
@@ -375,7 +379,7 @@ def test_digits_and_noise_are_rejected_and_garments_are_not(tmp_path: Path) -> N
     small = (load_digits().images[:100] / 16 * 255).astype(np.uint8)
     digits = np.stack([np.array(Image.fromarray(x).resize((28, 28), Image.Resampling.BICUBIC)) for x in small])
     noise = np.random.default_rng(0).integers(0, 256, (50, 28, 28), np.uint8)
-    limit = model.rejecter.threshold if model.rejecter else 0
+    limit = model.ood_detector.threshold if model.ood_detector else 0
     assert np.mean(model.distances(digits) > limit) >= 0.9
     assert np.mean(model.distances(noise) > limit) == 1
     assert np.mean(model.distances(load_dataset(part="test").images[:200]) > limit) < 0.2

@@ -58,7 +58,7 @@ def check(table: Any, rows: range, bad: tuple[int, ...] = ()) -> None:
                 f"text, not a picture that can be read (row {i + 1}); expected a PNG, JPEG, WebP or BMP picture"
             )
         else:
-            assert (found["predicted"], found["rejected"], found["error"]) == ("Bag", False, None)
+            assert (found["predicted"], found["out_of_distribution"], found["error"]) == ("Bag", False, None)
             assert found["probability"] == pytest.approx(i % 100 / 255)
             assert found["top"] == [{"label": "Bag", "probability": pytest.approx(i % 100 / 255)}]
 
@@ -352,6 +352,6 @@ def test_the_shipped_model_answers_as_it_does_elsewhere(tmp_path: Path) -> None:
     expected = open_model(None, "cpu").predict(official.images)
     assert found["predicted"].to_pylist() == [one.label for one in expected]
     assert np.allclose(found["probability"].to_numpy(), [one.probability for one in expected], atol=1e-5)
-    assert found["rejected"].to_pylist() == [one.rejected for one in expected]
+    assert found["out_of_distribution"].to_pylist() == [one.out_of_distribution for one in expected]
     right = [FASHION_CLASSES[label] for label in official.labels]
     assert np.mean([a == b for a, b in zip(found["predicted"].to_pylist(), right, strict=True)]) > 0.85

@@ -31,7 +31,7 @@ class Brightness:
     """A model whose answer is the picture's mean: quick, and every picture has another."""
 
     classes = FASHION_CLASSES
-    rejecter = object()
+    ood_detector = object()
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -123,7 +123,15 @@ def test_csv_has_a_header_and_as_many_columns_as_classes_are_shown(bundle: Path)
     picture("a,b.png"), picture("two\nlines.png")
     done = attire("predict", bundle, "a,b.png", "two\nlines.png", "--format", "csv", "--top", "2")
     rows = list(csv.DictReader(io.StringIO(done.out)))
-    assert list(rows[0]) == ["file", "label", "probability", "rejected", "distance", "label_2", "probability_2"]
+    assert list(rows[0]) == [
+        "file",
+        "label",
+        "probability",
+        "out_of_distribution",
+        "distance",
+        "label_2",
+        "probability_2",
+    ]
     assert [row["file"] for row in rows] == ["a,b.png", "two\nlines.png"]
     assert float(rows[0]["probability"]) >= float(rows[0]["probability_2"]) > 0
 

@@ -11,12 +11,19 @@ from attire.inference.prediction import Prediction, ranked
 def test_the_likeliest_class_comes_first_and_equals_keep_their_order() -> None:
     found = ranked(("a", "b", "c"), np.array([0.2, 0.6, 0.2], np.float32))
     assert [label for label, _ in found.ranking] == ["b", "a", "c"]
-    assert (found.label, round(found.probability, 3), found.distance, found.rejected) == ("b", 0.6, None, None)
+    assert (found.label, round(found.probability, 3), found.distance, found.out_of_distribution) == (
+        "b",
+        0.6,
+        None,
+        None,
+    )
 
 
 def test_a_verdict_needs_a_distance_and_a_threshold() -> None:
     p = np.array([0.9, 0.1])
-    verdicts = [ranked("ab", p, far, limit).rejected for far, limit in ((2, 3), (3, 3), (4, 3), (4, None), (None, 3))]
+    verdicts = [
+        ranked("ab", p, far, limit).out_of_distribution for far, limit in ((2, 3), (3, 3), (4, 3), (4, None), (None, 3))
+    ]
     assert verdicts == [False, False, True, None, None]
 
 

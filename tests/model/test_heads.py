@@ -23,16 +23,16 @@ TUNED = Recipe(
     pool=2,
     flips=False,
     standardise=False,
-    train_blocks=2,
+    finetune_blocks=2,
     batch_norm=True,
-    probe_epochs=1,
-    block_lr=0.5,
+    head_epochs=1,
+    layer_decay=0.5,
     hidden=(16,),
     epochs=3,
     batch_size=16,
     ema=0.5,
-    clip=1.0,
-    erase=0.5,
+    clip_grad=1.0,
+    random_erasing=0.5,
     cutmix=0.5,
     lr=1e-3,
     precision="fp32",
@@ -47,8 +47,8 @@ def head_of(weights: Path, recipe: Recipe = TUNED) -> heads.TunedHead:
 @pytest.fixture
 def rows(random_weights: Path, synthetic: ImageDataset) -> Tensor:
     """Features of block1, (60, 64 * 8 * 8)."""
-    trunk = vgg.Trunk(vgg.vgg16(random_weights, "block1", 0, nn.Sequential()), torch.device("cpu"), "fp32")
-    features: Tensor = trunk(vgg.preprocess(synthetic.images, 16))
+    backbone = vgg.Backbone(vgg.vgg16(random_weights, "block1", 0, nn.Sequential()), torch.device("cpu"), "fp32")
+    features: Tensor = backbone(vgg.preprocess(synthetic.images, 16))
     return features.detach()
 
 
@@ -122,21 +122,21 @@ def test_a_convolutional_classifier_takes_flat_rows() -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"train_blocks": 5}, "--train-blocks: expected at most 4 above block1, found 5"),
-        ({"train_blocks": 4}, "--image-size"),
+        ({"finetune_blocks": 5}, "--finetune-blocks: expected at most 4 above block1, found 5"),
+        ({"finetune_blocks": 4}, "--image-size"),
         ({"standardise": True}, "--standardise: expected no"),
-        ({"probe_epochs": 3}, "--probe-epochs: expected at most 2, found 3"),
-        ({"train_blocks": 0, "probe_epochs": 0}, "--batch-norm: expected no"),
+        ({"head_epochs": 3}, "--head-epochs: expected at most 2, found 3"),
+        ({"finetune_blocks": 0, "head_epochs": 0}, "--batch-norm: expected no"),
         (
-            {"freeze_to": "none", "train_blocks": 0},
-            "--train-blocks: expected at least 1, as nothing is frozen, found 0",
+            {"freeze_to": "none", "finetune_blocks": 0},
+            "--finetune-blocks: expected at least 1, as nothing is frozen, found 0",
         ),
         (
             {"freeze_to": "none", "backend": "openvino"},
             "--backend: expected torch, as nothing is frozen, found openvino",
         ),
         ({"ema": 1.0}, "--ema: expected at least 0, below 1"),
-        ({"erase": 1.5}, "--erase: expected a probability"),
+        ({"random_erasing": 1.5}, "--random-erasing: expected a probability"),
         ({"jitter": -0.5}, "--jitter: expected a probability"),
     ],
 )
@@ -164,7 +164,7 @@ def test_a_tuned_run_ends_in_a_plain_bundle(small_csv: Path, tmp_path: Path, ran
 def test_where_nothing_is_frozen_every_convolution_is_trained_and_no_cache_is_needed(
     small_csv: Path, tmp_path: Path, random_weights: Path
 ) -> None:
-    recipe = replace(TUNED, freeze_to="none", flips=True, jitter=0.5, test_views=2)
+    recipe = replace(TUNED, freeze_to="none", flips=True, jitter=0.5, tta=2)
     run = attire.train(small_csv, recipe, run_dir=tmp_path / "run", cache=False)
     assert not cache.cache_entries()
     model = load_bundle(run.bundle)
@@ -182,7 +182,7 @@ def test_where_nothing_is_frozen_every_convolution_is_trained_and_no_cache_is_ne
 
 @pytest.mark.usefixtures("weights")
 def test_a_convolutional_run_is_saved_and_loaded(small_csv: Path, tmp_path: Path) -> None:
-    recipe = replace(TUNED, train_blocks=0, batch_norm=False, probe_epochs=0, pool=0, conv=(8, 8), flips=True)
+    recipe = replace(TUNED, finetune_blocks=0, batch_norm=False, head_epochs=0, pool=0, conv=(8, 8), flips=True)
     run = attire.train(small_csv, recipe, run_dir=tmp_path / "run")
     assert load_bundle(run.bundle).architecture.conv == (8, 8)
 

@@ -1,4 +1,4 @@
-"""Compiled trunks: close to the exact one; the int8 one is built once, and refused where it was damaged."""
+"""Compiled backbones: close to the exact one; the int8 one is built once, and refused where it was damaged."""
 
 import ctypes
 import faulthandler
@@ -13,42 +13,44 @@ from torch import nn
 from attire.data.dataset import ImageDataset
 from attire.errors import AttireError, UsageError
 from attire.model import devices, vgg
-from attire.model.openvino import INT8, CompiledTrunk, Int8Trunk, backend, choose_precision
+from attire.model.openvino import INT8, CompiledBackbone, Int8Backbone, backend, choose_precision
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
 
 @pytest.fixture
-def trunk(random_weights: Path) -> vgg.Trunk:
-    return vgg.Trunk(vgg.vgg16(random_weights, "block2", 0, nn.Sequential()), torch.device("cpu"), "fp32")
+def backbone(random_weights: Path) -> vgg.Backbone:
+    return vgg.Backbone(vgg.vgg16(random_weights, "block2", 0, nn.Sequential()), torch.device("cpu"), "fp32")
 
 
 def test_its_features_are_close_to_the_exact_ones_and_it_is_built_once(
-    trunk: vgg.Trunk, synthetic: ImageDataset, cache: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: vgg.Backbone, synthetic: ImageDataset, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick = Int8Trunk(trunk, "test", 16, synthetic.images)
+    quick = Int8Backbone(backbone, "test", 16, synthetic.images)
     pictures = vgg.preprocess(synthetic.images, 16)
     with torch.inference_mode():
-        exact = trunk(pictures)
+        exact = backbone(pictures)
     found = quick(pictures)
     error = ((found - exact).norm() / exact.norm()).item()
     assert found.shape == exact.shape
     assert 0 < error < 0.1
     monkeypatch.setattr("attire.model.openvino.quantise", lambda *given: pytest.fail("quantised again"))
-    assert torch.equal(Int8Trunk(trunk, "test", 16, synthetic.images)(pictures), found)
+    assert torch.equal(Int8Backbone(backbone, "test", 16, synthetic.images)(pictures), found)
     folder = cache / "backends" / f"{INT8}-test"
     assert sorted(path.name for path in folder.iterdir()) == ["MANIFEST.json", "network.bin", "network.xml"]
     weights = folder / "network.bin"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(AttireError, match=r"network\.bin: damaged: its digest does not match; delete"):
-        Int8Trunk(trunk, "test", 16, synthetic.images)
+        Int8Backbone(backbone, "test", 16, synthetic.images)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the fault is Linux's")
-def test_a_signal_after_it_does_not_end_the_process(trunk: vgg.Trunk, synthetic: ImageDataset, tmp_path: Path) -> None:
+def test_a_signal_after_it_does_not_end_the_process(
+    backbone: vgg.Backbone, synthetic: ImageDataset, tmp_path: Path
+) -> None:
     """OpenVINO left a signal stack behind that it had freed: Ctrl-C in the training that follows was fatal."""
-    Int8Trunk(trunk, "test", 16, synthetic.images)
+    Int8Backbone(backbone, "test", 16, synthetic.images)
     stack = devices.SignalStack()
     ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack))
     before = faulthandler.is_enabled()
@@ -66,11 +68,11 @@ def test_where_it_is_not_installed_one_line_says_so(monkeypatch: pytest.MonkeyPa
         backend()
 
 
-def test_without_quantisation_its_features_are_the_exact_ones(trunk: vgg.Trunk, synthetic: ImageDataset) -> None:
+def test_without_quantisation_its_features_are_the_exact_ones(backbone: vgg.Backbone, synthetic: ImageDataset) -> None:
     pictures = vgg.preprocess(synthetic.images, 16)
     with torch.inference_mode():
-        exact = trunk(pictures)
-    found = CompiledTrunk(trunk, 16, "fp32")(pictures)
+        exact = backbone(pictures)
+    found = CompiledBackbone(backbone, 16, "fp32")(pictures)
     assert torch.allclose(found, exact, rtol=1e-3, atol=1e-4 * exact.abs().max().item())
 
 

@@ -78,10 +78,10 @@ def test_a_cut_network_computes_what_the_whole_one_does(
     state = {name.removeprefix("features."): torch.from_numpy(value) for name, value in random_tensors.items()}
     whole.load_state_dict(state, assign=True)
     pictures = vgg.preprocess(synthetic.images[:3], 32)
-    trunk = vgg.Trunk(vgg.vgg16(random_weights, block, 0, nn.Sequential()), CPU, "fp32", fast)
+    backbone = vgg.Backbone(vgg.vgg16(random_weights, block, 0, nn.Sequential()), CPU, "fp32", fast)
     with torch.inference_mode():
         expected = whole[: BLOCKS[block]](pictures)
-        found = trunk(pictures)
+        found = backbone(pictures)
     assert found.shape == (3, int(np.prod(feature_shape(block, 32, 0))))
     assert torch.allclose(found, expected.flatten(1), rtol=1e-3, atol=1e-3)  # the order is C, H, W
 
@@ -89,18 +89,18 @@ def test_a_cut_network_computes_what_the_whole_one_does(
 def test_pooling_averages_the_map(random_weights: Path, synthetic: ImageDataset) -> None:
     pictures = vgg.preprocess(synthetic.images[:3], 32)
     with torch.inference_mode():
-        whole = vgg.Trunk(vgg.vgg16(random_weights, "block3", 0, nn.Sequential()), CPU, "fp32")(pictures)
-        pooled = vgg.Trunk(vgg.vgg16(random_weights, "block3", 1, nn.Sequential()), CPU, "fp32")(pictures)
+        whole = vgg.Backbone(vgg.vgg16(random_weights, "block3", 0, nn.Sequential()), CPU, "fp32")(pictures)
+        pooled = vgg.Backbone(vgg.vgg16(random_weights, "block3", 1, nn.Sequential()), CPU, "fp32")(pictures)
     assert torch.allclose(pooled, whole.reshape(3, 256, 16).mean(2), rtol=1e-4, atol=1e-4)
 
 
 def test_bf16_stays_close_to_fp32(random_weights: Path, synthetic: ImageDataset) -> None:
     pictures = vgg.preprocess(synthetic.images[:3], 32)
     with torch.inference_mode():
-        exact = vgg.Trunk(vgg.vgg16(random_weights, "block3", 0, nn.Sequential()), CPU, "fp32")(pictures)
+        exact = vgg.Backbone(vgg.vgg16(random_weights, "block3", 0, nn.Sequential()), CPU, "fp32")(pictures)
         model = vgg.vgg16(random_weights, "block3", 0, nn.Sequential())
-        coarse = vgg.Trunk(model, CPU, "bf16")(pictures)
-        assert torch.equal(vgg.Trunk(model, CPU, "fp32")(pictures), exact)  # the model itself was not rounded
+        coarse = vgg.Backbone(model, CPU, "bf16")(pictures)
+        assert torch.equal(vgg.Backbone(model, CPU, "fp32")(pictures), exact)  # the model itself was not rounded
     assert coarse.dtype == torch.float32
     error = ((exact - coarse).norm() / exact.norm()).item()
     assert 0 < error < 0.02
@@ -112,10 +112,10 @@ def test_on_cuda_features_stay_close_to_the_cpu_s(
     precision: str, most: float, random_weights: Path, synthetic: ImageDataset
 ) -> None:
     images, spec = synthetic.images[:40], cache.FeatureSpec("block3", 32, 0, "", precision)
-    exact = vgg.Trunk(vgg.vgg16(random_weights, "block3", 0, nn.Sequential()), CPU, "fp32")
-    cuda = vgg.Trunk(vgg.vgg16(random_weights, "block3", 0, nn.Sequential()), torch.device("cuda"), precision)
+    exact = vgg.Backbone(vgg.vgg16(random_weights, "block3", 0, nn.Sequential()), CPU, "fp32")
+    cuda = vgg.Backbone(vgg.vgg16(random_weights, "block3", 0, nn.Sequential()), torch.device("cuda"), precision)
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in cuda.features.parameters() if p.ndim == 4)
-    expected, found = (cache.compute(images, spec, trunk).astype(np.float32) for trunk in (exact, cuda))
+    expected, found = (cache.compute(images, spec, backbone).astype(np.float32) for backbone in (exact, cuda))
     assert 0 < np.linalg.norm(expected - found) / np.linalg.norm(expected) < most
 
 
@@ -148,13 +148,13 @@ def test_the_real_weights_see_what_torchvision_would() -> None:
     from attire.model import pretrained
 
     weights = pretrained.vgg16_weights()
-    trunk = vgg.Trunk(vgg.vgg16(weights, "block5", 7, nn.Sequential()), CPU, "fp32")
+    backbone = vgg.Backbone(vgg.vgg16(weights, "block5", 7, nn.Sequential()), CPU, "fp32")
     whole = torchvision.models.vgg16(weights=None).eval()
     whole.features.load_state_dict({k.removeprefix("features."): v for k, v in load_file(weights).items()})
     picture = vgg.preprocess(load_dataset().images[:1], 224)
     with torch.inference_mode():
         expected = whole.avgpool(whole.features(picture)).flatten(1)
-        found = trunk(picture)
+        found = backbone(picture)
     assert found.shape == (1, 25088)
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
     assert 0.05 < found.mean() < 5

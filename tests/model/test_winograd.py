@@ -137,7 +137,7 @@ def test_the_first_layer_stays_direct(random_weights: Path) -> None:
 
 @pytest.mark.real
 def test_real_features_are_those_of_the_direct_convolution() -> None:
-    """`fast` and `classic` trunks over official pictures against float64; both kinds of float32 are as near."""
+    """`fast` and `classic` backbones over official pictures against float64; both kinds of float32 are as near."""
     from attire.data.loading import load_dataset
     from attire.model import pretrained
 
@@ -150,7 +150,7 @@ def test_real_features_are_those_of_the_direct_convolution() -> None:
 
         with torch.inference_mode():
             exact = model().features.double()(pictures.double()).flatten(1)
-            direct = error(vgg.Trunk(model(), cpu, "fp32")(pictures), exact)
-            quick = error(vgg.Trunk(model(), cpu, "fp32", fast=True)(pictures), exact)
+            direct = error(vgg.Backbone(model(), cpu, "fp32")(pictures), exact)
+            quick = error(vgg.Backbone(model(), cpu, "fp32", fast=True)(pictures), exact)
         assert direct < 2e-6
         assert quick < 1e-5  # a hundredth of what the cache's float16 rounds away

@@ -72,7 +72,7 @@ def test_a_picture_is_answered(live: Live, kind: str) -> None:
     assert found["probability"] == pytest.approx(0.91)
     assert found["ranking"][0]["label"] == FASHION_CLASSES[7]
     assert len(found["ranking"]) == 10
-    assert (found["rejected"], found["distance"], found["verdict"]) == (None, None, "Sneaker")
+    assert (found["out_of_distribution"], found["distance"], found["verdict"]) == (None, None, "Sneaker")
     seen = base64.b64decode(found["seen"].removeprefix("data:image/png;base64,"))
     assert (read_image(seen) == read_image(data)).all()
     assert found["milliseconds"] > 0

@@ -61,7 +61,7 @@ def visit(
     classifier.facts.update(
         recipe={"name": "tiny", "epochs": 3, "flips": True},
         test={"n": 2000, "correct": 1880, "accuracy": 0.94, "accuracy_low": 0.9287, "accuracy_high": 0.9496},
-        trunk="ab" * 32,
+        backbone="ab" * 32,
     )
     visitors: list[Visitor] = []
 
@@ -187,7 +187,7 @@ def test_one_bad_file_says_so_in_its_own_card(visit: Visit, pictures: list[Path]
 
 
 def test_a_stranger_is_none_of_the_ten(visit: Visit, classifier: Classifier, pictures: list[Path]) -> None:
-    classifier.rejecter = OODDetector(torch.zeros(128), torch.eye(128), torch.zeros(1, 128), 0.0, 20)
+    classifier.ood_detector = OODDetector(torch.zeros(128), torch.eye(128), torch.zeros(1, 128), 0.0, 20)
     visitor = visit()
     visitor.choose(pictures[0])
     expected = classifier.predict(pictures[0])

@@ -96,7 +96,7 @@ def test_what_a_process_holds_is_measured() -> None:
 @pytest.mark.parametrize("recipe", [CLASSIC, BEST], ids=lambda recipe: recipe.name)
 def test_weights_are_counted_as_they_will_be(recipe: Recipe, random_weights: Path) -> None:
     shape = (recipe.conv, recipe.hidden, 10, recipe.dropout)
-    if recipe.train_blocks:
+    if recipe.finetune_blocks:
         head: torch.nn.Module = heads.tuned_head(random_weights, recipe, heads.build((256, 6, 6), *shape))
     else:
         head = heads.build((512, 7, 7), *shape)
@@ -110,11 +110,11 @@ def test_features_that_are_read_as_needed_are_the_same(
 ) -> None:
     rng = np.random.default_rng(0)
 
-    def trunk(x: torch.Tensor) -> torch.Tensor:
+    def backbone(x: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(rng.random((len(x), 2048), np.float32))
 
     made = feature_cache.extract(
-        synthetic.images, synthetic.image_digest, FeatureSpec("block2", 16, 0, "x"), lambda: trunk
+        synthetic.images, synthetic.image_digest, FeatureSpec("block2", 16, 0, "x"), lambda: backbone
     )
     held = CachedSource(made)
     monkeypatch.setattr(memory, "resident", lambda: 0)

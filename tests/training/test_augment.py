@@ -8,7 +8,7 @@ import torch
 from attire.recipes import FAST
 from attire.training.augment import Target, augment, boxes, cutmix, erase, jitter
 
-RECIPE = replace(FAST, erase=0.5, cutmix=1.0)
+RECIPE = replace(FAST, random_erasing=0.5, cutmix=1.0)
 
 
 def test_without_settings_nothing_happens() -> None:

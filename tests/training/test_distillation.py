@@ -48,13 +48,13 @@ def test_each_view_of_each_image_has_the_mean_of_the_members_answers(
     hot.save(other)
     chosen = distillation.choose([taught, other])
     assert chosen is not None
-    found, told = answers(chosen, synthetic, replace(tiny, soften=1.0), tmp_path)
+    found, told = answers(chosen, synthetic, replace(tiny, distill_temperature=1.0), tmp_path)
     for number, view in enumerate(VIEWS):
         images = seen(synthetic.images, view)
         expected = np.mean([load_bundle(path, "cpu").predict_proba(images) for path in (taught, other)], 0)
         assert np.allclose(found[number], expected, atol=5e-3)
     assert told["digests"] == [files.sha256_file(path / "model.json") for path in (taught, other)]
-    softer, again = answers(chosen, synthetic, replace(tiny, soften=3.0), tmp_path)
+    softer, again = answers(chosen, synthetic, replace(tiny, distill_temperature=3.0), tmp_path)
     assert again == told  # what is kept is not softened
     assert np.allclose(softer.sum(-1), 1)
     assert (softer.max(-1) < found.max(-1)).all()
@@ -128,7 +128,7 @@ def test_a_teacher_that_may_have_seen_rows_that_measure_is_a_warning(
 def test_a_distilled_run_goes_on_bit_for_bit_without_its_teacher(
     taught: Path, small_csv: Path, tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = replace(tiny, erase=0.5, cutmix=0.5, shifts=1, distil=0.9)
+    recipe = replace(tiny, random_erasing=0.5, cutmix=0.5, shifts=1, distill_weight=0.9)
     whole = run.train(small_csv, recipe, run_dir=tmp_path / "whole", teacher=[taught])
     step, calls = loop.train_step, 0
 

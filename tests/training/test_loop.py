@@ -353,13 +353,13 @@ def test_the_order_of_a_streamed_source_keeps_neighbours_within_a_window() -> No
 def test_a_teacher_s_answers_are_a_share_of_the_loss() -> None:
     torch.manual_seed(0)
     logits, labels = 3 * torch.randn(6, 10), torch.arange(6)
-    recipe = replace(RECIPE, label_smoothing=0.0, distil=0.7, soften=2.0)
+    recipe = replace(RECIPE, label_smoothing=0.0, distill_weight=0.7, distill_temperature=2.0)
     hard = F.cross_entropy(logits, labels)
     sure = F.one_hot(labels, 10).float()
-    same = loop.loss_of(logits, Target(labels, soft=sure), replace(recipe, soften=1.0))
+    same = loop.loss_of(logits, Target(labels, soft=sure), replace(recipe, distill_temperature=1.0))
     assert same.item() == pytest.approx(hard.item())
     soft = (logits / 2).softmax(1)
-    alone = loop.loss_of(logits, Target(labels, soft=soft), replace(recipe, distil=1.0))
+    alone = loop.loss_of(logits, Target(labels, soft=soft), replace(recipe, distill_weight=1.0))
     entropy = -(soft * soft.log()).sum(1).mean()
     assert alone.item() == pytest.approx(entropy.item(), rel=1e-5)  # no loss beyond the teacher's own doubt
     both = loop.loss_of(logits, Target(labels, soft=soft), recipe)

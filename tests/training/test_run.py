@@ -78,7 +78,7 @@ def test_a_run_resumed_at_an_epoch_s_edge_ends_with_the_same_weights(real_csv: P
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("more", [[], ["--train-blocks", "1", "--batch-norm", "--no-standardise", "--ema", "0.9"]])
+@pytest.mark.parametrize("more", [[], ["--finetune-blocks", "1", "--batch-norm", "--no-standardise", "--ema", "0.9"]])
 def test_on_cuda_a_run_is_made_and_its_bundle_answers_alike_on_the_cpu(
     more: list[str], here: Path, small_csv: Path, synthetic: ImageDataset, weights: Path
 ) -> None:
