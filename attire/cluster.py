@@ -41,26 +41,26 @@ from attire.storage import files, memory
 from attire.training import run
 from attire.version import __version__
 
-RETRIES = 5  # of a task whose process or node was lost; what Attire itself refuses is never tried again
-AHEAD = 2  # tasks in flight a core: one that runs and one whose images have already arrived
-RESTARTS = 5  # of a training whose process or node was lost, each from the run's newest checkpoint
-STORE_BYTES, STORE_SHARE = 10**9, 0.3  # of a cluster of our own: images in flight, 1.6 MB a shard, are all it holds
-ANSWER_SECONDS = 5.0  # for a cluster to accept a connection
-DRAIN_SECONDS = 60.0  # for what a replica is answering when it is replaced
-APP = "attire"
+_RETRIES = 5  # of a task whose process or node was lost; what Attire itself refuses is never tried again
+_AHEAD = 2  # tasks in flight a core: one that runs and one whose images have already arrived
+_RESTARTS = 5  # of a training whose process or node was lost, each from the run's newest checkpoint
+_STORE_BYTES, _STORE_SHARE = 10**9, 0.3  # of a cluster of our own: images in flight, 1.6 MB a shard, are all it holds
+_ANSWER_SECONDS = 5.0  # for a cluster to accept a connection
+_DRAIN_SECONDS = 60.0  # for what a replica is answering when it is replaced
+_APP = "attire"
 
-MORE = 64  # requests to a replica besides the pictures that may wait in it: the page, its samples, health
-LOCAL = ("127.0.0.1", "localhost", "::1")
+_MORE = 64  # requests to a replica besides the pictures that may wait in it: the page, its samples, health
+_LOCAL = ("127.0.0.1", "localhost", "::1")
 
 # Of a cluster of our own: nothing in it listens beyond this machine (so Ray calls it, on Linux as well), it reports to
 # nobody, and its workers do not give way to all else here, as Ray's otherwise do (niceness 15). That nobody without a
 # token may use it is Ray's default there, which a test holds it to.
-PRIVATE = {
+_PRIVATE = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
 }
-QUIET = {"RAY_ENABLE_AUTO_CONNECT": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
+_QUIET = {"RAY_ENABLE_AUTO_CONNECT": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
 
 
 @contextmanager
@@ -72,14 +72,14 @@ def connect(address: str = "auto", workers: int = 0) -> Iterator["Cluster"]:
     AttireError where Ray is not installed or nothing answers at the address.
     """
     there = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
-    private = {} if there else {**PRIVATE, "RAY_AUTH_TOKEN": token_of_our_own()}
-    with environment({**QUIET, **private}), ExitStack() as held:
-        ray = import_ray()
+    private = {} if there else {**_PRIVATE, "RAY_AUTH_TOKEN": _token_of_our_own()}
+    with _environment({**_QUIET, **private}), ExitStack() as held:
+        ray = _import_ray()
         if there:
-            check_address(there)
+            _check_address(there)
         if ray.is_initialized():
             raise AttireError("Ray", "this process is part of a cluster already")
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": APP}
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": _APP}
         options["runtime_env"] = {"env_vars": {"ATTIRE_CACHE": str(files.cache_dir())}}
         if not there:
             # A folder of mode 0700: the sockets in it are Ray's doors, and it makes what is below open to everybody.
@@ -87,7 +87,7 @@ def connect(address: str = "auto", workers: int = 0) -> Iterator["Cluster"]:
                 held.enter_context(tempfile.TemporaryDirectory(prefix="attire-ray-", ignore_cleanup_errors=True))
             )
             options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "_temp_dir": str(folder / "r")}
-            options["object_store_memory"] = int(min(STORE_BYTES, STORE_SHARE * (memory.memory() or STORE_BYTES)))
+            options["object_store_memory"] = int(min(_STORE_BYTES, _STORE_SHARE * (memory.memory() or _STORE_BYTES)))
         held.callback(ray.shutdown)
         try:
             ray.init(there or "local", **options)
@@ -97,7 +97,7 @@ def connect(address: str = "auto", workers: int = 0) -> Iterator["Cluster"]:
         yield Cluster(workers, alone=not there)
 
 
-def import_ray() -> Any:
+def _import_ray() -> Any:
     try:
         import ray
     except ImportError as error:
@@ -106,7 +106,7 @@ def import_ray() -> Any:
 
 
 @contextmanager
-def environment(wanted: dict[str, str]) -> Iterator[None]:
+def _environment(wanted: dict[str, str]) -> Iterator[None]:
     """These variables where the user has set none, until the block ends; what Ray adds goes with them."""
     before = dict(os.environ)
     os.environ.update({name: value for name, value in wanted.items() if name not in before})
@@ -119,18 +119,18 @@ def environment(wanted: dict[str, str]) -> Iterator[None]:
 
 
 @cache
-def token_of_our_own() -> str:
+def _token_of_our_own() -> str:
     """One for the whole process: Ray reads it once."""
     return secrets.token_hex(32)
 
 
-def check_address(address: str) -> None:
+def _check_address(address: str) -> None:
     """Ray itself would try for a minute."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in address:
         raise UsageError("--cluster", f"expected auto or HOST:PORT of a Ray cluster, found {address!r}")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise AttireError(address, "no Ray cluster answers there", str(error)) from error
 
@@ -139,7 +139,7 @@ class Cluster:
     """Work for the nodes that `connect` found. alone: whether they end with this process."""
 
     def __init__(self, workers: int = 0, alone: bool = False) -> None:
-        self.ray, self.alone = import_ray(), alone
+        self.ray, self.alone = _import_ray(), alone
         self.gpus = int(self.resources("GPU"))
         self.workers = workers or max(1, self.gpus)
 
@@ -152,11 +152,11 @@ class Cluster:
         return float(self.ray.cluster_resources().get(kind, 0))
 
     def most_in_flight(self, gpu: bool = False) -> int:
-        return AHEAD * max(1, int(self.resources("GPU" if gpu else "CPU")))
+        return _AHEAD * max(1, int(self.resources("GPU" if gpu else "CPU")))
 
     def remote(self, function: Callable[..., Any], gpu: bool = False) -> Callable[..., Any]:
         """A task that is tried again where its process or node is lost, on a core or a GPU of its own."""
-        options = {"max_retries": RETRIES, "retry_exceptions": False, "num_cpus": 1, "num_gpus": int(gpu)}
+        options = {"max_retries": _RETRIES, "retry_exceptions": False, "num_cpus": 1, "num_gpus": int(gpu)}
         return self.ray.remote(**options)(function).remote  # type: ignore[no-any-return]
 
     def result(self, reference: Any) -> Any:
@@ -169,7 +169,7 @@ class Cluster:
                 raise error.cause from None
             raise
         except wrong.RayError as error:
-            what = f"work was lost {RETRIES + 1} times, or the cluster was"
+            what = f"work was lost {_RETRIES + 1} times, or the cluster was"
             do = "what was finished is kept: the same command goes on"
             raise AttireError("cluster", what, type(error).__name__, do) from error
 
@@ -190,10 +190,10 @@ class Cluster:
         done = total - sum(map(len, parts.values()))
         report(done, total)
         files.make_dir(folder)
-        with token_beside(folder) as token:
+        with _token_beside(folder) as token:
             gpu = spec.backend == "torch-cuda"
-            order = self.ray.put(make_order(next(iter(parts.values())), spec, load_backbone, folder, token))
-            task, waiting, lines = self.remote(make_shard, gpu), dict[Any, int](), Ledger()
+            order = self.ray.put(_make_order(next(iter(parts.values())), spec, load_backbone, folder, token))
+            task, waiting, lines = self.remote(_make_shard, gpu), dict[Any, int](), Ledger()
             todo = list(reversed(parts))
             try:
                 while todo or waiting:
@@ -221,25 +221,25 @@ class Cluster:
         place, gpu = folder.absolute(), self.gpus >= self.workers
         alive = [node["Resources"].get("CPU", 0) for node in self.ray.nodes() if node["Alive"]]
         cores = max(1, int(max(alive) // -(-self.workers // len(alive))))  # those of a node, shared by its workers
-        with tempfile.TemporaryDirectory(prefix=".ray-", dir=place.parent) as storage, following(place, progress):
+        with tempfile.TemporaryDirectory(prefix=".ray-", dir=place.parent) as storage, _following(place, progress):
             trainer = TorchTrainer(
-                train_part,
+                _train_part,
                 train_loop_config={"folder": str(place), "here": str(Path.cwd()), "cores": str(cores)},
                 torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
                 scaling_config=ScalingConfig(
                     num_workers=self.workers, use_gpu=gpu, resources_per_worker={"CPU": cores}
                 ),
                 run_config=RunConfig(
-                    name=APP, storage_path=storage, failure_config=FailureConfig(max_failures=RESTARTS)
+                    name=_APP, storage_path=storage, failure_config=FailureConfig(max_failures=_RESTARTS)
                 ),
             )
-            with interruptible(), quiet():
+            with _interruptible(), _quiet():
                 try:
                     trainer.fit()
                 except SystemExit:  # what Ray Train makes of Ctrl-C, once its workers have ended
                     raise Stopped(folder, "stopped, its checkpoints are kept") from None
                 except Exception as error:
-                    raise refused(error, folder) from error
+                    raise _refused(error, folder) from error
 
     # Answers.
 
@@ -247,8 +247,8 @@ class Cluster:
         self, model: Path | None, device: str, asked: Iterable[PictureInput | AttireError]
     ) -> Iterator[list[predict.Answer]]:
         """As `answers.answer`, each batch by a task, in the order of what is asked, few of them under way at a time."""
-        about = model_file(model)
-        task = self.remote(predict_batch, device == "cuda")
+        about = _model_file(model)
+        task = self.remote(_predict_batch, device == "cuda")
         told, waiting = (model and model.absolute(), device, files.sha256_file(about)), deque[Any]()
         for batch in predict.batches(asked):
             images = predict.images_of(batch)
@@ -278,14 +278,14 @@ class Cluster:
         settings["threads"] = settings["threads"] or max(1, int(cores) // settings["workers"])
         queue = settings["max_queue"]
         replica: Any = serve.deployment(
-            serve.ingress()(Replica),
+            serve.ingress()(_Replica),
             name="replica",
             num_replicas=replicas,
             ray_actor_options=share,
-            max_ongoing_requests=queue + MORE,
+            max_ongoing_requests=queue + _MORE,
             max_queued_requests=queue,
             backpressure_config=BackpressureConfig(retry_after_s=1),
-            graceful_shutdown_timeout_s=DRAIN_SECONDS,
+            graceful_shutdown_timeout_s=_DRAIN_SECONDS,
             graceful_shutdown_wait_loop_s=0.5,
             health_check_period_s=2,
             health_check_timeout_s=10,
@@ -293,13 +293,13 @@ class Cluster:
             rolling_update_percentage=1.0,
             max_surge_percent=100,
         )
-        told = (bundle.absolute(), files.sha256_file(model_file(bundle)), device, settings)
+        told = (bundle.absolute(), files.sha256_file(_model_file(bundle)), device, settings)
         try:
-            with quiet():
-                serve.start("HeadOnly" if host in LOCAL else "EveryNode", HTTPOptions(host=host, port=port))
-                serve.run(replica.bind(*told), name=APP)
+            with _quiet():
+                serve.start("HeadOnly" if host in _LOCAL else "EveryNode", HTTPOptions(host=host, port=port))
+                serve.run(replica.bind(*told), name=_APP)
         except RuntimeError as error:
-            found = serve.status().applications[APP].deployments
+            found = serve.status().applications[_APP].deployments
             text = "\n".join([str(error), *(part.message for part in found.values())]).strip()
             why = re.findall(r"(?:Attire|Usage)Error: (.*)", text) or text.splitlines()
             raise AttireError("Ray Serve", "cannot run the model", why[-1][:300]) from error
@@ -311,8 +311,8 @@ class Cluster:
         from ray.serve.exceptions import RayServeException
 
         try:
-            with quiet():
-                serve.delete(APP)
+            with _quiet():
+                serve.delete(_APP)
         except RayServeException as error:
             raise AttireError("Ray Serve", "nothing is served on this cluster") from error
 
@@ -321,7 +321,7 @@ class Cluster:
 
 
 @dataclass(frozen=True, eq=False)
-class Order:
+class _Order:
     """What every task of one extraction is told, and how it shows that it can be trusted with it.
 
     token: what lies beside `folder`, as long as the extraction goes on; probe: images (n, 28, 28), and the digest that
@@ -339,7 +339,7 @@ class Order:
     def check_place(self) -> None:
         """Raises AttireError where this node does not see the cache folder, or the extraction is over."""
         try:
-            seen = token_path(self.folder).read_text()
+            seen = _token_path(self.folder).read_text()
         except OSError:
             seen = ""
         if seen != self.token:
@@ -354,9 +354,9 @@ class Order:
             raise AttireError(platform.node(), "computes other features than the machine that asks", where, do)
 
 
-def make_order(
+def _make_order(
     images: NDArray[np.uint8], spec: FeatureSpec, load_backbone: Callable[[], Backbone], folder: Path, token: str
-) -> Order:
+) -> _Order:
     """The probe is computed as one machine alone would compute it, with all its threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -366,66 +366,66 @@ def make_order(
         torch.set_num_threads(threads)
     probe = np.array(images[: max(1, batch_rows(spec.image_size) // 8)])
     expected = files.sha256(compute(probe, spec, load_backbone()).tobytes())
-    return Order(spec, load_backbone, folder, token, __version__, probe, expected)
+    return _Order(spec, load_backbone, folder, token, __version__, probe, expected)
 
 
-def token_path(folder: Path) -> Path:
+def _token_path(folder: Path) -> Path:
     return folder.with_suffix(".token")
 
 
 @contextmanager
-def token_beside(folder: Path) -> Iterator[str]:
+def _token_beside(folder: Path) -> Iterator[str]:
     token = secrets.token_hex(16)
-    files.write_text(token_path(folder), token)
+    files.write_text(_token_path(folder), token)
     try:
         yield token
     finally:
-        token_path(folder).unlink(missing_ok=True)
+        _token_path(folder).unlink(missing_ok=True)
 
 
-BACKBONES: dict[FeatureSpec, Backbone] = {}  # of this process, proved to be the driver's
+_BACKBONES: dict[FeatureSpec, Backbone] = {}  # of this process, proved to be the driver's
 
 
-def make_shard(order: Order, images: NDArray[np.uint8], index: int) -> dict[str, Any]:
+def _make_shard(order: _Order, images: NDArray[np.uint8], index: int) -> dict[str, Any]:
     """One shard, computed and committed; its ledger line. Made twice it is the same, byte for byte."""
     order.check_place()
-    told = (order.spec, open_backbone(order), order.folder, index)
+    told = (order.spec, _open_backbone(order), order.folder, index)
     return extract_shard(images, *told, check=order.check_place)  # tasks outlive a killed driver for a moment
 
 
-def open_backbone(order: Order) -> Backbone:
+def _open_backbone(order: _Order) -> Backbone:
     """Once a process. One thread each: as many tasks as cores keep them busy without waiting for each other."""
     known = replace(order.spec, view="plain")
-    if known not in BACKBONES:
-        check_version(order.version)
-        set_threads(1)
+    if known not in _BACKBONES:
+        _check_version(order.version)
+        _set_threads(1)
         backbone = order.load_backbone()
         order.check_backbone(backbone)
-        BACKBONES[known] = backbone
-    return BACKBONES[known]
+        _BACKBONES[known] = backbone
+    return _BACKBONES[known]
 
 
-def set_threads(count: int) -> None:
+def _set_threads(count: int) -> None:
     """Of torch, and of ONNX Runtime where it is opened after this."""
     os.environ["OMP_NUM_THREADS"] = str(count)
     torch.set_num_threads(count)
 
 
-def check_version(version: str) -> None:
+def _check_version(version: str) -> None:
     if version != __version__:
         what = f"has Attire {__version__}, expected {version}"
         raise AttireError(platform.node(), what, do="install the same version on every node")
 
 
-def train_part(config: dict[str, str]) -> None:
+def _train_part(config: dict[str, str]) -> None:
     """In each worker of Ray Train, where torch's process group is set up."""
     os.chdir(config["here"])  # what a run's data is called may be relative to it
-    set_threads(int(config["cores"]))
+    _set_threads(int(config["cores"]))
     run.resume(config["folder"])
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Ray's libraries tell each step on stderr, and set their own levels."""
     logging.disable(logging.WARNING)
     try:
@@ -435,7 +435,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
+def _interruptible() -> Iterator[None]:
     """Ray Train keeps Ctrl-C to itself from its first training on: not longer than this."""
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -446,7 +446,7 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def following(folder: Path, progress: Progress) -> Iterator[None]:
+def _following(folder: Path, progress: Progress) -> Iterator[None]:
     """Tells of the epochs that others add to the run's history."""
     path, over = folder / "history.csv", threading.Event()
     before = len(run_result.read_history(path)) if path.exists() else 0
@@ -470,7 +470,7 @@ def following(folder: Path, progress: Progress) -> Iterator[None]:
         thread.join()
 
 
-def refused(error: BaseException, folder: Path) -> AttireError:
+def _refused(error: BaseException, folder: Path) -> AttireError:
     """What Attire refused in a worker, else that the training failed too often."""
     for found in (*getattr(error, "worker_failures", {}).values(), error):
         cause = getattr(found, "_base_exc", None) or getattr(found, "cause", None) or found
@@ -482,25 +482,25 @@ def refused(error: BaseException, folder: Path) -> AttireError:
 
 
 @cache
-def opened_model(model: Path | None, device: str, digest: str) -> predict.Model:
+def _opened_model(model: Path | None, device: str, digest: str) -> predict.Model:
     """Once a process. Raises AttireError where it is another model here than where it was asked for."""
-    check_model(model, digest)
-    set_threads(1)
+    _check_model(model, digest)
+    _set_threads(1)
     return predict.open_model(model, device)
 
 
-def predict_batch(model: Path | None, device: str, digest: str, images: NDArray[np.uint8]) -> list[Prediction]:
-    return opened_model(model, device, digest).predict(images)
+def _predict_batch(model: Path | None, device: str, digest: str, images: NDArray[np.uint8]) -> list[Prediction]:
+    return _opened_model(model, device, digest).predict(images)
 
 
-def model_file(model: Path | None) -> Path:
+def _model_file(model: Path | None) -> Path:
     """The file whose digest stands for the model: an exported file, or `model.json`, which holds those of the rest."""
     return find_bundle(model) / ABOUT if model is None or is_bundle(model) else model
 
 
-def check_model(model: Path | None, digest: str) -> None:
+def _check_model(model: Path | None, digest: str) -> None:
     try:
-        same = files.sha256_file(model_file(model)) == digest
+        same = files.sha256_file(_model_file(model)) == digest
     except OSError:
         same = False
     if not same:
@@ -508,12 +508,12 @@ def check_model(model: Path | None, digest: str) -> None:
         raise AttireError(model or "the shipped model", what, do="put it on a file system that all nodes share")
 
 
-class Replica:
+class _Replica:
     """What Ray Serve runs: the app of `server.create_app` around a model of its own."""
 
     def __init__(self, bundle: Path, digest: str, device: str, settings: dict[str, Any]) -> None:
-        check_model(bundle, digest)
-        set_threads(settings["threads"] * settings["workers"])
+        _check_model(bundle, digest)
+        _set_threads(settings["threads"] * settings["workers"])
         predictor = predict.open_model(bundle, device)
         classifier = predictor if isinstance(predictor, Classifier) else load_bundle(bundle, device)
         self.attire = create_app(classifier, predictor, **settings)

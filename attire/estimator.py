@@ -34,12 +34,12 @@ from attire.recipes import Recipe
 from attire.terminal import Terminal
 from attire.training.experiment import Experiment
 
-PIXELS = 28 * 28
-CALIBRATED = 200  # rows below which none are cut for validation: a temperature fitted on fewer than 20 says nothing
-KEPT = 8  # images below which a prediction leaves nothing in the cache: they cost less than an entry does
+_PIXELS = 28 * 28
+_CALIBRATED = 200  # rows below which none are cut for validation: a temperature fitted on fewer than 20 says nothing
+_KEPT = 8  # images below which a prediction leaves nothing in the cache: they cost less than an entry does
 
 
-class InputError(AttireError, ValueError):
+class _InputError(AttireError, ValueError):
     """An AttireError that is also what scikit-learn expects for what cannot be fitted or predicted."""
 
 
@@ -94,19 +94,19 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
     def fit(self, X: ArrayLike, y: ArrayLike) -> "VGGClassifier":  # noqa: N803
         """Train on these images and labels. Raises InputError or ValueError for what cannot be trained on,
         KeyboardInterrupt for Ctrl-C: features computed by then are kept."""
-        table, y = validate_data(self, flat(X), y)
+        table, y = validate_data(self, _flat(X), y)
         check_classification_targets(y)
         classes, labels = np.unique(y, return_inverse=True)
         if len(classes) < 2:
-            raise InputError("y", f"one class, {classes[0]!r}", do="training needs two classes or more")
+            raise _InputError("y", f"one class, {classes[0]!r}", do="training needs two classes or more")
         images = self._images(table)
         terminal = Terminal(quiet=not self.verbose)
         try:
-            told = ArrayData(held=ImageDataset(images, labels.astype(np.int64), names_of(classes), "X"))
+            told = _ArrayData(held=ImageDataset(images, labels.astype(np.int64), _names_of(classes), "X"))
             device = devices.choose_device(self.device)
-            self._train(ArrayExperiment(self._recipe(labels), told, device, terminal, self.cache))
+            self._train(_ArrayExperiment(self._recipe(labels), told, device, terminal, self.cache))
         except UsageError as error:
-            raise InputError("VGGClassifier", str(error)) from error
+            raise _InputError("VGGClassifier", str(error)) from error
         except Stopped as stop:
             raise KeyboardInterrupt from stop
         finally:
@@ -114,7 +114,7 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         self.classes_ = classes
         return self
 
-    def _train(self, stage: "ArrayExperiment") -> None:
+    def _train(self, stage: "_ArrayExperiment") -> None:
         source, _ = stage.cached()
         with tempfile.TemporaryDirectory(prefix="attire-") as folder:
             head, self.history_ = stage.fit(source, Path(folder))
@@ -136,7 +136,7 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float32]:  # noqa: N803
         """Calibrated probabilities (n, K) float32, columns in the order of `classes_`."""
         check_is_fitted(self, "classifier_")
-        images = self._images(validate_data(self, flat(X), reset=False))
+        images = self._images(validate_data(self, _flat(X), reset=False))
         about = self.classifier_.architecture
         views = [self._features(images, replace(self._spec, view=view)) for view in about.views]
         source, rows = CachedSource(*views, names=about.views), np.arange(len(images))
@@ -145,19 +145,19 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         return np.asarray(calibration.softmax(logits, self.classifier_.temperature), np.float32)
 
     def _features(self, images: NDArray[np.uint8], spec: FeatureSpec) -> Features:
-        find = row_lookup.collect if self.cache and len(images) >= KEPT else row_lookup.compute
+        find = row_lookup.collect if self.cache and len(images) >= _KEPT else row_lookup.compute
         backbone = partial(open_backbone, below(self.classifier_), spec, self.classifier_.device, len(images))
         return find(images, spec, backbone)
 
     def _images(self, table: NDArray[Any]) -> NDArray[np.uint8]:
         """(n, 28, 28) of a validated table (n, 784)."""
-        return pixels(table)
+        return _pixels(table)
 
     def _recipe(self, labels: NDArray[np.int64]) -> Recipe:
         chosen = self.recipe if isinstance(self.recipe, Recipe) else recipes.named(self.recipe)
         fields = ("freeze_to", "image_size", "hidden", "dropout", "lr", "weight_decay", "batch_size", "epochs")
         given = {name: value for name in fields if (value := getattr(self, name)) is not None}
-        if len(labels) < CALIBRATED or np.bincount(labels).min() < 2:
+        if len(labels) < _CALIBRATED or np.bincount(labels).min() < 2:
             given["val_size"] = 0
         seed = self.random_state
         if not isinstance(seed, int | np.integer):
@@ -201,7 +201,7 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
 
 
 @dataclass(frozen=True)
-class ArrayData(DataChoice):
+class _ArrayData(DataChoice):
     """Images that are in memory already, all of them to train on."""
 
     held: ImageDataset | None = None
@@ -211,7 +211,7 @@ class ArrayData(DataChoice):
         return Splits(self.held, np.arange(len(self.held)), self.held, np.empty(0, np.int64), 0, {"test": "none"})
 
 
-class ArrayExperiment(Experiment):
+class _ArrayExperiment(Experiment):
     """A Stage whose features are found image by image."""
 
     def __init__(
@@ -227,28 +227,28 @@ class ArrayExperiment(Experiment):
         return self.find(data.images, replace(self.spec, view=view), self.load_backbone, advance)
 
 
-def flat(images: Any) -> Any:
+def _flat(images: Any) -> Any:
     """(n, 28, 28) as (n, 784); whatever else it is, scikit-learn looks at as it is."""
     found = np.asarray(images) if isinstance(images, list | tuple) else images
     if tuple(getattr(found, "shape", ()))[1:] == (28, 28):
-        return np.asarray(found).reshape(-1, PIXELS)
+        return np.asarray(found).reshape(-1, _PIXELS)
     return found
 
 
-def pixels(table: NDArray[Any]) -> NDArray[np.uint8]:
+def _pixels(table: NDArray[Any]) -> NDArray[np.uint8]:
     """(n, 28, 28) of finite numbers (n, 784) from 0 to 255. Raises InputError for what no such image can be."""
     if table.min() < 0:
-        raise InputError("X", "Negative values in data", do="expected pixels from 0 (black) to 255")
-    if table.shape[1] != PIXELS:
-        raise InputError("X", f"{table.shape[1]} feature(s), expected {PIXELS} pixels, or images of (28, 28)")
+        raise _InputError("X", "Negative values in data", do="expected pixels from 0 (black) to 255")
+    if table.shape[1] != _PIXELS:
+        raise _InputError("X", f"{table.shape[1]} feature(s), expected {_PIXELS} pixels, or images of (28, 28)")
     if (most := table.max()) > 255:
-        raise InputError("X", f"a pixel of {most:g}, expected 0 to 255")
+        raise _InputError("X", f"a pixel of {most:g}, expected 0 to 255")
     if 0 < most <= 1 and (table % 1).any():
-        raise InputError("X", "pixels scaled to 0..1, expected 0 to 255", do="multiply by 255")
+        raise _InputError("X", "pixels scaled to 0..1, expected 0 to 255", do="multiply by 255")
     return np.ascontiguousarray(np.rint(table) if table.dtype.kind == "f" else table, np.uint8).reshape(-1, 28, 28)
 
 
-def names_of(classes: NDArray[Any]) -> tuple[str, ...]:
+def _names_of(classes: NDArray[Any]) -> tuple[str, ...]:
     """What the bundle calls these labels: as they are written, or by number where that is no name."""
     names = [str(label) for label in classes]
     sound = len(set(names)) == len(names) and all(name.strip() and name.isprintable() for name in names)

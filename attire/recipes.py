@@ -8,7 +8,7 @@ from typing import Any
 from attire.blocks import NOTHING, above, feature_shape
 from attire.errors import UsageError
 
-LEAST = {
+_LEAST = {
     "epochs": 1,
     "tta": 1,
     "finetune_blocks": 0,
@@ -21,9 +21,9 @@ LEAST = {
     "split_seed": 0,
 }
 BACKENDS = ("torch", "openvino", "openvino-int8")
-MOST_SHIFTS = 8
-MOST_WIDTH = 2**20  # of a hidden layer
-MOST_VIEWS = 2 * (1 + MOST_SHIFTS)  # each shifted picture, and each of them mirrored
+_MOST_SHIFTS = 8
+_MOST_WIDTH = 2**20  # of a hidden layer
+MOST_VIEWS = 2 * (1 + _MOST_SHIFTS)  # each shifted picture, and each of them mirrored
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ class Recipe:
     def __post_init__(self) -> None:
         for field in ("hidden", "conv"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
-        for field, least in LEAST.items():
+        for field, least in _LEAST.items():
             value = getattr(self, field)
             self._check(field, type(value) is int and value >= least, f"a whole number >= {least}")
         for field in ("seed", "split_seed"):
             self._check(field, getattr(self, field) < 2**32, "at most 4294967295")
         feature_shape(above(self.freeze_to, self.finetune_blocks), self.image_size, self.pool)
-        self._check("shifts", self.shifts <= MOST_SHIFTS, f"at most {MOST_SHIFTS}")
+        self._check("shifts", self.shifts <= _MOST_SHIFTS, f"at most {_MOST_SHIFTS}")
         self._check("tta", self.tta <= MOST_VIEWS, f"at most {MOST_VIEWS}")
         self._check("image_size", self.image_size <= 1024, "at most 1024 px")
         self._check("pool", self.pool <= self.image_size, "at most the side of the picture")
@@ -93,7 +93,7 @@ class Recipe:
         self._check("hidden", all(type(w) is int and w > 0 for w in self.hidden), "widths > 0, such as 512,128")
         self._check("conv", all(type(w) is int and w > 0 for w in self.conv), "widths > 0, such as 256,512")
         for field in ("hidden", "conv"):
-            self._check(field, max(getattr(self, field), default=0) <= MOST_WIDTH, f"widths of at most {MOST_WIDTH}")
+            self._check(field, max(getattr(self, field), default=0) <= _MOST_WIDTH, f"widths of at most {_MOST_WIDTH}")
         self._check("layer_decay", 0 < self.layer_decay <= 1, "above 0, at most 1")
         self._check("ema", 0 <= self.ema < 1, "at least 0, below 1")
         self._check("clip_grad", math.isfinite(self.clip_grad) and self.clip_grad >= 0, "a number >= 0")
@@ -162,7 +162,7 @@ class Recipe:
 
 
 # The protocol as it was asked for. No validation rows: nothing in it is chosen.
-CLASSIC = Recipe(
+_CLASSIC = Recipe(
     name="classic",
     freeze_to="block5",
     image_size=224,
@@ -185,7 +185,7 @@ CLASSIC = Recipe(
 FAST = Recipe()
 # The most out of what VGG16 knows, none of it trained: a map of 8x8 and a classifier that convolves it. Shifts, CutMix,
 # 96 px and training block3 on gained nothing (docs/log.md).
-FROZEN_BEST = Recipe(
+_FROZEN_BEST = Recipe(
     name="frozen-best",
     image_size=64,
     standardise=False,
@@ -199,7 +199,7 @@ FROZEN_BEST = Recipe(
 )
 # block3 trained on from ImageNet, above a cached block2. By the epoch 48 px beat 32; 40 and 60 epochs read 0.1 points
 # more than 24, ten read what leaving block3 frozen does; shifts cost 0.2 (docs/log.md). 100 s an epoch on two cores.
-BEST = Recipe(
+_BEST = Recipe(
     name="best",
     freeze_to="block2",
     image_size=48,
@@ -218,7 +218,7 @@ BEST = Recipe(
     clip_grad=1.0,
     epochs=60,
 )
-RECIPES = {recipe.name: recipe for recipe in (FAST, CLASSIC, FROZEN_BEST, BEST)}
+RECIPES = {recipe.name: recipe for recipe in (FAST, _CLASSIC, _FROZEN_BEST, _BEST)}
 
 
 def named(name: str) -> Recipe:

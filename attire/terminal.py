@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from attire.progress import Epoch
 
 
-PIPED = 100  # columns of a result that is not shown on a terminal
-NARROW = 72  # columns; below it a bar and its figures do not fit in a line
+_PIPED = 100  # columns of a result that is not shown on a terminal
+_NARROW = 72  # columns; below it a bar and its figures do not fit in a line
 
 
-class Rows(ProgressColumn):
+class _Rows(ProgressColumn):
     """`35,000/70,000`; nothing where a stage has a text of its own, such as its epoch."""
 
     def render(self, task: Task) -> Text:
         return Text("" if task.fields["text"] else f"{task.completed:,.0f}/{task.total:,.0f}")
 
 
-class Rate(ProgressColumn):
+class _Rate(ProgressColumn):
     """Rows a second so far, `553 /s`."""
 
     def render(self, task: Task) -> Text:
@@ -49,7 +49,7 @@ class Terminal:
     def advance(self, stage: str, done: int, total: int, text: str = "") -> None:
         if self.quiet:
             return
-        if not self.console.is_terminal or self.console.width < NARROW:
+        if not self.console.is_terminal or self.console.width < _NARROW:
             self._plain(stage, done, total)
             return
         if stage not in self.tasks and self.bars and self.bars.finished:
@@ -86,9 +86,9 @@ class Terminal:
         if self.bars is None:
             self.bars = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=min(24, self.console.width - NARROW + 8)),
-                Rows(),
-                Rate(),
+                BarColumn(bar_width=min(24, self.console.width - _NARROW + 8)),
+                _Rows(),
+                _Rate(),
                 TimeRemainingColumn(elapsed_when_finished=True),
                 TextColumn("{task.fields[text]}"),
                 console=self.console,
@@ -114,19 +114,19 @@ class Terminal:
 
 def columns() -> int:
     """How wide a result may be: as the terminal, 100 when piped."""
-    return Console().width if sys.stdout.isatty() else PIPED
+    return Console().width if sys.stdout.isatty() else _PIPED
 
 
 def print_result(renderable: Any) -> None:
     """A result on stdout: colour only on a terminal, as wide as `columns`; what does not fit beside stands below."""
     console = Console(highlight=False, width=columns())
     for part in renderable.renderables if isinstance(renderable, Group) else [renderable]:
-        if isinstance(part, Table) and part.show_header and least_width(console, part) > console.width:
-            part = stacked(part)
+        if isinstance(part, Table) and part.show_header and _least_width(console, part) > console.width:
+            part = _stacked(part)
         console.print(part)
 
 
-def least_width(console: Console, table: Table) -> int:
+def _least_width(console: Console, table: Table) -> int:
     """Columns of the terminal below which a cell would be cut that may not be wrapped."""
     room, total = console.options.update(max_width=1000), 0
     for column in table.columns:
@@ -135,7 +135,7 @@ def least_width(console: Console, table: Table) -> int:
     return total + table.padding[1] * (len(table.columns) - 1)
 
 
-def stacked(table: Table) -> Table:
+def _stacked(table: Table) -> Table:
     """A table too wide for its terminal, no digit lost: the first cell of each row, then a line for each other one."""
     lines = Table.grid(padding=(0, 2, 0, 0))
     heads = [column.header for column in table.columns]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attire.analysis.audit import examine
+from attire.analysis.audit import _examine
 from attire.data.loading import load_dataset
 from attire.evaluation.intervals import wilson
 from attire.features import cache
@@ -57,7 +57,7 @@ def main() -> None:
         yield fresh
 
     began = time.perf_counter()
-    found = examine(everything, all_labels, 10, blocks, lambda *_: None)
+    found = _examine(everything, all_labels, 10, blocks, lambda *_: None)
     seconds = time.perf_counter() - began
 
     exact = sum(found.first[len(images) + i] == row for i, row in enumerate(copied))

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from attire.data import dataset
 from attire.data.dataset import OFFICIAL, ImageDataset, split_indices
 from attire.data.loading import DataChoice, load_dataset
-from attire.evaluation.metrics import one_vs_rest
+from attire.evaluation.metrics import _one_vs_rest
 from attire.features.sources import CachedSource
 from attire.model import devices, heads
 from attire.progress import NoProgress
@@ -137,7 +137,7 @@ def epochs(bench: Bench, seed: int) -> dict[str, Any]:
         nonlocal answers
         answers = bench.answers(head, bench.tested, bench.test)
         right = answers == bench.test_labels
-        line = {"test": share(right), "one_vs_rest": one_vs_rest(int((~right).sum()), len(right), 10)}
+        line = {"test": share(right), "one_vs_rest": _one_vs_rest(int((~right).sum()), len(right), 10)}
         for name, rows in (("train", bench.stage.train), ("val", bench.stage.val)):
             line[name] = share(bench.right(head, bench.trained, rows, bench.labels)) if len(rows) else None
         lines.append(line)
@@ -175,15 +175,15 @@ def leak(bench: Bench, count: int) -> dict[str, Any]:
 def stray_break(bench: Bench) -> dict[str, Any]:
     """`break` at the end of a loop's body: only the first batch of each epoch trains; only the first one is scored."""
     recipe, head = bench.recipe, bench.head(bench.recipe)
-    optimiser = loop.make_optimiser(head, recipe)
+    optimiser = loop._make_optimiser(head, recipe)
     steps = -(-len(bench.stage.train) // recipe.batch_size)
     for epoch in range(recipe.epochs):
         heads.set_phase(head, False)
-        rows = loop.epoch_order(bench.stage.train, recipe, epoch)[0][: recipe.batch_size]
-        loop.set_learning_rate(optimiser, recipe, epoch * steps, steps)
+        rows = loop._epoch_order(bench.stage.train, recipe, epoch)[0][: recipe.batch_size]
+        loop._set_learning_rate(optimiser, recipe, epoch * steps, steps)
         x = next(iter(bench.trained.batches(rows, len(rows), None)))
         target = augment.Target(torch.from_numpy(bench.labels[rows]))
-        loop.train_step(head, optimiser, x, target, recipe)
+        loop._train_step(head, optimiser, x, target, recipe)
     right = bench.right_tested(head)
     return {"steps": recipe.epochs, "instead_of": recipe.epochs * steps, "test": share(right)}
 

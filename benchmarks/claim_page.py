@@ -359,9 +359,9 @@ def wrapped(block: str) -> str:
     return block if block[0] in "|-#!" else textwrap.fill(block, 120, break_long_words=False, break_on_hyphens=False)
 
 
-@matplotlib.rc_context(figures.STYLE)
+@matplotlib.rc_context(figures._STYLE)
 def picture(seed: Found) -> Figure:
-    figure, plot = figures.axes(6.4, 3.6)
+    figure, plot = figures._axes(6.4, 3.6)
     x = range(1, len(seed["epochs"]) + 1)
     curves = {
         "training": [percent(line["train"]) for line in seed["epochs"]],
@@ -369,17 +369,17 @@ def picture(seed: Found) -> Figure:
         "validation": [percent(line["val"]) if line["val"] else np.nan for line in seed["epochs"]],
         "test": curve(seed),
     }
-    for (name, values), colour, dashes in zip(curves.items(), figures.TAPS, ("-", "-.", "--", "-"), strict=False):
+    for (name, values), colour, dashes in zip(curves.items(), figures._TAPS, ("-", "-.", "--", "-"), strict=False):
         if not np.isnan(values).all():
             plot.plot(x, values, dashes, color=colour, label=name, marker="o", markersize=3)
-    plot.axhline(100 * CLAIMED, color=figures.INK, linewidth=0.7, linestyle=":")
+    plot.axhline(100 * CLAIMED, color=figures._INK, linewidth=0.7, linestyle=":")
     plot.annotate("claimed", (x[-1], 100 * CLAIMED), (0, 3), textcoords="offset points", ha="right", size=7.5)
     plot.set(xlabel="epoch", ylabel="accuracy, %")
     plot.legend(loc="best")
     return figure
 
 
-@matplotlib.rc_context(figures.STYLE)
+@matplotlib.rc_context(figures._STYLE)
 def sheet(
     titled: Sequence[tuple[str, NDArray[np.uint8]]],
     across: int,

@@ -54,7 +54,7 @@ WINDOW = 2.0  # seconds that a rate is taken over
 def extract(address: str, weights: Path) -> cache.Features:
     """What the driver does: SHARDS shards of ROWS pictures; on one machine where no address is given."""
     spec = cache.FeatureSpec("block2", 32, 0, "official", "fp32")
-    cache.SHARD_BYTES = 2 * spec.width * ROWS  # rows are rounded down to a power of two
+    cache._SHARD_BYTES = 2 * spec.width * ROWS  # rows are rounded down to a power of two
     images = np.random.default_rng(0).integers(0, 256, (SHARDS * spec.shard_rows, 28, 28), np.uint8)
     load = partial(backbones.frozen_backbone, weights, spec, torch.device("cpu"), len(images))
     asked = (images, "random", spec, load, None)

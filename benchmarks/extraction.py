@@ -80,8 +80,8 @@ def layers(backbone: nn.Sequential, size: int, images: int) -> None:
         exact = direct.double()(x[:1].double())
         direct.float()
         errors = {"direct": error(direct(x[:1]), exact)}
-        if layer.in_channels >= winograd.LEAST_CHANNELS:
-            for form, name in ((winograd.F2, "winograd 2x2"), (winograd.F4, "winograd 4x4")):
+        if layer.in_channels >= winograd._LEAST_CHANNELS:
+            for form, name in ((winograd._F2, "winograd 2x2"), (winograd._F4, "winograd 4x4")):
                 quick = winograd.Convolution(layer, pool, form)
                 errors[name] = error(quick(x[:1]), exact)
                 variants[name] = lambda x=x, f=quick: f(x)
@@ -112,17 +112,17 @@ def backbones(block: str, size: int, images: int) -> None:
         return vgg.vgg16(weights, block, 0, nn.Sequential())
 
     direct, quick = (vgg.Backbone(model(), cpu, "fp32", fast) for fast in (False, True))
-    small = winograd.accelerate(model().features.to(memory_format=torch.channels_last), winograd.F2)
+    small = winograd.accelerate(model().features.to(memory_format=torch.channels_last), winograd._F2)
     pictures = vgg.preprocess(load_dataset(part="test").images[:images], size)
     exact = model().features.double()(pictures[:4].double()).flatten(1)
     batches = pictures.to(memory_format=torch.channels_last).split(cache.batch_rows(size))
     product, operations = matrix_product()
     variants: dict[str, Callable[[Tensor], Tensor]] = {
         "direct": direct,
-        "in small ones": lambda x: microbatches.in_turn(direct.features, x).flatten(1),
+        "in small ones": lambda x: microbatches._in_turn(direct.features, x).flatten(1),
         "a core each": lambda x: microbatches.side_by_side(direct.features, x).flatten(1),
         "winograd 2x2": lambda x: microbatches.side_by_side(small, x).flatten(1),
-        "one by one": lambda x: microbatches.in_turn(quick.features, x).flatten(
+        "one by one": lambda x: microbatches._in_turn(quick.features, x).flatten(
             1
         ),  # winograd 4x4, all cores on each part
         "winograd 4x4": quick,
@@ -153,7 +153,7 @@ def gradients(channels: int, outputs: int, size: int, batch: int = 128) -> None:
     weight = (torch.randn(outputs, channels, 3, 3) / (9 * channels) ** 0.5).requires_grad_()
     forward: dict[str, Callable[[], Tensor]] = {
         "direct": lambda: F.conv2d(x, weight.contiguous(memory_format=torch.channels_last), bias, padding=1),
-        "winograd": lambda: winograd.conv2d_winograd(x, winograd.transform_weight(weight, dtype=torch.float32), bias),
+        "winograd": lambda: winograd._conv2d_winograd(x, winograd._transform_weight(weight, dtype=torch.float32), bias),
     }
 
     def step(name: str) -> list[Tensor]:

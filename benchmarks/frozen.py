@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from attire.analysis import sweep
-from attire.analysis.ridge import PENALTIES
+from attire.analysis.ridge import _PENALTIES
 from attire.data import dataset
 from attire.data.loading import load_dataset
 from attire.evaluation.intervals import wilson
@@ -41,14 +41,14 @@ class Frozen:
     """Features of the drawn rows by tap, (n, C, H, W) float32; the first `fit` rows fit."""
 
     def __init__(self, size: int) -> None:
-        data, self.fit = sweep.draw(load_dataset(), ROWS, VAL)
+        data, self.fit = sweep._draw(load_dataset(), ROWS, VAL)
         self.labels = torch.from_numpy(data.labels)
         taps = TAPS[size]
-        bench = sweep.Bench(data, self.fit, [name for name, _ in taps], devices.choose_device("cpu"), NoProgress())
-        spec = sweep.TapSpec(
+        bench = sweep._Bench(data, self.fit, [name for name, _ in taps], devices.choose_device("cpu"), NoProgress())
+        spec = sweep._TapSpec(
             "+".join(bench.boundaries), size, 0, bench.weights, bench.precision, backend=bench.backend, taps=taps
         )
-        found = cache.extract(data.images, data.image_digest, spec, lambda: sweep.TapBackbone(bench.backbone, taps))
+        found = cache.extract(data.images, data.image_digest, spec, lambda: sweep._TapBackbone(bench.backbone, taps))
         self.entry = found.folder.name
         table = torch.from_numpy(np.concatenate(list(found.blocks())))
         self.maps = {name: table[:, part].float().unflatten(1, (-1, side, side)) for name, side, part in spec.columns()}
@@ -121,7 +121,7 @@ def ridge(x: Tensor, labels: Tensor, fit: int) -> tuple[int, float]:
     # The same penalty for both forms: times the mean of the Gram matrix's diagonal over rows.
     level = float(first.square().sum()) / fit
     right = {}
-    for penalty in PENALTIES:
+    for penalty in _PENALTIES:
         factor = torch.linalg.cholesky(gram + penalty * level * torch.eye(len(gram)))
         if dual:
             scores = scored @ (first.T @ torch.cholesky_solve(targets, factor))

@@ -49,7 +49,7 @@ def write_rows(path: Path, rows: int) -> None:
         for chosen, images in measuring.more_images(rows, BLOCK):
             csv_table.write_table(piece, images, labels[chosen])
             with piece.open("rb") as text:
-                text.seek(len(csv_table.HEADER) + 1 if out.tell() else 0)
+                text.seek(len(csv_table._HEADER) + 1 if out.tell() else 0)
                 out.write(text.read())
             piece.unlink()
     os.sync()
@@ -58,10 +58,10 @@ def write_rows(path: Path, rows: int) -> None:
 def stage_csv(path: Path, rows: int) -> dict[str, float]:
     from attire.data import table_cache
 
-    table_cache.LEAST = 0
+    table_cache._LEAST = 0
     base = forget_peak()
     found: list[dataset.ImageDataset] = []
-    took = seconds(lambda: found.append(loading.read_csv(path)))
+    took = seconds(lambda: found.append(loading._read_csv(path)))
     assert len(found[0]) == rows
     return {"seconds": took, "base": base, "peak": peak_memory()}
 
@@ -74,12 +74,12 @@ def stage_extraction(path: Path, rows: int) -> dict[str, float]:
     from attire.features import cache as feature_cache
     from attire.model import devices, pretrained, vgg
 
-    table_cache.LEAST = 0
+    table_cache._LEAST = 0
     precision = devices.choose_precision()
     backbone = vgg.Backbone(
         vgg.vgg16(pretrained.vgg16_weights(), "block3", 0, nn.Sequential()), torch.device("cpu"), precision
     )
-    images = loading.read_csv(path)
+    images = loading._read_csv(path)
     feature_cache.compute(images.images[:64], feature_cache.FeatureSpec("block3", SIZE, 0, "", precision), backbone)
     spec, base = feature_cache.FeatureSpec("block3", SIZE, 0, "growth", precision), forget_peak()
     took = seconds(lambda: feature_cache.extract(images.images, images.image_digest, spec, lambda: backbone))

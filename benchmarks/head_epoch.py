@@ -35,7 +35,7 @@ def synthetic_features(folder: Path, rows: int, width: int) -> feature_cache.Fea
     block = rng.standard_normal((shard_rows, width), np.float32).clip(0).astype(np.float16)
     files.make_dir(folder)
     for i, start in enumerate(range(0, rows, shard_rows)):
-        np.save(feature_cache.shard_path(folder, i), block[: min(shard_rows, rows - start)])
+        np.save(feature_cache._shard_path(folder, i), block[: min(shard_rows, rows - start)])
     return feature_cache.Features(folder, rows, width, shard_rows)
 
 
@@ -62,11 +62,11 @@ def epoch_seconds(
     head: nn.Sequential, source: CachedSource, labels: np.ndarray, rows: np.ndarray, recipe: Recipe
 ) -> float:
     state = checkpoints.State()
-    optimiser = loop.make_optimiser(head, recipe)
+    optimiser = loop._make_optimiser(head, recipe)
     targets = torch.from_numpy(labels)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        loop.run_epoch(
+        loop._run_epoch(
             head, optimiser, source, targets, rows, recipe, state, Path(folder), [], lambda state, done, total: None
         )
         return time.perf_counter() - start

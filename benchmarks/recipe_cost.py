@@ -60,14 +60,14 @@ def new_head(recipe: Recipe, weights: Any) -> nn.Sequential:
 
 def step_seconds(recipe: Recipe, head: nn.Sequential, probing: bool, steps: int) -> float:
     width = int(np.prod(recipe.map_shape))
-    optimiser, average = loop.make_optimiser(head, recipe), loop.make_average(head, recipe)
+    optimiser, average = loop._make_optimiser(head, recipe), loop._make_average(head, recipe)
     labels, spent = torch.arange(recipe.batch_size) % 10, []
     heads.set_phase(head, probing)
     for step in range(steps + 1):
         x = torch.rand(recipe.batch_size, width)
         began = time.perf_counter()
         x, target = augment.augment(x, augment.Target(labels), recipe, 0, step)
-        loop.train_step(head, optimiser, x, target, recipe)
+        loop._train_step(head, optimiser, x, target, recipe)
         if average is not None:
             average.update_parameters(head)
         spent.append(time.perf_counter() - began)

@@ -44,7 +44,7 @@ def main(bundle: str) -> None:
     data, test = load_dataset(part="train"), load_dataset(part="test")
     recipe = recipes.from_json(classifier.facts["recipe"])
     train, val = validation_rows(data, np.arange(len(data)), recipe)
-    source = CachedSource(*(cached(classifier, data, view) for view in features_views.VIEWS[: 1 + recipe.flips]))
+    source = CachedSource(*(cached(classifier, data, view) for view in features_views._VIEWS[: 1 + recipe.flips]))
     rows = out_of_distribution.share_rows(train, val, recipe.split_seed)
     choose(classifier, data, source, rows)
     report(classifier, test)
@@ -101,7 +101,7 @@ def choose(
     print(f"Choosing: % rejected. {', '.join(strangers)} (n = 1,000 each); validation garments altered in")
     print(f"{len(ALTERED)} ways (n = {len(changed):,}).\n")
     for name, score in scores.items():
-        threshold = out_of_distribution.find_threshold(score(validation).numpy()) or np.inf
+        threshold = out_of_distribution._find_threshold(score(validation).numpy()) or np.inf
         shares = [(score(x) > threshold).float().mean().item() for x in (*strangers.values(), changed)]
         print(f"{name:40}" + "".join(f"{100 * share:6.1f}" for share in shares), flush=True)
 
@@ -152,8 +152,8 @@ def methods(
     }
 
 
-def mahalanobis(describe: Score, x: Tensor, labels: Tensor, shrinkage: float = out_of_distribution.SHRINKAGE) -> Score:
-    fitted = out_of_distribution.fit_classes(describe(x), labels, shrinkage)
+def mahalanobis(describe: Score, x: Tensor, labels: Tensor, shrinkage: float = out_of_distribution._SHRINKAGE) -> Score:
+    fitted = out_of_distribution._fit_classes(describe(x), labels, shrinkage)
     return lambda rows: out_of_distribution.nearest(describe(rows), *fitted)
 
 

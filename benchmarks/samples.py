@@ -13,7 +13,7 @@ import numpy as np
 
 from attire.data.loading import load_dataset
 from attire.inference.classifier import load_bundle
-from attire.server.samples import sheet_png
+from attire.server.samples import _sheet_png
 from attire.storage import files
 
 ROWS = 400  # of the test set that are looked through
@@ -31,7 +31,7 @@ def main(bundle: str) -> None:
     rows = [row for label in range(len(data.classes)) for row in good if data.labels[row] == label]
     chosen = [row for label in range(len(data.classes)) for row in [r for r in rows if data.labels[r] == label][:2]]
     names = [f"{data.classes[data.labels[row]]} (test image {row})" for row in chosen]
-    files.write_bytes(OUT, sheet_png(names, np.asarray(data.images[chosen])))
+    files.write_bytes(OUT, _sheet_png(names, np.asarray(data.images[chosen])))
     print(f"{OUT}   {len(names)} samples, {files.human_size(OUT.stat().st_size)}")
 
 

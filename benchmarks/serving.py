@@ -26,7 +26,7 @@ from measuring import command, environment, spread, told
 
 from attire.inference.predict import Model, open_model
 from attire.inference.prediction import read_picture
-from attire.server.app import Settings
+from attire.server.app import _Settings
 
 HERE = Path(__file__).parent
 OVERLOAD = 3.0
@@ -203,7 +203,7 @@ def main() -> None:
     if chosen.soak:
         print(soak(chosen.bundle, chosen.soak))
     elif chosen.equal:
-        print(equal(open_model(Path(chosen.bundle), "auto"), chosen.equal, Settings().max_batch))
+        print(equal(open_model(Path(chosen.bundle), "auto"), chosen.equal, _Settings().max_batch))
     elif chosen.drain:
         print(drain(chosen.bundle, chosen.drain))
     else:

@@ -160,7 +160,7 @@ def head_epochs(quick: bool, scratch: Path, found: Machine) -> Iterator[Stage]:
 
 
 def csvs(quick: bool, scratch: Path, found: Machine) -> Iterator[Stage]:
-    table_cache.LEAST = 0  # a small file too
+    table_cache._LEAST = 0  # a small file too
     train = loading.load_dataset()
     rows = 600 if quick else len(train)
     path = scratch / "rows.csv"
@@ -169,7 +169,7 @@ def csvs(quick: bool, scratch: Path, found: Machine) -> Iterator[Stage]:
 
     def parse() -> None:
         table_cache.delete_copies()
-        loading.read_csv(path)
+        loading._read_csv(path)
 
     def digests() -> None:
         for file in (path, *table_cache.folder().iterdir()):
@@ -178,7 +178,7 @@ def csvs(quick: bool, scratch: Path, found: Machine) -> Iterator[Stage]:
 
     yield Stage("CSV, parsed and kept", "disk read rate", parse, lambda limits: size / limits["disk read"], rows)
     yield Stage(
-        "CSV, from its copy", "SHA-256 of both", lambda: loading.read_csv(path), lambda limits: seconds(digests), rows
+        "CSV, from its copy", "SHA-256 of both", lambda: loading._read_csv(path), lambda limits: seconds(digests), rows
     )
 
 

@@ -46,7 +46,7 @@ def written(data: bytes, path: Path) -> Path:
 def read_idx(data: bytes, folder: Path) -> object:
     from attire.data import idx
 
-    return idx.read_idx(written(data, folder / "x-idx3-ubyte"))
+    return idx._read_idx(written(data, folder / "x-idx3-ubyte"))
 
 
 def idx_seeds() -> list[bytes]:
@@ -59,7 +59,7 @@ def read_csv(data: bytes, folder: Path) -> object:
     """An odd first byte stands for the header, which no fuzzer would find."""
     from attire.data import csv_table
 
-    whole = csv_table.HEADER + b"\n" + data[1:] if data[:1] and data[0] % 2 else data[1:]
+    whole = csv_table._HEADER + b"\n" + data[1:] if data[:1] and data[0] % 2 else data[1:]
     path = written(whole, folder / "x.csv")
     with path.open("rb") as file:
         return csv_table.joined(csv_table.read_parts(path, file))
@@ -103,12 +103,12 @@ def read_manifest(data: bytes, folder: Path) -> object:
     entry.mkdir(parents=True, exist_ok=True)
     written(data, entry / "MANIFEST.json")
     os.environ["ATTIRE_CACHE"] = str(folder / "cache")
-    line = cache.ledger_line(entry, 0)
+    line = cache._ledger_line(entry, 0)
     assert line is None or isinstance(line["rows"], int)
     told = [one.describe() + json.dumps(one.to_json()) for one in cache.cache_entries()]
     for read in (
-        lambda: ensemble.read_members(written(data, folder / "ensemble.json")),
-        lambda: run_result.check_digests(with_digests(folder, data)),
+        lambda: ensemble._read_members(written(data, folder / "ensemble.json")),
+        lambda: run_result._check_digests(with_digests(folder, data)),
         lambda: recipes.from_json(files.read_json(folder / "ensemble.json"), "config.json"),
     ):
         refused(read)
@@ -202,7 +202,7 @@ def read_checkpoint(data: bytes, folder: Path) -> object:
 
     from attire.training import checkpoints
 
-    return checkpoints.read_checkpoint(written(data + sha256(data).digest(), folder / "epoch-001-step-000000.ckpt"))
+    return checkpoints._read_checkpoint(written(data + sha256(data).digest(), folder / "epoch-001-step-000000.ckpt"))
 
 
 def checkpoint_seeds() -> list[bytes]:
@@ -213,7 +213,7 @@ def checkpoint_seeds() -> list[bytes]:
 
     head = torch.nn.Sequential(torch.nn.Linear(3, 2))
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints.save_checkpoint(head, loop.make_optimiser(head, FAST), checkpoints.State(epoch=1), Path(folder))
+        checkpoints.save_checkpoint(head, loop._make_optimiser(head, FAST), checkpoints.State(epoch=1), Path(folder))
         return [path.read_bytes()[:-32] for path in Path(folder).glob("*.ckpt")]
 
 
@@ -236,7 +236,7 @@ def export_seeds() -> list[bytes]:
 
     facts = {"format": "onnx", "schema": 1, "classes": ["a", "b"], "seal": runtimes.NO_SEAL}
     text = json.dumps(facts).encode()
-    onnx = runtimes.FACTS + bytes([0x80 | len(text) & 0x7F, len(text) >> 7]) + text
+    onnx = runtimes._FACTS + bytes([0x80 | len(text) & 0x7F, len(text) >> 7]) + text
     header = {"__metadata__": {"attire": json.dumps({**facts, "format": "safetensors"})}}
     tensors = json.dumps(header).encode()
     out = io.BytesIO()

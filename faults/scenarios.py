@@ -37,7 +37,7 @@ TUNED = "--freeze-to block1 --finetune-blocks 1 --batch-norm --ema 0.9 --head-ep
 
 def small_shards() -> None:
     """Sixteen rows a shard, and a checkpoint after every step."""
-    feature_cache.SHARD_BYTES = 2**16
+    feature_cache._SHARD_BYTES = 2**16
     checkpoints.CHECKPOINT_SECONDS = -1.0
 
 
@@ -49,7 +49,7 @@ def official(root: Path) -> Path:
     (cache / "data").symlink_to(data.parent)
     (cache / "weights").symlink_to(weights.parent)
     path = cache / "convolutions.json"
-    _, here = devices.read_measurements(path)
+    _, here = devices._read_measurements(path)
     files.write_json(path, {here: {"direct": 1.0, "winograd": 2.0, "bf16": 2.0}})
     return cache
 

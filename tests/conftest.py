@@ -38,7 +38,7 @@ def convolutions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("convolutions")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATTIRE_CACHE", str(folder))
-        devices.measured_seconds(("direct", "winograd", "bf16") if devices.has_bf16() else ("direct", "winograd"))
+        devices._measured_seconds(("direct", "winograd", "bf16") if devices.has_bf16() else ("direct", "winograd"))
     return folder / "convolutions.json"
 
 
@@ -61,9 +61,9 @@ def cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
             (folder / part).symlink_to(cache_dir() / part)
         shutil.copy(convolutions, folder)
     monkeypatch.setenv("ATTIRE_CACHE", str(folder))
-    monkeypatch.delenv(remote_cache.VARIABLE, raising=False)
-    remote_cache.unread.clear()
-    remote_cache.unwritten.clear()
+    monkeypatch.delenv(remote_cache._VARIABLE, raising=False)
+    remote_cache._unread.clear()
+    remote_cache._unwritten.clear()
     return folder
 
 

@@ -19,7 +19,7 @@ from attire.data.dataset import FASHION_CLASSES
 from attire.inference.classifier import Architecture, Classifier
 from attire.inference.prediction import Prediction, ranked
 from attire.server import listener
-from attire.server.app import Service, create_app
+from attire.server.app import _Service, create_app
 
 PATIENCE = 30.0  # seconds; only a test that fails waits so long
 
@@ -62,7 +62,7 @@ class Fake:
 @dataclass(frozen=True)
 class Live:
     port: int
-    service: Service
+    service: _Service
     client: httpx.Client
 
     def raw(self, *parts: bytes, patience: float = PATIENCE) -> bytes:
@@ -96,10 +96,10 @@ def statuses(answer: bytes) -> list[int]:
 def running(classifier: Any, **settings: Any) -> Iterator[Live]:
     settings = {"workers": 1, **settings}  # so that what waits can be told from what is worked on
     app, ready = create_app(cast(Classifier, classifier), **settings), threading.Event()
-    service: Service = app.state.service
+    service: _Service = app.state.service
     found = listener.bind("127.0.0.1", 0)
     port = found.getsockname()[1]
-    server = listener.make_server(app, service.leave, ready.set)
+    server = listener._make_server(app, service.leave, ready.set)
     thread = threading.Thread(target=server.run, args=([found],))
     thread.start()
     try:

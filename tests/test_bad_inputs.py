@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from attire.data.csv_table import COLUMNS, HEADER
+from attire.data.csv_table import _COLUMNS, _HEADER
 from attire.data.dataset import FASHION_CLASSES, ImageDataset
 from attire.data.loading import write_csv
 from attire.evaluation.run_result import load_result
@@ -72,11 +72,11 @@ EXPECTED = "expected label,pixel1,...,pixel784"
 A_ROW = "a row is one label and 784 pixels"
 CUT = "the file may be cut off there"
 NEVER_FILLED = "put the true value there, or take the row out; gaps are never filled"
-TABLE = HEADER + b"\n" + ROW.encode() + b"\n"
+TABLE = _HEADER + b"\n" + ROW.encode() + b"\n"
 
 
 def table(*lines: str) -> bytes:
-    return "\n".join([HEADER.decode(), *lines]).encode()
+    return "\n".join([_HEADER.decode(), *lines]).encode()
 
 
 @pytest.mark.parametrize(
@@ -447,7 +447,7 @@ def exported(kind: str, **about: Any) -> bytes:
         told = json.dumps({"__metadata__": {"attire": facts}}).encode()
         return runtimes.seal_bytes(len(told).to_bytes(8, "little") + told)
     length = bytes([len(facts) & 127 | 128, len(facts) >> 7])  # a varint, for 128 bytes to 16 kB
-    return runtimes.seal_bytes(b"no network" + runtimes.FACTS + length + facts.encode())
+    return runtimes.seal_bytes(b"no network" + runtimes._FACTS + length + facts.encode())
 
 
 @pytest.mark.parametrize(
@@ -664,6 +664,6 @@ def test_a_file_whatever_it_is_called(name: str, model: str) -> None:
     said = f"error: {shown.get(name, name)}: "
     assert refused("train", "--data", name) == f"{said}no such file\n"
     Path(name).write_text("x")
-    line = f"no column {COLUMNS[0]} among one column, x (line 1); {EXPECTED}"
+    line = f"no column {_COLUMNS[0]} among one column, x (line 1); {EXPECTED}"
     assert refused("evaluate", model, "--data", name) == f"{said}{line}\n"
     assert refused("predict", "--model", model, "--", name) == f"{CANNOT_REJECT}\n{said}{line}\n"

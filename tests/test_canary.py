@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from attire.features.cache import shard_path
+from attire.features.cache import _shard_path
 from attire.model import pretrained
 from attire.model.weights import read_weights
 from attire.storage import files
@@ -189,7 +189,7 @@ def test_a_pickle_in_the_cache_of_features_never_runs(workplace: Path, cache: Pa
     assert attire("train", "--data", "small.csv", *TINY, "--out", "first").status == 0
     for manifest in (cache / "features").glob("*/MANIFEST.json"):
         data, told = as_array(canary), json.loads(manifest.read_text())
-        shard_path(manifest.parent, 0).write_bytes(data)
+        _shard_path(manifest.parent, 0).write_bytes(data)
         told["shards"][0]["sha256"] = files.sha256(data)
         manifest.write_text(json.dumps(told))
     with pytest.raises(ValueError, match="Python objects"):

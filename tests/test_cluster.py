@@ -89,7 +89,7 @@ class Work:
 
 @pytest.fixture
 def work(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
-    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 16 * 2 * 2048)
+    monkeypatch.setattr(feature_cache, "_SHARD_BYTES", 16 * 2 * 2048)
     return Work(weights)
 
 
@@ -151,7 +151,7 @@ def test_workers_that_are_killed_cost_what_they_held(
 def test_a_node_that_does_not_see_the_cache_folder_says_so(
     joined: "Cluster", work: Work, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(clusters, "token_path", lambda folder: tmp_path / "elsewhere")
+    monkeypatch.setattr(clusters, "_token_path", lambda folder: tmp_path / "elsewhere")
     with pytest.raises(AttireError, match=r"not the same folder on .*; put ATTIRE_CACHE on a file system that all"):
         work.extract(joined.extract_shards)
 
@@ -203,7 +203,7 @@ def test_another_model_on_a_node_is_refused(joined: "Cluster", bundle: Path) -> 
 
     asked = [PictureInput("one", np.zeros((28, 28), np.uint8))]
     answers = joined.answer(bundle, "cpu", asked)
-    told = clusters.model_file(bundle)
+    told = clusters._model_file(bundle)
     text = told.read_text()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "sha256_file", lambda path: "0" * 64)
@@ -377,7 +377,7 @@ def test_epochs_that_others_write_are_told(tmp_path: Path) -> None:
             seen.set()
 
     checkpoints.write_history(tmp_path / "history.csv", first)
-    with clusters.following(tmp_path, Watch()):
+    with clusters._following(tmp_path, Watch()):
         checkpoints.write_history(tmp_path / "history.csv", [*first, Epoch(2, 0.5, 0.6, 0.75, 0.5)])
         assert seen.wait(30)
         checkpoints.write_history(
@@ -389,8 +389,8 @@ def test_epochs_that_others_write_are_told(tmp_path: Path) -> None:
 def test_what_a_worker_refused_is_what_is_said(tmp_path: Path) -> None:
     error = RuntimeError("2 workers failed")
     error.worker_failures = {0: RuntimeError("lost"), 1: AttireError("mine.csv", "gone")}  # type: ignore[attr-defined]
-    assert str(clusters.refused(error, tmp_path)) == "mine.csv: gone"
-    told = str(clusters.refused(RuntimeError("first\nlast"), tmp_path))
+    assert str(clusters._refused(error, tmp_path)) == "mine.csv: gone"
+    told = str(clusters._refused(RuntimeError("first\nlast"), tmp_path))
     do = f"its checkpoints are kept; go on with: attire train --resume {tmp_path}"
     assert told == f"cluster: the training failed (last); {do}"
 

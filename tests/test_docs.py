@@ -106,17 +106,17 @@ def parse(given: list[str], whole: bool) -> None:
     """As click would, without running it. whole: what it requires must be there as well."""
     rest = [word for word in given if word not in ("-h", "--help")]
     while rest and rest[0].startswith("-"):
-        assert rest.pop(0) in shell.options(main.cli), given
+        assert rest.pop(0) in shell._options(main.cli), given
     if not rest:
         return
     assert rest[0] in main.cli.commands, given
     command = main.cli.commands[rest[0]]
-    root = shell.Context(main.cli, info_name="attire", **main.cli.context_settings)
+    root = shell._Context(main.cli, info_name="attire", **main.cli.context_settings)
     try:
         if whole and rest == given:
             command.make_context(rest[0], rest[1:], parent=root).close()
         else:
-            context = shell.Context(command, parent=root, info_name=rest[0])
+            context = shell._Context(command, parent=root, info_name=rest[0])
             command.make_parser(context).parse_args(rest[1:])
     except click.UsageError as error:
         pytest.fail(f"{shlex.join(['attire', *given])}: {error.format_message()}")
@@ -139,7 +139,7 @@ def check(command: list[str], whole: bool) -> None:
 @pytest.fixture
 def files_of_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever reads the pages has the files that they name."""
-    monkeypatch.setattr("attire.cli.options.is_missing", lambda name: False)
+    monkeypatch.setattr("attire.cli.options._is_missing", lambda name: False)
 
 
 @pytest.mark.usefixtures("files_of_readers")
@@ -212,7 +212,7 @@ def sandbox(
     folder = tmp_path / "sandbox"
     shutil.copytree(prepared, folder)
     monkeypatch.setattr(fashion_mnist, "official_data", lambda source=None, progress=None: miniature)
-    monkeypatch.setattr(doctor, "reached", lambda url: "not asked")
+    monkeypatch.setattr(doctor, "_reached", lambda url: "not asked")
     for name, changes in MINIATURES.items():
         monkeypatch.setitem(recipes.RECIPES, name, replace(recipes.RECIPES[name], **changes))
     monkeypatch.chdir(folder)

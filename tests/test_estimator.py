@@ -24,7 +24,7 @@ import attire
 from attire import VGGClassifier
 from attire.data.loading import load_dataset, write_csv
 from attire.errors import AttireError, Stopped
-from attire.estimator import ArrayExperiment
+from attire.estimator import _ArrayExperiment
 from attire.features import cache
 from attire.model import pretrained, vgg
 from attire.recipes import Recipe
@@ -218,7 +218,7 @@ def test_ctrl_c_is_what_it_is_everywhere_else(model: VGGClassifier, monkeypatch:
     def stopped(*_: object) -> None:
         raise Stopped("run", "stopped in epoch 1")
 
-    monkeypatch.setattr(ArrayExperiment, "fit", stopped)
+    monkeypatch.setattr(_ArrayExperiment, "fit", stopped)
     with pytest.raises(KeyboardInterrupt):
         model.fit(DATA.images, DATA.labels)
 

@@ -8,7 +8,7 @@ import pytest
 
 from attire import recipes
 from attire.errors import UsageError
-from attire.recipes import CLASSIC, FAST, RECIPES, Recipe
+from attire.recipes import _CLASSIC, FAST, RECIPES, Recipe
 
 
 def test_classic_is_the_protocol_that_was_asked_for() -> None:
@@ -17,7 +17,7 @@ def test_classic_is_the_protocol_that_was_asked_for() -> None:
         **{"batch_size": 32, "epochs": 10, "val_size": 0, "stratify": False, "split_seed": 42},
         **{"schedule": "constant", "weight_decay": 0, "label_smoothing": 0, "flips": False, "standardise": False},
     }
-    assert {name: getattr(CLASSIC, name) for name in asked} == asked
+    assert {name: getattr(_CLASSIC, name) for name in asked} == asked
 
 
 def test_the_default_is_fast() -> None:
@@ -90,7 +90,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 
 def test_a_recipe_is_one_line_for_people() -> None:
-    assert CLASSIC.describe() == (
+    assert _CLASSIC.describe() == (
         "classic: frozen to block5, 224 px averaged to 7x7, classifier 1024-512, Adam lr 0.0001 constant, 10 epochs"
     )
     assert "mirrored views" in FAST.describe()

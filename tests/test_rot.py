@@ -86,12 +86,12 @@ def test_a_damaged_export_is_refused(kind: str, bundle: Path, synthetic: ImageDa
 
 def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
     head = torch.nn.Sequential(torch.nn.Linear(40, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
-    checkpoints.save_checkpoint(head, loop.make_optimiser(head, FAST), checkpoints.State(epoch=1), tmp_path)
-    (path,) = checkpoints.checkpoints(tmp_path)
-    refused(path, lambda: checkpoints.read_checkpoint(path))
+    checkpoints.save_checkpoint(head, loop._make_optimiser(head, FAST), checkpoints.State(epoch=1), tmp_path)
+    (path,) = checkpoints._checkpoints(tmp_path)
+    refused(path, lambda: checkpoints._read_checkpoint(path))
 
 
-REPORTED = [*run_result.TOLD, *(f"evaluation/{name}" for name in ("metrics.json", "predictions.csv", "gallery.png"))]
+REPORTED = [*run_result._TOLD, *(f"evaluation/{name}" for name in ("metrics.json", "predictions.csv", "gallery.png"))]
 
 
 @pytest.mark.parametrize("name", REPORTED)
@@ -102,7 +102,7 @@ def test_no_report_is_made_of_damaged_figures(name: str, finished: tuple[Path, o
 
 def test_damaged_digests_of_a_report_are_noticed_or_say_the_same(finished: tuple[Path, object], tmp_path: Path) -> None:
     run = shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("model", "checkpoints"))
-    path = run / run_result.DIGESTS
+    path = run / run_result._DIGESTS
     whole, told = path.read_bytes(), files.read_json(path)
     for what, data in damages(whole):
         path.write_bytes(data)
@@ -126,7 +126,7 @@ def test_commands_refuse_damaged_figures_in_one_line(
 
 def test_a_run_from_before_there_were_digests_is_read(finished: tuple[Path, object], tmp_path: Path) -> None:
     run = shutil.copytree(finished[0], tmp_path / "run")
-    (run / run_result.DIGESTS).unlink()
+    (run / run_result._DIGESTS).unlink()
     assert run_result.load_result(run).command == run_result.load_result(finished[0]).command
 
 
@@ -144,11 +144,11 @@ class Counting:
 def test_a_damaged_shard_is_made_again_with_one_warning(
     classifier: Classifier, synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "SHARD_BYTES", 2**16)  # sixteen rows
+    monkeypatch.setattr(cache, "_SHARD_BYTES", 2**16)  # sixteen rows
     backbone, spec = Counting(classifier), FeatureSpec("block2", 16, 0, "x")
     made = cache.extract(synthetic.images, "digest", spec, lambda: backbone)
     expected = [np.array(shard) for shard in made.shards]
-    path = cache.shard_path(made.folder, 1)
+    path = cache._shard_path(made.folder, 1)
     whole = path.read_bytes()
     for what, data in damages(whole):
         path.write_bytes(data)

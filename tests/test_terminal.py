@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 
 from attire.progress import Epoch
-from attire.terminal import NARROW, Terminal, print_result
+from attire.terminal import _NARROW, Terminal, print_result
 
 CODE = re.compile(r"\x1b\[[\d;?]*[A-Za-z]")
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3|4|9|10)\d[\d;]*m")
@@ -103,7 +103,7 @@ def test_long_lines_and_markup_are_left_as_they_are(
     assert capsys.readouterr().err == f"Data      [red]mine[/red].csv {30 * 'long '}\n"
 
 
-@pytest.mark.parametrize("width", [NARROW, 80, 100, 200])
+@pytest.mark.parametrize("width", [_NARROW, 80, 100, 200])
 def test_bars_fit_and_cut_nothing_off(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     drawn = screen(monkeypatch, width)
     work(Terminal())
@@ -116,7 +116,7 @@ def test_bars_fit_and_cut_nothing_off(monkeypatch: pytest.MonkeyPatch, width: in
 
 
 def test_a_narrow_terminal_gets_lines_instead_of_bars(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = screen(monkeypatch, NARROW - 1)
+    drawn = screen(monkeypatch, _NARROW - 1)
     work(Terminal())
     assert "━" not in drawn.getvalue()
     assert "Features  all                70,000 to do" in drawn.rows()

@@ -31,11 +31,11 @@ from attire.recipes import FAST
 from attire.storage import memory, url_copies
 from attire.storage.files import write_json, write_text
 
-SHOWN = 48  # pictures in a gallery; the CSV files hold all
+_SHOWN = 48  # pictures in a gallery; the CSV files hold all
 
 
 @dataclass(frozen=True)
-class Findings:
+class _Findings:
     """What was found in n images, by row. `suspects` worst first, `far` farthest first, the others ascending.
 
     first (n,): see `duplicates.first_of`. probabilities (n, K) by a linear classifier that had not seen the row.
@@ -57,24 +57,24 @@ class Findings:
         return duplicates.groups_of(self.first)
 
 
-def examine(images: Images, labels: Rows, classes: int, blocks: label_errors.Blocks, advance: Advance) -> Findings:
+def _examine(images: Images, labels: Rows, classes: int, blocks: label_errors.Blocks, advance: Advance) -> _Findings:
     """Everything that can be said of images (n, 28, 28), labels (n,) and their features.
 
     blocks: the features (b, D) float32 of all rows in order, as often as it is called.
     """
     first = duplicates.first_of(images)
     near = duplicates.near_pairs(images, np.unique(first), advance)
-    folds = label_errors.assign_folds(labels, together(first, near))
+    folds = label_errors.assign_folds(labels, _together(first, near))
     reading = label_errors.read_features(blocks, labels, folds, classes, advance)
     found = label_errors.probabilities(reading.scores, labels)
     blank, inverted = label_errors.odd_images(images)
     remote = label_errors.remoteness(reading.places)
     far = np.flatnonzero(remote > label_errors.FAR)
     far = far[np.argsort(-remote[far], kind="stable")]
-    return Findings(first, near, found, label_errors.rank_suspects(labels, found), blank, inverted, far, remote)
+    return _Findings(first, near, found, label_errors.rank_suspects(labels, found), blank, inverted, far, remote)
 
 
-def together(first: Rows, near: NearPairs) -> Rows:
+def _together(first: Rows, near: NearPairs) -> Rows:
     """`first`, with near duplicates counted as equal too."""
     joined = first.copy()
     for pair in np.argsort(near.second, kind="stable"):
@@ -83,7 +83,7 @@ def together(first: Rows, near: NearPairs) -> Rows:
 
 
 @dataclass(frozen=True)
-class Audit:
+class _Audit:
     """Findings over the parts of a data set, laid end to end: "train" and "test", or "all".
 
     accuracies: what is measured on the test part, or on all, and how that changes without the rows in question; `by`
@@ -91,7 +91,7 @@ class Audit:
     """
 
     parts: Mapping[str, ImageDataset]
-    findings: Findings
+    findings: _Findings
     by: str
     accuracies: tuple[tuple[str, Interval], ...]
 
@@ -143,7 +143,7 @@ class Audit:
     def to_json(self) -> dict[str, Any]:
         measured = {name: interval.to_json() for name, interval in self.accuracies}
         balance = {
-            name: dict(zip(self.classes, counts.tolist(), strict=True)) for name, counts in class_counts(self.parts)
+            name: dict(zip(self.classes, counts.tolist(), strict=True)) for name, counts in _class_counts(self.parts)
         }
         digests = {name: data.digest for name, data in self.parts.items()}
         about = {"schema": 1, "digests": digests, **self.counts(), "classes": balance}
@@ -158,7 +158,7 @@ def audit(
     run: str | Path | None = None,
     device: str = "auto",
     progress: Progress | None = None,
-) -> Audit:
+) -> _Audit:
     """Look through a data set, its training and test part together where it has both.
 
     data, test, classes: as for `train`; None is the official set. Features are those of recipe `fast`, from the cache
@@ -169,22 +169,22 @@ def audit(
     label_errors.cleanlab_filter()
     chosen = devices.choose_device(device)
     url_copies.bring(data, test, progress=progress.advance)
-    parts = load_parts(data, test, classes)
+    parts = _load_parts(data, test, classes)
     memory.keep_freed()
     images = np.concatenate([part.images for part in parts.values()])
     labels = np.concatenate([part.labels for part in parts.values()])
     known = len(next(iter(parts.values())).classes)
-    answers = None if run is None else run_answers(Path(run), list(parts.values())[-1])
-    blocks = feature_blocks(parts, chosen, progress)
-    found = examine(images, labels, known, blocks, progress.advance)
+    answers = None if run is None else _run_answers(Path(run), list(parts.values())[-1])
+    blocks = _feature_blocks(parts, chosen, progress)
+    found = _examine(images, labels, known, blocks, progress.advance)
     start = len(images) - len(list(parts.values())[-1])
     if answers is None:
         answers = found.probabilities[start:].argmax(axis=1)
     by = str(run) if run is not None else "a linear classifier, out of fold"
-    return Audit(parts, found, by, tuple(accuracies(found, start, answers == labels[start:])))
+    return _Audit(parts, found, by, tuple(_accuracies(found, start, answers == labels[start:])))
 
 
-def load_parts(
+def _load_parts(
     data: str | Path | None, test: str | Path | None, classes: Sequence[str] | None
 ) -> dict[str, ImageDataset]:
     readers = find_readers(data)
@@ -197,7 +197,7 @@ def load_parts(
     return {"train": train, "test": readers["test"](train.classes)}
 
 
-def run_answers(run: Path, data: ImageDataset) -> Rows:
+def _run_answers(run: Path, data: ImageDataset) -> Rows:
     """The classes (n,) that a finished run gave the rows of `data`, its test set."""
     result = load_result(run)
     if result.data.get("test", {}).get("digest") != data.digest:
@@ -205,7 +205,7 @@ def run_answers(run: Path, data: ImageDataset) -> Rows:
     return result.predictions.predicted
 
 
-def feature_blocks(parts: Mapping[str, ImageDataset], device: torch.device, progress: Progress) -> label_errors.Blocks:
+def _feature_blocks(parts: Mapping[str, ImageDataset], device: torch.device, progress: Progress) -> label_errors.Blocks:
     """Plain features of all parts, as recipe `fast` has them: after a run of it nothing is extracted."""
     weights = pretrained.vgg16_weights(progress=progress.advance)
     precision, backend = choose_backbone(FAST.freeze_to, FAST.backend, FAST.precision, device)
@@ -232,7 +232,7 @@ def feature_blocks(parts: Mapping[str, ImageDataset], device: torch.device, prog
     return blocks
 
 
-def accuracies(found: Findings, start: int, right: NDArray[np.bool_]) -> Iterator[tuple[str, Interval]]:
+def _accuracies(found: _Findings, start: int, right: NDArray[np.bool_]) -> Iterator[tuple[str, Interval]]:
     """Accuracy of the rows from `start` on, with and without those that are leaked or suspect.
 
     Without a test part (`start` 0) every later copy counts as leaked: a random split would leak it.
@@ -259,26 +259,26 @@ def accuracies(found: Findings, start: int, right: NDArray[np.bool_]) -> Iterato
         yield from told("suspect labels alone", doubted)
 
 
-def class_counts(parts: Mapping[str, ImageDataset]) -> Iterator[tuple[str, NDArray[np.int64]]]:
+def _class_counts(parts: Mapping[str, ImageDataset]) -> Iterator[tuple[str, NDArray[np.int64]]]:
     for name, data in parts.items():
         yield name, np.bincount(data.labels, minlength=len(data.classes))
 
 
-def write_audit(found: Audit, folder: Path) -> Path:
+def write_audit(found: _Audit, folder: Path) -> Path:
     """audit.html, and every list in full as CSV; the figures in audit.json, written last."""
-    tables = lists(found)
+    tables = _lists(found)
     for name, (header, rows) in tables.items():
         buffer = io.StringIO()
         csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
         write_text(folder / f"{name}.csv", buffer.getvalue())
     sources = " and ".join(dict.fromkeys(data.source for data in found.parts.values()))
-    told = {"sources": sources, "counts": found.counts(), "balance": balance(found), **galleries(found)}
+    told = {"sources": sources, "counts": found.counts(), "balance": _balance(found), **_galleries(found)}
     page = write_page(folder / "audit.html", "analysis/audit.html", a=found, **told)
     write_json(folder / "audit.json", found.to_json())
     return page
 
 
-def lists(found: Audit) -> dict[str, tuple[list[str], list[list[Any]]]]:
+def _lists(found: _Audit) -> dict[str, tuple[list[str], list[list[Any]]]]:
     """Name, header and rows of each CSV file."""
     f = found.findings
 
@@ -302,16 +302,16 @@ def lists(found: Audit) -> dict[str, tuple[list[str], list[list[Any]]]]:
         "near_duplicates": (["part", "row", "label", "part_2", "row_2", "label_2", "distance"], near),
         "odd": (["kind", "part", "row", "label", "remoteness"], odd),
         "suspects": (["part", "row", "label", "more_likely", "p_label", "p_more_likely"], doubt),
-        "classes": (["class", *found.parts], balance(found)),
+        "classes": (["class", *found.parts], _balance(found)),
     }
 
 
-def balance(found: Audit) -> list[list[Any]]:
-    columns = [counts.tolist() for _, counts in class_counts(found.parts)]
+def _balance(found: _Audit) -> list[list[Any]]:
+    columns = [counts.tolist() for _, counts in _class_counts(found.parts)]
     return [list(line) for line in zip(found.classes, *columns, strict=True)]
 
 
-def galleries(found: Audit) -> dict[str, Any]:
+def _galleries(found: _Audit) -> dict[str, Any]:
     f = found.findings
 
     def item(row: int, more: Sequence[str] = ()) -> dict[str, Any]:
@@ -328,10 +328,10 @@ def galleries(found: Audit) -> dict[str, Any]:
     groups = sorted(f.groups, key=lambda rows: len({found.place(int(r))[0] for r in rows}), reverse=True)
     pairs = zip(f.near.first, f.near.second, f.near.distance, strict=True)
     return {
-        "exact": [[item(row) for row in rows[:6]] for rows in groups[: SHOWN // 2]],
-        "near": [[item(a), item(b, [f"distance {d:.3f}"])] for a, b, d in list(pairs)[: SHOWN // 2]],
-        "suspect": [item(row, likely(row)) for row in f.suspects[:SHOWN]],
-        "odd": [item(row, [why]) for row, why in odd[:SHOWN]],
+        "exact": [[item(row) for row in rows[:6]] for rows in groups[: _SHOWN // 2]],
+        "near": [[item(a), item(b, [f"distance {d:.3f}"])] for a, b, d in list(pairs)[: _SHOWN // 2]],
+        "suspect": [item(row, likely(row)) for row in f.suspects[:_SHOWN]],
+        "odd": [item(row, [why]) for row, why in odd[:_SHOWN]],
         "odd_count": len(odd),
         "exact_count": len(groups),
     }

@@ -29,14 +29,14 @@ from attire.model import devices
 from attire.progress import NoProgress, Progress
 from attire.storage import files
 
-BATCHES = (1, 8, 32, 128, 256)
-ROUNDS = 5
-SECONDS = 1.0  # at least, for each batch size of each candidate in each round
-ROWS = 500  # images for the accuracy between two lines of progress
+_BATCHES = (1, 8, 32, 128, 256)
+_ROUNDS = 5
+_SECONDS = 1.0  # at least, for each batch size of each candidate in each round
+_ROWS = 500  # images for the accuracy between two lines of progress
 
 
 @dataclass(frozen=True)
-class Measured:
+class _Measured:
     """One candidate. Latencies in ms over `calls` single images; speed in images/s at the best batch size.
 
     speeds: one for each round, at that batch size. memory: the peak of its own process, in bytes, of which `base` was
@@ -65,13 +65,13 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Bench:
+class _Bench:
     """All candidates of one run, in the order they were named; the first is what the others are compared with."""
 
-    candidates: tuple[Measured, ...]
+    candidates: tuple[_Measured, ...]
     environment: dict[str, object]
 
-    def ratio(self, other: Measured) -> tuple[float, float, float]:
+    def ratio(self, other: _Measured) -> tuple[float, float, float]:
         """Images/s of `other` over those of the first, round by round: median, lowest, highest."""
         pairs = zip(other.speeds, self.candidates[0].speeds, strict=True)
         ratios = [mine / base for mine, base in pairs]
@@ -89,7 +89,7 @@ def bench(
     images: int = 0,
     threads: int = 0,
     progress: Progress | None = None,
-) -> Bench:
+) -> _Bench:
     """Measure bundles and exported files on the same test images.
 
     data: as for `train`; None is the official set. images: how many test images the accuracy is taken on, 0 for all.
@@ -103,50 +103,50 @@ def bench(
     if images:
         test = test.subset(np.sort(np.random.default_rng(0).permutation(len(test))[:images]))
     with ExitStack() as stack:
-        workers = [stack.enter_context(worker(path, threads)) for path in candidates]
-        facts = [pool.submit(facts_of).result() for pool in workers]
+        workers = [stack.enter_context(_worker(path, threads)) for path in candidates]
+        facts = [pool.submit(_facts_of).result() for pool in workers]
         for path, found in zip(candidates, facts, strict=True):
             if tuple(found["classes"]) != test.classes:
                 raise AttireError(path, f"its classes are not those of {test.source}")
-        right = [accuracy(pool, test, path, progress) for pool, path in zip(workers, candidates, strict=True)]
+        right = [_accuracy(pool, test, path, progress) for pool, path in zip(workers, candidates, strict=True)]
         latencies: list[list[float]] = [[] for _ in workers]
-        speeds: list[dict[int, list[float]]] = [{batch: [] for batch in BATCHES} for _ in workers]
-        for done in range(ROUNDS):
-            progress.advance("Rounds", done, ROUNDS)
+        speeds: list[dict[int, list[float]]] = [{batch: [] for batch in _BATCHES} for _ in workers]
+        for done in range(_ROUNDS):
+            progress.advance("Rounds", done, _ROUNDS)
             for i, pool in enumerate(workers):
-                for batch in BATCHES:
-                    took = pool.submit(time_calls, test.images, batch).result()
+                for batch in _BATCHES:
+                    took = pool.submit(_time_calls, test.images, batch).result()
                     speeds[i][batch].append(batch / statistics.mean(took))
                     latencies[i] += took if batch == 1 else []
-        progress.advance("Rounds", ROUNDS, ROUNDS)
-        peaks = [pool.submit(peak_memory).result() for pool in workers]
+        progress.advance("Rounds", _ROUNDS, _ROUNDS)
+        peaks = [pool.submit(_peak_memory).result() for pool in workers]
     measured = []
     for i, path in enumerate(candidates):
-        best = max(BATCHES, key=lambda batch: statistics.median(speeds[i][batch]))
+        best = max(_BATCHES, key=lambda batch: statistics.median(speeds[i][batch]))
         about, times = facts[i], 1000 * np.array(latencies[i])
         p50, p99 = (float(np.percentile(times, q)) for q in (50, 99))
-        sides = (about["kind"], about["precision"], size_of(path), len(times), p50, p99)
+        sides = (about["kind"], about["precision"], _size_of(path), len(times), p50, p99)
         cost = (best, tuple(speeds[i][best]), about["base"], peaks[i])
-        measured.append(Measured(str(path), *sides, *cost, right[i]))
-    return Bench(tuple(measured), devices.environment(devices.choose_device("cpu")))
+        measured.append(_Measured(str(path), *sides, *cost, right[i]))
+    return _Bench(tuple(measured), devices.environment(devices.choose_device("cpu")))
 
 
-def accuracy(pool: Executor, test: ImageDataset, path: Path, progress: Progress) -> Interval:
+def _accuracy(pool: Executor, test: ImageDataset, path: Path, progress: Progress) -> Interval:
     right = 0
-    for start in range(0, len(test), ROWS):
-        part = slice(start, start + ROWS)
-        right += int((pool.submit(answers, test.images[part]).result() == test.labels[part]).sum())
-        progress.advance(f"Accuracy  {path.name}", min(start + ROWS, len(test)), len(test))
+    for start in range(0, len(test), _ROWS):
+        part = slice(start, start + _ROWS)
+        right += int((pool.submit(_answers, test.images[part]).result() == test.labels[part]).sum())
+        progress.advance(f"Accuracy  {path.name}", min(start + _ROWS, len(test)), len(test))
     return wilson(right, len(test))
 
 
-def size_of(path: Path) -> int:
+def _size_of(path: Path) -> int:
     """Bytes of a file, or of all files in a folder but the training images, which no answer needs."""
     parts = [part for part in path.rglob("*") if part.is_file()] if path.is_dir() else [path]
     return sum(part.stat().st_size for part in parts if part.name != neighbours.FILE)
 
 
-def write_bench(found: Bench, folder: Path) -> Path:
+def write_bench(found: _Bench, folder: Path) -> Path:
     """bench.png and bench.svg, and bench.json."""
     drawing = figures.speeds(found.candidates)
     files.write_bytes(folder / "bench.svg", figures.svg(drawing))
@@ -162,15 +162,15 @@ _base = 0
 
 
 @contextmanager
-def worker(path: Path, threads: int) -> Iterator[Executor]:
+def _worker(path: Path, threads: int) -> Iterator[Executor]:
     """A process of its own in which `path` is open."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        pool.submit(open_model, path, threads).result()
+        pool.submit(_open_model, path, threads).result()
         yield pool
 
 
-def open_model(path: Path, threads: int) -> None:
+def _open_model(path: Path, threads: int) -> None:
     global _opened, _base
     import torch  # counted to the base: a bundle needs it, and an export would not
 
@@ -179,26 +179,26 @@ def open_model(path: Path, threads: int) -> None:
 
     if threads:
         torch.set_num_threads(threads)
-    _base = peak_memory()
+    _base = _peak_memory()
     _opened = load_export(path) if format_of(path) else load_bundle(path, "cpu")
     _opened.predict_proba(np.zeros((2, 28, 28), np.uint8))  # what is done once is not timed
 
 
-def facts_of() -> dict[str, Any]:
+def _facts_of() -> dict[str, Any]:
     exported = getattr(_opened, "format", None)
     precision = _opened.facts["precision"] if exported else "fp32"
     return {"classes": _opened.classes, "kind": exported or "bundle", "precision": precision, "base": _base}
 
 
-def answers(images: NDArray[np.uint8]) -> NDArray[np.int64]:
+def _answers(images: NDArray[np.uint8]) -> NDArray[np.int64]:
     return np.asarray(_opened.predict_proba(images).argmax(axis=1))
 
 
-def time_calls(images: NDArray[np.uint8], batch: int) -> list[float]:
+def _time_calls(images: NDArray[np.uint8], batch: int) -> list[float]:
     """Seconds of each call on `batch` images, for SECONDS in all, three calls at least."""
     times: list[float] = []
     start = 0
-    while sum(times) < SECONDS or len(times) < 3:
+    while sum(times) < _SECONDS or len(times) < 3:
         part = images[start : start + batch] if batch <= len(images) else np.resize(images, (batch, 28, 28))
         start = (start + batch) % max(1, len(images) - batch)
         began = time.perf_counter()
@@ -207,7 +207,7 @@ def time_calls(images: NDArray[np.uint8], batch: int) -> list[float]:
     return times
 
 
-def peak_memory() -> int:
+def _peak_memory() -> int:
     """Bytes, the most that this process has had resident; 0 where the system does not say.
 
     Linux hands the `ru_maxrss` of a process on to those it starts, but not `VmHWM` (proc(5)).

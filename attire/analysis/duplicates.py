@@ -13,16 +13,16 @@ Images = NDArray[np.uint8]  # (n, 28, 28)
 Rows = NDArray[np.int64]
 Advance = Callable[[str, int, int], None]  # (stage, done, in all)
 
-SHIFT = 2  # px either way, across and down
+_SHIFT = 2  # px either way, across and down
 # Of the flatter image's own contrast. Measured on the 70,000 images of Fashion-MNIST, every pair looked at up to 0.1:
 # the 31 pairs below 0.05 are one picture each; from 0.05 on come logos and prints that differ, from 0.066 on garments.
-NEAR = 0.05
+_NEAR = 0.05
 # Of 200 real images shifted by a pixel, the original is among the 7 nearest of 70,000 by 12 axes for 198, by 8 for 193.
-AXES = 12
-NEIGHBOURS = 7
-LOW = 5  # spatial frequencies 0 .. 4 per 32 px; finer ones differ more between one picture and its re-encoding
-BLOCK = 4096  # images at a time
-PAIRS = 512  # pairs at a time: they stay in the processor's cache, which is three times faster than 4,096
+_AXES = 12
+_NEIGHBOURS = 7
+_LOW = 5  # spatial frequencies 0 .. 4 per 32 px; finer ones differ more between one picture and its re-encoding
+_BLOCK = 4096  # images at a time
+_PAIRS = 512  # pairs at a time: they stay in the processor's cache, which is three times faster than 4,096
 
 
 @dataclass(frozen=True)
@@ -57,43 +57,43 @@ def near_pairs(images: Images, rows: Rows, advance: Advance = lambda *_: None) -
     almost as they are; each candidate is then compared pixel by pixel. A picture that stands more than
     `NEIGHBOURS` + 1 times is connected through its neighbours, not by every pair.
     """
-    pairs = rows[candidates(descriptors(images[rows]), advance)]
+    pairs = rows[_candidates(_descriptors(images[rows]), advance)]
     distance, contrast = np.empty(len(pairs)), contrast_of(images)
-    for start in range(0, len(pairs), PAIRS):
+    for start in range(0, len(pairs), _PAIRS):
         advance("Near duplicates, pairs", start, len(pairs))
-        a, b = pairs[start : start + PAIRS].T
-        distance[start : start + PAIRS] = compare(images[a], images[b], np.minimum(contrast[a], contrast[b]))
+        a, b = pairs[start : start + _PAIRS].T
+        distance[start : start + _PAIRS] = _compare(images[a], images[b], np.minimum(contrast[a], contrast[b]))
     advance("Near duplicates, pairs", len(pairs), len(pairs))
-    near = np.flatnonzero(distance < NEAR)
+    near = np.flatnonzero(distance < _NEAR)
     near = near[np.argsort(distance[near], kind="stable")]
     return NearPairs(pairs[near, 0], pairs[near, 1], distance[near])
 
 
-def descriptors(images: Images) -> NDArray[np.float32]:
+def _descriptors(images: Images) -> NDArray[np.float32]:
     """(n, AXES): the amplitudes of low spatial frequencies, which do not change when an image is shifted, rotated to
     their principal axes. Two black pixels around each image make shifts of up to two pixels cyclic."""
     parts = []
-    for start in range(0, len(images), BLOCK):
-        pixels = torch.tensor(images[start : start + BLOCK]).float() / 255
-        waves = torch.fft.rfft2(F.pad(pixels, (SHIFT,) * 4)).abs() / (28 + 2 * SHIFT)  # (b, 32, 17)
-        low = torch.cat([waves[:, :LOW, :LOW], waves[:, 1 - LOW :, :LOW]], dim=1)  # positive and negative down
+    for start in range(0, len(images), _BLOCK):
+        pixels = torch.tensor(images[start : start + _BLOCK]).float() / 255
+        waves = torch.fft.rfft2(F.pad(pixels, (_SHIFT,) * 4)).abs() / (28 + 2 * _SHIFT)  # (b, 32, 17)
+        low = torch.cat([waves[:, :_LOW, :_LOW], waves[:, 1 - _LOW :, :_LOW]], dim=1)  # positive and negative down
         parts.append(low.flatten(1).numpy())
     found = np.concatenate(parts).astype(np.float64)
     found -= found.mean(axis=0)
     _, axes = np.linalg.eigh(found.T @ found)
-    return np.asarray(found @ axes[:, : -AXES - 1 : -1], dtype=np.float32)
+    return np.asarray(found @ axes[:, : -_AXES - 1 : -1], dtype=np.float32)
 
 
-def candidates(points: NDArray[np.float32], advance: Advance) -> Rows:
+def _candidates(points: NDArray[np.float32], advance: Advance) -> Rows:
     """(m, 2): each point with its nearest `NEIGHBOURS`, each pair once, the smaller index first."""
     n = len(points)
     if n < 2:
         return np.empty((0, 2), dtype=np.int64)
     tree, parts = KDTree(points), []
-    for start in range(0, n, BLOCK):
+    for start in range(0, n, _BLOCK):
         advance("Near duplicates", start, n)
-        own = np.arange(start, min(start + BLOCK, n))
-        _, near = tree.query(points[own], min(NEIGHBOURS + 1, n), workers=-1)  # itself among them
+        own = np.arange(start, min(start + _BLOCK, n))
+        _, near = tree.query(points[own], min(_NEIGHBOURS + 1, n), workers=-1)  # itself among them
         parts.append(np.stack([np.repeat(own, near.shape[1]), near.ravel()], axis=1))
     advance("Near duplicates", n, n)
     pairs = np.sort(np.concatenate(parts), axis=1)
@@ -102,17 +102,17 @@ def candidates(points: NDArray[np.float32], advance: Advance) -> Rows:
     return np.asarray(pairs[pairs[:, 0] != pairs[:, 1]])
 
 
-def compare(a: Images, b: Images, contrast: NDArray[np.float64]) -> NDArray[np.float64]:
+def _compare(a: Images, b: Images, contrast: NDArray[np.float64]) -> NDArray[np.float64]:
     """(m,): the RMS difference of a[i] and b[i] at their best shift, over `contrast`; infinite from `NEAR` on.
 
     Every fourth line decides first: over a quarter of the lines the mean square is at most four times that over all,
     so no pair below `NEAR` is lost.
     """
     out = np.full(len(a), np.inf)
-    likely = np.flatnonzero(mismatch(a, b, 4) < 2 * NEAR * contrast)
+    likely = np.flatnonzero(_mismatch(a, b, 4) < 2 * _NEAR * contrast)
     if len(likely):
-        found = mismatch(a[likely], b[likely], 1) / contrast[likely]
-        out[likely] = np.where(found < NEAR, found, np.inf)
+        found = _mismatch(a[likely], b[likely], 1) / contrast[likely]
+        out[likely] = np.where(found < _NEAR, found, np.inf)
     return out
 
 
@@ -121,18 +121,18 @@ def contrast_of(images: Images) -> NDArray[np.float64]:
     return np.asarray(images.reshape(len(images), -1).std(axis=1))
 
 
-def mismatch(a: Images, b: Images, step: int) -> NDArray[np.float64]:
+def _mismatch(a: Images, b: Images, step: int) -> NDArray[np.float64]:
     """(m,): RMS difference in grey levels over what overlaps, at the best shift, on every `step`-th line of it."""
     left, right = a.astype(np.float32), b.astype(np.float32)
     best = np.full(len(a), np.inf)
-    for down in range(-SHIFT, SHIFT + 1):
-        for across in range(-SHIFT, SHIFT + 1):
-            gap = overlap(left, down, across, step) - overlap(right, -down, -across, step)
+    for down in range(-_SHIFT, _SHIFT + 1):
+        for across in range(-_SHIFT, _SHIFT + 1):
+            gap = _overlap(left, down, across, step) - _overlap(right, -down, -across, step)
             best = np.minimum(best, np.einsum("nij,nij->n", gap, gap) / gap[0].size)
     return np.asarray(np.sqrt(best))
 
 
-def overlap(images: NDArray[np.float32], down: int, across: int, step: int) -> NDArray[np.float32]:
+def _overlap(images: NDArray[np.float32], down: int, across: int, step: int) -> NDArray[np.float32]:
     """Every `step`-th line of the part of each image that also lies inside the frame shifted by (down, across)."""
     side = images.shape[1]
     return images[:, max(down, 0) : side + min(down, 0) : step, max(across, 0) : side + min(across, 0)]

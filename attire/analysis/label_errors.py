@@ -15,21 +15,21 @@ from attire.errors import AttireError
 from attire.evaluation.calibration import fit_temperature, softmax
 from attire.features.sources import Standardiser, fit_standardiser
 
-FOLDS = 5
+_FOLDS = 5
 # On the diagonal of the Gram matrix of standardised features: worth so many rows. The log loss of 600, 3,000, 10,000
 # and 70,000 rows is lowest at 1,800, 3,000, 3,000 and 700.
-PENALTY = 3000.0
-AXES = 12  # principal axes of the features that say how far an image is from others
-NEIGHBOURS = 5
+_PENALTY = 3000.0
+_AXES = 12  # principal axes of the features that say how far an image is from others
+_NEIGHBOURS = 5
 FAR = 2.75  # times the median distance to the fifth neighbour
-PANEL = 1024  # columns of a Gram matrix at a time
-BLANK = 5.0  # grey levels of contrast; the flattest of the 70,000 images of Fashion-MNIST has 16.5
+_PANEL = 1024  # columns of a Gram matrix at a time
+_BLANK = 5.0  # grey levels of contrast; the flattest of the 70,000 images of Fashion-MNIST has 16.5
 
 Blocks = Callable[[], Iterator[Tensor]]  # features (b, D) of all rows in order, made anew at every call
 
 
 @dataclass(frozen=True)
-class Reading:
+class _Reading:
     """What features say of every row: class scores (n, K) by a classifier that had not seen it; its place (n, AXES)."""
 
     scores: NDArray[np.float32]
@@ -42,38 +42,38 @@ def assign_folds(labels: Rows, first: Rows, seed: int = 0) -> Rows:
     Together, since a copy in another fold would vouch for a wrong label.
     """
     folds = np.empty(len(labels), dtype=np.int64)
-    folds[np.lexsort((np.random.default_rng(seed).random(len(labels)), labels))] = np.arange(len(labels)) % FOLDS
+    folds[np.lexsort((np.random.default_rng(seed).random(len(labels)), labels))] = np.arange(len(labels)) % _FOLDS
     return folds[first]
 
 
 def read_features(
     blocks: Blocks, labels: Rows, folds: Rows, classes: int, advance: Advance = lambda *_: None
-) -> Reading:
+) -> _Reading:
     """Out-of-fold scores by ridge regression onto one-hot labels, in closed form, and principal components.
 
     Three passes over the features: moments, the Gram matrix of each fold, scores. A fold's classifier is fitted on
     all rows' Gram matrix less the fold's own, so that each row is multiplied once. Memory: FOLDS * D * D * 4 bytes.
     """
     n = len(labels)
-    scale = fit_standardiser(followed(blocks(), "Moments", n, advance))
+    scale = fit_standardiser(_followed(blocks(), "Moments", n, advance))
     targets = torch.nn.functional.one_hot(torch.from_numpy(labels), classes).float()
-    gram, cross = fold_products(followed(blocks(), "Folds", n, advance), scale, targets, folds)
-    priors = torch.stack([targets[torch.from_numpy(folds != fold)].mean(0) for fold in range(FOLDS)])  # (FOLDS, K)
-    maps = torch.cat([*solve(gram, cross, priors, advance), principal_axes(gram.sum(0))], dim=1)
-    scores, places = np.empty((n, classes), np.float32), np.empty((n, maps.shape[1] - FOLDS * classes), np.float32)
+    gram, cross = _fold_products(_followed(blocks(), "Folds", n, advance), scale, targets, folds)
+    priors = torch.stack([targets[torch.from_numpy(folds != fold)].mean(0) for fold in range(_FOLDS)])  # (FOLDS, K)
+    maps = torch.cat([*_solve(gram, cross, priors, advance), _principal_axes(gram.sum(0))], dim=1)
+    scores, places = np.empty((n, classes), np.float32), np.empty((n, maps.shape[1] - _FOLDS * classes), np.float32)
     start = 0
-    for block in followed(blocks(), "Scores", n, advance):
+    for block in _followed(blocks(), "Scores", n, advance):
         found = scale(block) @ maps  # (b, FOLDS * K + AXES)
         rows = slice(start, start + len(block))
         own = torch.from_numpy(folds[rows])
-        by_fold = found[:, : FOLDS * classes].reshape(-1, FOLDS, classes)
+        by_fold = found[:, : _FOLDS * classes].reshape(-1, _FOLDS, classes)
         scores[rows] = (by_fold[torch.arange(len(block)), own] + priors[own]).numpy()
-        places[rows] = found[:, FOLDS * classes :].numpy()
+        places[rows] = found[:, _FOLDS * classes :].numpy()
         start += len(block)
-    return Reading(scores, places)
+    return _Reading(scores, places)
 
 
-def followed(blocks: Iterator[Tensor], stage: str, total: int, advance: Advance) -> Iterator[Tensor]:
+def _followed(blocks: Iterator[Tensor], stage: str, total: int, advance: Advance) -> Iterator[Tensor]:
     done = 0
     for block in blocks:
         advance(stage, done, total)
@@ -82,45 +82,47 @@ def followed(blocks: Iterator[Tensor], stage: str, total: int, advance: Advance)
     advance(stage, done, total)
 
 
-def fold_products(blocks: Iterator[Tensor], scale: Standardiser, targets: Tensor, folds: Rows) -> tuple[Tensor, Tensor]:
+def _fold_products(
+    blocks: Iterator[Tensor], scale: Standardiser, targets: Tensor, folds: Rows
+) -> tuple[Tensor, Tensor]:
     """Of each fold's rows: features times features (FOLDS, D, D), features times targets (FOLDS, D, K)."""
     gram, cross, start = torch.empty(0), torch.empty(0), 0
     for block in blocks:
         x = scale(block)
         if not len(gram):
-            gram = torch.zeros(FOLDS, x.shape[1], x.shape[1])
-            cross = torch.zeros(FOLDS, x.shape[1], targets.shape[1])
+            gram = torch.zeros(_FOLDS, x.shape[1], x.shape[1])
+            cross = torch.zeros(_FOLDS, x.shape[1], targets.shape[1])
         here = torch.from_numpy(folds[start : start + len(x)])
-        for fold in range(FOLDS):
+        for fold in range(_FOLDS):
             mine = here == fold
             own = x[mine]
-            for column in range(0, x.shape[1], PANEL):  # what lies above the panels on the diagonal is a mirror image
-                part = slice(column, column + PANEL)
+            for column in range(0, x.shape[1], _PANEL):  # what lies above the panels on the diagonal is a mirror image
+                part = slice(column, column + _PANEL)
                 gram[fold, column:, part].addmm_(own[:, column:].T, own[:, part])
             cross[fold].addmm_(own.T, targets[start : start + len(x)][mine])
         start += len(x)
     return gram.tril() + gram.tril(-1).mT, cross
 
 
-def solve(gram: Tensor, cross: Tensor, priors: Tensor, advance: Advance) -> Iterator[Tensor]:
+def _solve(gram: Tensor, cross: Tensor, priors: Tensor, advance: Advance) -> Iterator[Tensor]:
     """For each fold the map (D, K) from standardised features to scores less their prior, fitted on the others."""
     whole, answers = gram.sum(0), cross.sum(0)
-    for fold in range(FOLDS):
-        advance("Classifiers", fold, FOLDS)
+    for fold in range(_FOLDS):
+        advance("Classifiers", fold, _FOLDS)
         rest = whole - gram[fold]
-        rest.diagonal().add_(PENALTY)
+        rest.diagonal().add_(_PENALTY)
         yield torch.cholesky_solve(answers - cross[fold], torch.linalg.cholesky(rest))
-    advance("Classifiers", FOLDS, FOLDS)
+    advance("Classifiers", _FOLDS, _FOLDS)
 
 
-def principal_axes(gram: Tensor, passes: int = 6) -> Tensor:
+def _principal_axes(gram: Tensor, passes: int = 6) -> Tensor:
     """(D, AXES): leading eigenvectors by subspace iteration (Halko et al. 2011), from a fixed start."""
-    width = min(4 * AXES, len(gram))
+    width = min(4 * _AXES, len(gram))
     basis = torch.randn(len(gram), width, generator=torch.Generator().manual_seed(0))
     for _ in range(passes):
         basis, _ = torch.linalg.qr(gram @ basis)
     turn: Tensor = torch.linalg.eigh(basis.T @ gram @ basis)[1]
-    return basis.matmul(turn[:, -AXES:].flip(1))
+    return basis.matmul(turn[:, -_AXES:].flip(1))
 
 
 def probabilities(scores: NDArray[np.float32], labels: Rows) -> NDArray[np.float64]:
@@ -151,9 +153,9 @@ def cleanlab_filter() -> Any:
 
 def remoteness(places: NDArray[np.float32]) -> NDArray[np.float64]:
     """(n,): the distance to the fifth nearest neighbour, in medians of it; above `FAR` an image stands apart."""
-    if len(places) <= NEIGHBOURS:
+    if len(places) <= _NEIGHBOURS:
         return np.ones(len(places))
-    distance, _ = KDTree(places).query(places, [NEIGHBOURS + 1], workers=-1)  # the first is the row itself
+    distance, _ = KDTree(places).query(places, [_NEIGHBOURS + 1], workers=-1)  # the first is the row itself
     return np.asarray(distance[:, 0] / max(float(np.median(distance)), 1e-12))
 
 
@@ -162,7 +164,7 @@ def odd_images(images: Images) -> tuple[Rows, Rows]:
 
     Of the 70,000 images of Fashion-MNIST none is called either; of their negatives 99.98 % are called inverted.
     """
-    blank = contrast_of(images) < BLANK
+    blank = contrast_of(images) < _BLANK
     inside = np.zeros((28, 28), dtype=np.bool_)
     inside[1:-1, 1:-1] = True
     frame, middle = images[:, ~inside], images[:, inside]  # (n, 108), (n, 676)

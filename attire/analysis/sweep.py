@@ -33,16 +33,16 @@ from attire.recipes import FAST
 from attire.storage import files, url_copies
 from attire.training.run import claimed_folder
 
-SIZES = (32, 48, 64, 96, 112, 160, 224)  # px
-BOUNDARIES = ("block2", "block3", "block4", "block5")
-POOLS = (1, 2, 4)  # and the whole map, where it is at most WIDEST features
-WIDEST = 25_088  # features: block5 at 224 px, the classic recipe's
-VIEWS = {"black": "plain", "white": "negative"}  # background, and the view that has it
-PASS_SECONDS = 0.5  # a boundary's speed is the best of three passes of at least this long
+_SIZES = (32, 48, 64, 96, 112, 160, 224)  # px
+_BOUNDARIES = ("block2", "block3", "block4", "block5")
+_POOLS = (1, 2, 4)  # and the whole map, where it is at most WIDEST features
+_WIDEST = 25_088  # features: block5 at 224 px, the classic recipe's
+_VIEWS = {"black": "plain", "white": "negative"}  # background, and the view that has it
+_PASS_SECONDS = 0.5  # a boundary's speed is the best of three passes of at least this long
 
 
 @dataclass(frozen=True, kw_only=True)
-class TapSpec(FeatureSpec):
+class _TapSpec(FeatureSpec):
     """Features of several taps side by side: (boundary, pooled side), in that order."""
 
     taps: tuple[tuple[str, int], ...]
@@ -60,7 +60,7 @@ class TapSpec(FeatureSpec):
             start = end
 
 
-class TapBackbone(nn.Module):
+class _TapBackbone(nn.Module):
     """(n, 3, S, S) normalised pictures to the features of every tap, (n, width) float32."""
 
     def __init__(self, backbone: vgg.Backbone, taps: Sequence[tuple[str, int]]) -> None:
@@ -80,7 +80,7 @@ class TapBackbone(nn.Module):
 
 
 @dataclass(frozen=True)
-class Cell:
+class _Cell:
     """One line of the sweep: `correct` of `val` rows; images/s of the backbone up to this boundary, once measured."""
 
     freeze_to: str
@@ -110,16 +110,16 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class _Sweep:
     """A finished sweep: its cells in the order they were scored, and how many rows fitted and scored them."""
 
     folder: Path
-    cells: tuple[Cell, ...]
+    cells: tuple[_Cell, ...]
     rows: int
     val: int
 
     @property
-    def front(self) -> list[Cell]:
+    def front(self) -> list[_Cell]:
         """The Pareto front, fastest first: cells more accurate than every cell at least as fast."""
         best, kept = -1, []
         for cell in sorted(self.cells, key=lambda cell: (-cell.speed, -cell.correct)):
@@ -129,7 +129,7 @@ class Sweep:
         return kept
 
     @property
-    def proposed(self) -> Cell:
+    def proposed(self) -> _Cell:
         """The fastest cell within one standard error of the best (Breiman et al. 1984); only what `train` can do."""
         cells = [cell for cell in self.cells if cell.background == "black"] or list(self.cells)
         best = max(cell.accuracy for cell in cells)
@@ -137,7 +137,7 @@ class Sweep:
         return max(near, key=lambda cell: (cell.speed, cell.accuracy))
 
     @property
-    def ranked(self) -> list[Cell]:
+    def ranked(self) -> list[_Cell]:
         """Best first."""
         return sorted(self.cells, key=lambda cell: (-cell.correct, -cell.speed))
 
@@ -153,28 +153,28 @@ def sweep(
     data: str | Path | None = None,
     *,
     classes: Sequence[str] | None = None,
-    sizes: Sequence[int] = SIZES,
-    boundaries: Sequence[str] = BOUNDARIES,
+    sizes: Sequence[int] = _SIZES,
+    boundaries: Sequence[str] = _BOUNDARIES,
     backgrounds: Sequence[str] = ("black",),
     rows: int = 4000,
     val: int = 3000,
     out: str | Path = "sweep",
     device: str = "auto",
     progress: Progress | None = None,
-) -> Sweep:
+) -> _Sweep:
     """Score every boundary, size and pooling; goes on where an earlier call with the same folder stopped.
 
     rows, val: how many training images fit and score, at most what there is, drawn stratified with a fixed seed.
     Raises AttireError for bad data or a folder of another sweep, UsageError for a size, boundary or background.
     """
-    check(sizes, boundaries, backgrounds)
+    _check(sizes, boundaries, backgrounds)
     progress, where = progress or NoProgress(), devices.choose_device(device)
     url_copies.bring(data, progress=progress.advance)
-    data_set, fit = draw(load_splits(data, classes=classes, seed=FAST.split_seed).train, rows, val)
+    data_set, fit = _draw(load_splits(data, classes=classes, seed=FAST.split_seed).train, rows, val)
     folder = files.make_dir(Path(out))
     with claimed_folder(folder):
         progress.note("Data", f"{data_set.source}, {fit:,} training images to fit, {len(data_set) - fit:,} to score")
-        bench = Bench(data_set, fit, boundaries, where, progress)
+        bench = _Bench(data_set, fit, boundaries, where, progress)
         done = bench.stored(folder / "sweep.json")
         for size, background in ((size, background) for size in sizes for background in backgrounds):
             if not any((cell.image_size, cell.background) == (size, background) for cell in done):
@@ -182,13 +182,13 @@ def sweep(
                 bench.keep(folder / "sweep.json", done)
         done = bench.timed(done)
         bench.keep(folder / "sweep.json", done)
-        found = Sweep(folder, tuple(done), fit, len(data_set) - fit)
-        write_sweep(found)
+        found = _Sweep(folder, tuple(done), fit, len(data_set) - fit)
+        _write_sweep(found)
     progress.close()
     return found
 
 
-def check(sizes: Sequence[int], boundaries: Sequence[str], backgrounds: Sequence[str]) -> None:
+def _check(sizes: Sequence[int], boundaries: Sequence[str], backgrounds: Sequence[str]) -> None:
     if not sizes or not boundaries or not backgrounds:
         raise UsageError("sweep", "expected at least one size, boundary and background")
     for size in sizes:
@@ -199,11 +199,11 @@ def check(sizes: Sequence[int], boundaries: Sequence[str], backgrounds: Sequence
             raise UsageError("--boundaries", f"expected some of {', '.join(BLOCKS)}, found {boundary!r}")
         feature_shape(boundary, max(sizes), 0)
     for background in backgrounds:
-        if background not in VIEWS:
-            raise UsageError("--backgrounds", f"expected {' or '.join(VIEWS)}, found {background!r}")
+        if background not in _VIEWS:
+            raise UsageError("--backgrounds", f"expected {' or '.join(_VIEWS)}, found {background!r}")
 
 
-def draw(train: ImageDataset, rows: int, val: int) -> tuple[ImageDataset, int]:
+def _draw(train: ImageDataset, rows: int, val: int) -> tuple[ImageDataset, int]:
     """The images of a sweep, and how many of them fit; the others score. Fewer of both where there are not enough."""
     if rows < 1 or val < 1:
         raise UsageError("--rows", f"expected 1 or more to fit and to score, found {rows} and {val}")
@@ -216,7 +216,7 @@ def draw(train: ImageDataset, rows: int, val: int) -> tuple[ImageDataset, int]:
     return train.subset(np.concatenate([rest, scored])), len(rest)
 
 
-class Bench:
+class _Bench:
     """What all cells share: images, network, device. Finished cells are kept in one JSON file."""
 
     def __init__(
@@ -236,16 +236,18 @@ class Bench:
         found = []
         for name in self.boundaries:
             whole = map_side(name, size)
-            sides = {side for side in POOLS if side < whole}
-            sides |= {whole} if whole and CHANNELS[name] * whole**2 <= WIDEST else set()
+            sides = {side for side in _POOLS if side < whole}
+            sides |= {whole} if whole and CHANNELS[name] * whole**2 <= _WIDEST else set()
             found += [(name, side) for side in sorted(sides)]
         return tuple(found)
 
-    def score(self, size: int, background: str) -> list[Cell]:
+    def score(self, size: int, background: str) -> list[_Cell]:
         """All cells of one size: extract once (a stopped extraction goes on), then a classifier for each tap."""
         taps = self.taps(size)
         where = "+".join(self.boundaries)
-        spec = TapSpec(where, size, 0, self.weights, self.precision, VIEWS[background], backend=self.backend, taps=taps)
+        spec = _TapSpec(
+            where, size, 0, self.weights, self.precision, _VIEWS[background], backend=self.backend, taps=taps
+        )
         stage = f"{size} px, {background}"
         self.lay_out(size)
 
@@ -253,22 +255,22 @@ class Bench:
             self.progress.advance(stage, done, total)
 
         found = cache.extract(
-            self.data.images, self.data.image_digest, spec, lambda: TapBackbone(self.backbone, taps), advance
+            self.data.images, self.data.image_digest, spec, lambda: _TapBackbone(self.backbone, taps), advance
         )
         table = np.concatenate(list(found.blocks()))
         cells = [self.cell(table[:, part], name, side, size, background) for name, side, part in spec.columns()]
         cache.delete_entry(found.folder.name)  # up to 200 kB an image, and of no use to anything else
         return cells
 
-    def cell(self, table: NDArray[np.float16], name: str, side: int, size: int, background: str) -> Cell:
+    def cell(self, table: NDArray[np.float16], name: str, side: int, size: int, background: str) -> _Cell:
         labels, k = self.data.labels, len(self.data.classes)
         right, penalty = best_ridge(table[: self.fit], labels[: self.fit], table[self.fit :], labels[self.fit :], k)
         pool = 0 if side == map_side(name, size) else side
-        found = Cell(name, size, pool, background, table.shape[1], penalty, right, len(labels) - self.fit)
+        found = _Cell(name, size, pool, background, table.shape[1], penalty, right, len(labels) - self.fit)
         self.progress.note("Cell", f"{name} {size} px {f'{side}x{side}':5} {background}   {100 * found.accuracy:.2f} %")
         return found
 
-    def timed(self, cells: Sequence[Cell]) -> list[Cell]:
+    def timed(self, cells: Sequence[_Cell]) -> list[_Cell]:
         """Each cell with the images/s of its boundary and size: measured together at the end, best of three passes."""
         speeds: dict[tuple[str, int], float] = {}
         for cell in cells:
@@ -287,13 +289,13 @@ class Bench:
         """Preprocessing and backbone, as extraction runs them."""
         self.lay_out(size)
         part = np.resize(self.data.images, (min(cache.batch_rows(size), 512), 28, 28))
-        backbone = TapBackbone(self.backbone, [(boundary, 1)])
+        backbone = _TapBackbone(self.backbone, [(boundary, 1)])
         best = 0.0
         with torch.inference_mode():
             backbone(vgg.preprocess(part, size))  # warms up
             for _ in range(3):
                 start, rows = time.perf_counter(), 0
-                while (spent := time.perf_counter() - start) < PASS_SECONDS:
+                while (spent := time.perf_counter() - start) < _PASS_SECONDS:
                     backbone(vgg.preprocess(part, size)).cpu()
                     rows += len(part)
                 best = max(best, rows / spent)
@@ -304,7 +306,7 @@ class Bench:
         told = {"images": self.data.digest, "fit": self.fit, "weights": self.weights}
         return {**told, "boundaries": self.boundaries, "precision": self.precision}
 
-    def stored(self, path: Path) -> list[Cell]:
+    def stored(self, path: Path) -> list[_Cell]:
         if not path.exists():
             return []
         with run_result.reading(path):
@@ -312,17 +314,17 @@ class Bench:
             if value["about"] != self.about():
                 do = "give --out another folder"
                 raise AttireError(path, "it holds a sweep over other images, boundaries or weights", do=do)
-            names = {field.name for field in fields(Cell)}
-            return [Cell(**{key: item for key, item in cell.items() if key in names}) for cell in value["cells"]]
+            names = {field.name for field in fields(_Cell)}
+            return [_Cell(**{key: item for key, item in cell.items() if key in names}) for cell in value["cells"]]
 
-    def keep(self, path: Path, cells: Sequence[Cell]) -> None:
+    def keep(self, path: Path, cells: Sequence[_Cell]) -> None:
         told = {"schema": 1, "about": self.about(), "environment": devices.environment(self.backbone.device)}
         files.write_json(path, {**told, "cells": [cell.to_json() for cell in cells]})
 
 
-def write_sweep(found: Sweep) -> None:
+def _write_sweep(found: _Sweep) -> None:
     """`sweep.csv`, a line for each cell, best first; and the picture as SVG and PNG."""
-    header = [field.name for field in fields(Cell)] + ["accuracy", "accuracy_low", "accuracy_high", "on_front"]
+    header = [field.name for field in fields(_Cell)] + ["accuracy", "accuracy_low", "accuracy_high", "on_front"]
     front, lines = found.front, []
     for cell in found.ranked:
         value = {**cell.to_json(), "on_front": "yes" if cell in front else ""}

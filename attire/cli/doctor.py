@@ -22,18 +22,18 @@ from attire.storage import files, http
 from attire.storage.http import MirrorError, probe
 from attire.storage.memory import memory
 
-State = Literal["ok", "note", "failed"]
-LEAST_FREE = 2 * 10**9  # bytes: features of `fast` take 1.1 GB, and an extraction writes beside what is there
-SHOWN = ("torch", "torchvision", "onnxruntime", "numpy")
-ALIKE = 1e-3  # of a probability, between runtimes: release.py allows less, but on the machine it runs on
+_State = Literal["ok", "note", "failed"]
+_LEAST_FREE = 2 * 10**9  # bytes: features of `fast` take 1.1 GB, and an extraction writes beside what is there
+_SHOWN = ("torch", "torchvision", "onnxruntime", "numpy")
+_ALIKE = 1e-3  # of a probability, between runtimes: release.py allows less, but on the machine it runs on
 
 
 @dataclass(frozen=True)
-class Finding:
+class _Finding:
     """One thing looked at. `failed` is what some command cannot do without; `note` costs time or a feature."""
 
     name: str
-    state: State
+    state: _State
     told: str
     do: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -42,37 +42,37 @@ class Finding:
         return asdict(self)
 
 
-def examine(offline: bool = False) -> list[Finding]:
+def examine(offline: bool = False) -> list[_Finding]:
     """Every finding, in the order in which one depends on the other."""
-    checks: dict[str, Callable[[], Finding]] = {
-        "Versions": versions,
-        "Device": device,
-        "Cache": cache,
-        "Precision": precision,
-        "Data": data,
-        "Weights": weights,
-        "Model": shipped,
+    checks: dict[str, Callable[[], _Finding]] = {
+        "Versions": _versions,
+        "Device": _device,
+        "Cache": _cache,
+        "Precision": _precision,
+        "Data": _data,
+        "Weights": _weights,
+        "Model": _shipped,
     }
-    found = [guarded(name, check) for name, check in checks.items()]
-    return found if offline else [*found, guarded("Mirrors", lambda: mirrors(at_hand(found)))]
+    found = [_guarded(name, check) for name, check in checks.items()]
+    return found if offline else [*found, _guarded("Mirrors", lambda: _mirrors(_at_hand(found)))]
 
 
-def failed(found: Sequence[Finding]) -> bool:
+def failed(found: Sequence[_Finding]) -> bool:
     return any(finding.state == "failed" for finding in found)
 
 
-def guarded(name: str, check: Callable[[], Finding]) -> Finding:
+def _guarded(name: str, check: Callable[[], _Finding]) -> _Finding:
     """What a check raises is its finding: broken installations raise anything, and a doctor does not faint."""
     try:
         return check()
     except AttireError as error:
-        return Finding(name, "failed", str(error))
+        return _Finding(name, "failed", str(error))
     except Exception as error:
         text = one_line(str(error).partition("\n")[0])[:200]
-        return Finding(name, "failed", f"{type(error).__name__}: {text}", "pip install attire, anew")
+        return _Finding(name, "failed", f"{type(error).__name__}: {text}", "pip install attire, anew")
 
 
-def lines(found: Sequence[Finding], columns: int) -> list[str]:
+def lines(found: Sequence[_Finding], columns: int) -> list[str]:
     """For people: a word, a state, and what was found, as wide as the terminal."""
     told = []
     for finding in found:
@@ -85,7 +85,7 @@ def lines(found: Sequence[Finding], columns: int) -> list[str]:
     return told
 
 
-def versions() -> Finding:
+def _versions() -> _Finding:
     """Attire's own, Python's, and that every package is there which Attire declares."""
     there: dict[str, str] = {}
     missing: list[str] = []
@@ -100,14 +100,14 @@ def versions() -> Finding:
     facts = {"attire": attire.__version__, "python": platform.python_version(), "packages": there, "extras": extras}
     if missing:
         told = f"missing: {', '.join(missing)}"
-        return Finding("Versions", "failed", told, "pip install attire, anew", facts)
-    shown = ", ".join(f"{name} {there[name]}" for name in SHOWN if name in there)
+        return _Finding("Versions", "failed", told, "pip install attire, anew", facts)
+    shown = ", ".join(f"{name} {there[name]}" for name in _SHOWN if name in there)
     absent = ", ".join(sorted(extra for extra in extras if extra != "dev"))
     told = f"attire {facts['attire']}, Python {facts['python']}, {shown}"
-    return Finding("Versions", "ok", told + (f"; extras not installed: {absent}" if absent else ""), facts=facts)
+    return _Finding("Versions", "ok", told + (f"; extras not installed: {absent}" if absent else ""), facts=facts)
 
 
-def device() -> Finding:
+def _device() -> _Finding:
     import torch
 
     from attire.model import devices
@@ -118,10 +118,10 @@ def device() -> Finding:
     facts |= {"threads": torch.get_num_threads(), "memory": held, "system": platform.platform()}
     name = torch.cuda.get_device_name() if where.type == "cuda" else facts["processor"]
     size = f", {files.human_size(held)} of memory" if held else ""
-    return Finding("Device", "ok", f"{where.type}: {name}, {facts['cores']} cores{size}", facts=facts)
+    return _Finding("Device", "ok", f"{where.type}: {name}, {facts['cores']} cores{size}", facts=facts)
 
 
-def precision() -> Finding:
+def _precision() -> _Finding:
     """What frozen layers would be computed in here, and what the processor has instructions for."""
     import torch
 
@@ -134,47 +134,47 @@ def precision() -> Finding:
     vnni = bool(torch.cpu._is_vnni_supported())
     facts = {"chosen": chosen, "backend": backend, "bf16": bf16, "int8 dot products (VNNI)": vnni}
     told = f"{chosen} by {backend} is the fastest here; bf16 {'native' if bf16 else 'not native'}"
-    return Finding("Precision", "ok", f"{told}, int8 {'with' if vnni else 'without'} VNNI", facts=facts)
+    return _Finding("Precision", "ok", f"{told}, int8 {'with' if vnni else 'without'} VNNI", facts=facts)
 
 
-def cache() -> Finding:
+def _cache() -> _Finding:
     """Place, sizes, whether it can be written to, and the disk's room."""
     folder = files.cache_dir()
     trial = folder / f".doctor-{os.getpid()}"
     files.write_bytes(trial, b"")
     trial.unlink()
-    parts = {path.name: held(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+    parts = {path.name: _held(path) for path in sorted(folder.iterdir()) if path.is_dir()}
     free, used = shutil.disk_usage(folder).free, sum(parts.values())
     facts = {"folder": str(folder), "bytes": used, "parts": parts, "free": free}
     told = f"{one_line(str(folder))}, {files.human_size(used)}, {files.human_size(free)} free on its disk"
-    low = free < LEAST_FREE
-    return Finding("Cache", "note" if low else "ok", told, "attire cache --clear makes room" if low else "", facts)
+    low = free < _LEAST_FREE
+    return _Finding("Cache", "note" if low else "ok", told, "attire cache --clear makes room" if low else "", facts)
 
 
-def held(folder: Path) -> int:
+def _held(folder: Path) -> int:
     """Bytes in a folder and those below it; a file that goes meanwhile counts nothing."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def data() -> Finding:
+def _data() -> _Finding:
     folder = files.cache_dir() / "data" / "fashion-mnist"
-    return input_found("Data", "Fashion-MNIST", "damaged or not here" if fashion_mnist.missing(folder) else "")
+    return _input_found("Data", "Fashion-MNIST", "damaged or not here" if fashion_mnist.missing(folder) else "")
 
 
-def weights() -> Finding:
+def _weights() -> _Finding:
     path = pretrained.weight_file(files.cache_dir() / "weights", WEIGHTS_DIGEST)
     sound = http.is_sound(path, WEIGHTS_DIGEST, pretrained.digest_of_weights)
-    return input_found("Weights", "VGG16's, ImageNet", "" if sound else "damaged or not here")
+    return _input_found("Weights", "VGG16's, ImageNet", "" if sound else "damaged or not here")
 
 
-def input_found(name: str, what: str, wrong: str) -> Finding:
+def _input_found(name: str, what: str, wrong: str) -> _Finding:
     if not wrong:
-        return Finding(name, "ok", f"{what}, verified", facts={"cached": True})
+        return _Finding(name, "ok", f"{what}, verified", facts={"cached": True})
     do = "attire fetch gets it; prediction needs none of it"
-    return Finding(name, "note", f"{what}: {wrong}", do, {"cached": False})
+    return _Finding(name, "note", f"{what}: {wrong}", do, {"cached": False})
 
 
-def shipped() -> Finding:
+def _shipped() -> _Finding:
     """The model in the package: its digests, and that both runtimes answer alike on its own samples."""
     import numpy as np
 
@@ -192,19 +192,19 @@ def shipped() -> Finding:
     same = all(a.label == b.label for a, b in zip(answers, ours, strict=True))
     speed = len(images) / seconds
     facts = {"samples": len(images), "largest difference": apart, "pictures a second": speed}
-    if not same or apart > ALIKE:
+    if not same or apart > _ALIKE:
         told = f"PyTorch and {type(model).__name__} answer differently on the samples that ship"
-        return Finding("Model", "failed", told, "pip install attire, anew", facts)
+        return _Finding("Model", "failed", told, "pip install attire, anew", facts)
     told = f"the one that ships is sound; {len(images)} samples in {1000 * seconds:.0f} ms, both runtimes alike"
-    return Finding("Model", "ok", told, facts=facts)
+    return _Finding("Model", "ok", told, facts=facts)
 
 
-def at_hand(found: Sequence[Finding]) -> bool:
+def _at_hand(found: Sequence[_Finding]) -> bool:
     """Whether nothing need be fetched any more."""
     return all(finding.facts.get("cached", True) for finding in found)
 
 
-def mirrors(needless: bool) -> Finding:
+def _mirrors(needless: bool) -> _Finding:
     """Which servers accept a connection; asked side by side, so that all dead ones together cost 3 s."""
     urls = [
         *fashion_mnist.DATA_MIRRORS,
@@ -214,16 +214,16 @@ def mirrors(needless: bool) -> Finding:
     ]
     hosts = {http.host(url): url for url in urls}
     with ThreadPoolExecutor(len(hosts), "attire-mirror") as pool:
-        answers = dict(zip(hosts, pool.map(reached, hosts.values()), strict=True))
+        answers = dict(zip(hosts, pool.map(_reached, hosts.values()), strict=True))
     up = [host for host, wrong in answers.items() if not wrong]
     told = f"{len(up)} of {len(hosts)} answer" + (f" ({', '.join(up)})" if up else "")
     if needless:
-        return Finding("Mirrors", "ok", f"{told}; all that they serve is cached", facts=answers)
+        return _Finding("Mirrors", "ok", f"{told}; all that they serve is cached", facts=answers)
     do = "" if up else "attire fetch tries apt-get and pip too; or: --data-from, --weights-from"
-    return Finding("Mirrors", "ok" if up else "note", told, do, answers)
+    return _Finding("Mirrors", "ok" if up else "note", told, do, answers)
 
 
-def reached(url: str) -> str:
+def _reached(url: str) -> str:
     """Empty where the host of `url` accepts a connection, else why not."""
     try:
         probe(url)

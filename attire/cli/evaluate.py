@@ -23,7 +23,7 @@ from attire.recipes import BACKENDS
 from attire.storage import files
 from attire.storage.run_folder import free_folder
 
-part_option = click.option(
+_part_option = click.option(
     "--part", type=click.Choice(["train", "test"]), default="test", show_default=True, help="Of data that has both."
 )
 
@@ -31,7 +31,7 @@ part_option = click.option(
 @click.command(cls=Command)
 @click.argument("bundle", type=BUNDLE)
 @data_options
-@part_option
+@_part_option
 @click.option(
     "--backend",
     default="torch",
@@ -82,7 +82,7 @@ def evaluate(
     if as_json:
         click.echo(json.dumps(metrics(result)))
         return
-    print_result(f"Accuracy        {result.test.accuracy}\nClaim check     {result.claim}\n{passes(result.config)}")
+    print_result(f"Accuracy        {result.test.accuracy}\nClaim check     {result.claim}\n{_passes(result.config)}")
     print_result(class_table(result.test, columns()))
 
 
@@ -90,7 +90,7 @@ def evaluate(
 @click.argument("models", nargs=-1, required=True, type=BUNDLE, metavar="RUN RUN...")
 @click.option("--data", type=DATA, metavar="PATH", help="As for evaluate.  [default: the official test images]")
 @click.option("--classes", help="Class names in the order of their labels, separated by commas.")
-@part_option
+@_part_option
 @click.option("--views", type=int, help="Views averaged by each member.  [default: its own number]")
 @click.option("--out", type=PATH, help="Write report, tables and ensemble.json into this folder.")
 @device_option
@@ -128,10 +128,10 @@ def ensemble(
         return
     print_result(comparison_table(found.names, (found.result, *found.members)))
     click.echo(f"\nAccuracy        {found.result.test.accuracy}\nClaim check     {found.result.claim}")
-    click.echo(f"{passes(found.result.config)}{found.pair}")
+    click.echo(f"{_passes(found.result.config)}{found.pair}")
 
 
-def passes(config: Any) -> str:
+def _passes(config: Any) -> str:
     """What an answer costs where it takes more than one forward pass."""
     return f"Views           an answer takes {config['views']} forward passes\n" if config["views"] > 1 else ""
 

@@ -61,35 +61,35 @@ for command in (
 def main() -> NoReturn:
     """The one place where errors become a line and an exit status."""
     debug = "--debug" in sys.argv
-    warnings.showwarning = show_warning
+    warnings.showwarning = _show_warning
     sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()  # None where the caller closed it
     try:
         status = cli.main(prog_name="attire", standalone_mode=False) or 0
     except SystemExit:  # what click and rich make of a pipe that is closed: `attire ... | head`
         status = 0
     except AttireError as error:
-        status = fail(str(error), error.status, debug)
+        status = _fail(str(error), error.status, debug)
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "attire"
-        status = fail(f"{where}: {one_line(f'{shell.what(error)}; {shell.hint(error)}')}", 2, debug)
+        status = _fail(f"{where}: {one_line(f'{shell.what(error)}; {shell.hint(error)}')}", 2, debug)
     except click.ClickException as error:
-        status = fail(one_line(error.format_message()), 1, debug)
+        status = _fail(one_line(error.format_message()), 1, debug)
     except (KeyboardInterrupt, click.Abort):
-        status = fail("stopped; what was finished is kept", 130, debug)
+        status = _fail("stopped; what was finished is kept", 130, debug)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("allocate|out of memory", str(error)):
             raise
-        status = fail("out of memory; try a smaller --image-size or --batch-size", 1, debug)
+        status = _fail("out of memory; try a smaller --image-size or --batch-size", 1, debug)
     except OSError as error:
         from attire.storage import files
 
         name = str(error.filename or "attire")
         do = files.room_left(Path(name), error)
-        status = fail(f"{one_line(name)}: {error.strerror or error}{'; ' if do else ''}{do}", 1, debug)
+        status = _fail(f"{one_line(name)}: {error.strerror or error}{'; ' if do else ''}{do}", 1, debug)
     sys.exit(status)
 
 
-def fail(line: str, status: int, debug: bool) -> int:
+def _fail(line: str, status: int, debug: bool) -> int:
     if debug:
         import traceback
 
@@ -98,7 +98,7 @@ def fail(line: str, status: int, debug: bool) -> int:
     return status
 
 
-def show_warning(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+def _show_warning(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
     """Ours as one line; a library's in its own words, shortened to one."""
     text = str(message) if issubclass(category, AttireWarning) else f"{category.__name__}: {message}"
     click.echo(f"warning: {one_line(text.splitlines()[0] if text else '')}", err=True)

@@ -16,48 +16,48 @@ from attire.recipes import BACKENDS, RECIPES, Recipe
 if TYPE_CHECKING:
     from attire.cluster import Cluster
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # click itself would call a file that cannot be read a wrong usage, and refuse all of a command's other files with it.
 PATH = click.Path(readable=False, path_type=Path)
 NAME = click.Path(readable=False)
 
 
-class DataName(click.Path):
+class _DataName(click.Path):
     """A file, folder or URL of images. That there is no such file is said before PyTorch is loaded."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from attire.storage.stores import is_url
 
-        if not is_url(value) and is_missing(value):
+        if not is_url(value) and _is_missing(value):
             raise AttireError(Path(value), "no such file")
         return super().convert(value, param, ctx)
 
 
-class BundlePath(click.Path):
+class _BundlePath(click.Path):
     """A bundle or an exported file. That there is none is said before PyTorch is loaded."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from attire.inference.bundle_files import find_bundle
         from attire.inference.runtimes import format_of
 
-        if is_missing(value):
+        if _is_missing(value):
             if format_of(Path(value)):
                 raise AttireError(Path(value), "no such file")
             find_bundle(value)
         return super().convert(value, param, ctx)
 
 
-class RunPath(click.Path):
+class _RunPath(click.Path):
     """A run's folder. That there is none is said before PyTorch is loaded."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if is_missing(value):
+        if _is_missing(value):
             raise AttireError(Path(value), "no such run", do="give a run's folder such as runs/1")
         return super().convert(value, param, ctx)
 
 
-def is_missing(name: str) -> bool:
+def _is_missing(name: str) -> bool:
     """False also for what cannot be looked at: whoever reads it says why."""
     try:
         Path(name).stat()
@@ -68,12 +68,12 @@ def is_missing(name: str) -> bool:
     return False
 
 
-DATA = DataName(readable=False)
-BUNDLE = BundlePath(readable=False, path_type=Path)
-RUN = RunPath(readable=False, path_type=Path)
+DATA = _DataName(readable=False)
+BUNDLE = _BundlePath(readable=False, path_type=Path)
+RUN = _RunPath(readable=False, path_type=Path)
 
 # What a recipe's field is, and why its value is what it is. The figures are docs/results.md's.
-FIELD_HELP = {
+_FIELD_HELP = {
     "freeze_to": "VGG16 block up to which everything is frozen and cached: block1..block5; none: nothing is.",
     "image_size": "Side in px of the picture VGG16 sees.",
     "pool": "Average the feature map to this side; 0 leaves it as it is.",
@@ -112,7 +112,7 @@ FIELD_HELP = {
 }
 
 # What a shell offers for them; Recipe itself says what is allowed.
-FIELD_VALUES = {
+_FIELD_VALUES = {
     "freeze_to": tuple(ENDS),
     "schedule": ("cosine", "constant"),
     "precision": ("auto", "fp32", "bf16"),
@@ -120,29 +120,29 @@ FIELD_VALUES = {
 }
 
 
-def recipe_options(command: Function) -> Function:
+def recipe_options(command: _Function) -> _Function:
     """A flag for each field of Recipe; the effective default is the named recipe's."""
     for field in reversed([field for field in fields(Recipe) if field.name != "name"]):
         flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
-        values = ", ".join(f"{name} {shown(getattr(recipe, field.name))}" for name, recipe in RECIPES.items())
-        told = f"{FIELD_HELP[field.name]}  [{values}]"
+        values = ", ".join(f"{name} {_shown(getattr(recipe, field.name))}" for name, recipe in RECIPES.items())
+        told = f"{_FIELD_HELP[field.name]}  [{values}]"
         if kind is bool:
             command = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=told)(command)
         else:
             converted = str if kind is tuple else kind
-            offered = among(*FIELD_VALUES.get(field.name, ()))
+            offered = among(*_FIELD_VALUES.get(field.name, ()))
             option = click.option(flag, field.name, type=converted, default=None, help=told, shell_complete=offered)
             command = option(command)
     return command
 
 
-def shown(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(str(item) for item in value)
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else f"{value}"
 
 
-def data_options(command: Function) -> Function:
+def data_options(command: _Function) -> _Function:
     for option in (
         click.option("--classes", help="Class names in the order of their labels, separated by commas."),
         click.option("--test", type=DATA, metavar="FILE", help="This file, folder or URL is the test set."),
@@ -157,7 +157,7 @@ def data_options(command: Function) -> Function:
     return command
 
 
-def source_options(command: Function) -> Function:
+def source_options(command: _Function) -> _Function:
     command = click.option("--weights-from", type=PATH, help="VGG16 weights from this .pth or .safetensors.")(command)
     return click.option("--data-from", type=PATH, help="The official IDX files from this folder.")(command)
 
@@ -172,7 +172,7 @@ device_option = click.option(
 )
 
 
-def limit_memory(context: click.Context, option: click.Parameter, value: str | None) -> None:
+def _limit_memory(context: click.Context, option: click.Parameter, value: str | None) -> None:
     """Until the command ends."""
     from attire.storage import memory
 
@@ -183,7 +183,7 @@ memory_option = click.option(
     "--memory-limit",
     metavar="SIZE",
     expose_value=False,
-    callback=limit_memory,
+    callback=_limit_memory,
     help="Plan to hold at most this, such as 2GB: smaller batches, features from the disk.  [default: none]",
 )
 

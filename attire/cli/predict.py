@@ -66,7 +66,7 @@ def predict(
     if out is not None:
         if cluster is not None:
             raise UsageError("--cluster", "given together with --out", do="give one of them")
-        failed = predict_parquet(asked[0], out, opened, path, options["top"], as_json)
+        failed = _predict_parquet(asked[0], out, opened, path, options["top"], as_json)
     else:
         with cluster_at(cluster) as machines:
             ask = partial(machines.answer, path, device) if machines else None
@@ -75,7 +75,7 @@ def predict(
         click.get_current_context().exit(1)
 
 
-def predict_parquet(where: str, out: str, model: Any, path: Path | None, top: int, as_json: bool) -> int:
+def _predict_parquet(where: str, out: str, model: Any, path: Path | None, top: int, as_json: bool) -> int:
     """Parquet to Parquet; how many rows have no answer."""
     from attire.inference import parquet_predict
     from attire.terminal import Terminal
@@ -124,7 +124,7 @@ def explain(
         click.echo(f"warning: {one_line(str(model or 'shipped'))}: {NO_NEIGHBOURS}; train it again", err=True)
     for path in paths:
         try:
-            explain_file(classifier, path, out, label, as_json, taken)
+            _explain_file(classifier, path, out, label, as_json, taken)
         except UsageError:
             raise
         except AttireError as error:
@@ -134,14 +134,14 @@ def explain(
         click.get_current_context().exit(1)
 
 
-def explain_file(
+def _explain_file(
     classifier: "Classifier", path: Path, out: Path, label: str | None, as_json: bool, taken: set[str]
 ) -> None:
     from attire.inference import explain as explaining
 
     original, image = explaining.open_picture(path)
     found = explaining.explain(classifier, image, label)
-    picture = out / free_name(path.stem, taken)
+    picture = out / _free_name(path.stem, taken)
     explaining.write_sheet(picture, original, image, found)
     if as_json:
         told = {"file": str(path), **explaining.to_json(found), "picture": str(picture)}
@@ -154,7 +154,7 @@ def explain_file(
     click.echo(f"{'':24} picture      {one_line(str(picture))}")
 
 
-def free_name(stem: str, taken: set[str]) -> str:
+def _free_name(stem: str, taken: set[str]) -> str:
     """`shoe-explained.png`; `shoe-2-explained.png` where another picture of this call is called so."""
     numbered = (f"{stem}{f'-{i}' if i > 1 else ''}-explained.png" for i in range(1, len(taken) + 2))
     name = next(name for name in numbered if name not in taken)

@@ -65,25 +65,25 @@ def serve(
     folder = find_bundle(bundle)
     settings = {
         "hosts": (*guards.LOOPBACK, f"[{host}]" if ":" in host else host, *hosts),
-        "token": read_token(token_file),
-        "report": report_of(folder),
+        "token": _read_token(token_file),
+        "report": _report_of(folder),
         **limits,
     }
     if cluster is not None:
-        serve_on(cluster, folder, host, port, replicas, settings, device, as_json)
+        _serve_on(cluster, folder, host, port, replicas, settings, device, as_json)
         return
     with listener.bind(host, port) as found:
         predictor = open_model(folder, device)
         classifier = predictor if isinstance(predictor, Classifier) else load_bundle(folder, device)
         app = create_app(classifier, predictor, **settings)
-        told = where_it_serves(listener.url_of(found), described(classifier, folder), as_json)
+        told = _where_it_serves(listener.url_of(found), _described(classifier, folder), as_json)
         leave = app.state.service.leave
         ended = listener.serve(app, found, leave, lambda: click.echo(told))
     if ended == signal.SIGINT:
         raise Stopped("attire serve", "stopped; every accepted request was answered")
 
 
-def serve_on(
+def _serve_on(
     cluster: str,
     folder: Path,
     host: str,
@@ -98,7 +98,7 @@ def serve_on(
 
     if not port:
         raise UsageError("--port", "0 cannot be shared by a cluster", do="give a port")
-    model = described(load_bundle(folder, "cpu"), folder)
+    model = _described(load_bundle(folder, "cpu"), folder)
     with cluster_at(cluster) as machines:
         assert machines
         if replicas == 0:
@@ -106,7 +106,7 @@ def serve_on(
             return
         url = machines.serve(folder, device, host, port, replicas or machines.nodes, settings)
         ends = "stop with Ctrl-C" if machines.alone else f"stop with: attire serve --cluster {cluster} --replicas 0"
-        click.echo(where_it_serves(url, model, as_json, ends))
+        click.echo(_where_it_serves(url, model, as_json, ends))
         if not machines.alone:
             return
         try:
@@ -117,13 +117,13 @@ def serve_on(
             machines.stop_serving()
 
 
-def where_it_serves(url: str, model: str, as_json: bool, ends: str = "stop with Ctrl-C") -> str:
+def _where_it_serves(url: str, model: str, as_json: bool, ends: str = "stop with Ctrl-C") -> str:
     if as_json:
         return json.dumps({"url": url, "model": model, "version": __version__})
-    return f"Attire {short_version()} on {url}   model {model}   {ends}"
+    return f"Attire {_short_version()} on {url}   model {model}   {ends}"
 
 
-def read_token(path: Path | None) -> str | None:
+def _read_token(path: Path | None) -> str | None:
     """From a file or the environment, never from argv, which every user of the machine can read."""
     if path is None:
         return os.environ.get("ATTIRE_TOKEN") or None
@@ -136,7 +136,7 @@ def read_token(path: Path | None) -> str | None:
     return token
 
 
-def report_of(bundle: Path) -> str | None:
+def _report_of(bundle: Path) -> str | None:
     """The report beside a bundle, or of the run that it belongs to."""
     for path in (bundle / "report.html", bundle.parent / "report.html"):
         if path.is_file():
@@ -144,11 +144,11 @@ def report_of(bundle: Path) -> str | None:
     return None
 
 
-def short_version() -> str:
+def _short_version() -> str:
     return ".".join(__version__.split(".")[:2])
 
 
-def described(classifier: "Classifier", bundle: Path) -> str:
+def _described(classifier: "Classifier", bundle: Path) -> str:
     """`fast (94.5 %, 11 MB)`: recipe, measured accuracy, size of the weights."""
     from attire.inference.bundle_files import WEIGHTS
     from attire.storage.files import human_size

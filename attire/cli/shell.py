@@ -12,11 +12,11 @@ from click.shell_completion import CompletionItem, get_completion_class
 
 from attire.errors import UsageError
 
-NARROW = 60  # columns; below it two columns of help do not fit beside each other
-SHELLS = ("bash", "zsh", "fish")
+_NARROW = 60  # columns; below it two columns of help do not fit beside each other
+_SHELLS = ("bash", "zsh", "fish")
 
 
-class Help(click.HelpFormatter):
+class _Help(click.HelpFormatter):
     """click's, which never formats for fewer than 50 columns; here a narrow terminal gets lines of its own width."""
 
     def __init__(self, indent_increment: int = 2, width: int | None = None, max_width: int | None = None) -> None:
@@ -24,13 +24,13 @@ class Help(click.HelpFormatter):
         super().__init__(indent_increment, width or max(columns - 2, 20), max_width)
 
     def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
-        super().write_dl(list(rows), col_max if self.width >= NARROW else 4, col_spacing)
+        super().write_dl(list(rows), col_max if self.width >= _NARROW else 4, col_spacing)
 
     def write_text(self, text: str) -> None:
-        super().write_text(text if self.width >= NARROW else folded(text, self.width - 2 * self.current_indent))
+        super().write_text(text if self.width >= _NARROW else _folded(text, self.width - 2 * self.current_indent))
 
 
-def folded(text: str, width: int) -> str:
+def _folded(text: str, width: int) -> str:
     """Examples (paragraphs after a line of `\\b`) one under the other: the command, then what it does, indented."""
     paragraphs = []
     for paragraph in text.split("\n\n"):
@@ -38,22 +38,22 @@ def folded(text: str, width: int) -> str:
             lines = []
             for line in paragraph.splitlines()[1:]:
                 command, _, told = line.partition("   ")
-                lines.append(" \\\n    ".join(textwrap.wrap(command, width - 6, **WHOLE)))
-                lines += textwrap.wrap(told.strip(), width, initial_indent="    ", subsequent_indent="    ", **WHOLE)
+                lines.append(" \\\n    ".join(textwrap.wrap(command, width - 6, **_WHOLE)))
+                lines += textwrap.wrap(told.strip(), width, initial_indent="    ", subsequent_indent="    ", **_WHOLE)
             paragraph = "\n".join(["\b", *lines])
         paragraphs.append(paragraph)
     return "\n\n".join(paragraphs)
 
 
-WHOLE: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+_WHOLE: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
-class Context(click.Context):
-    formatter_class = Help
+class _Context(click.Context):
+    formatter_class = _Help
 
 
 class Command(click.Command):
-    context_class = Context
+    context_class = _Context
 
     def get_short_help_str(self, limit: int = 0) -> str:
         """The first paragraph of its help, whole: where it does not fit in a line, the list of commands wraps it."""
@@ -63,7 +63,7 @@ class Command(click.Command):
 class Commands(click.Group):
     """A group that suggests the near command for an unknown one."""
 
-    context_class = Context
+    context_class = _Context
     command_class = Command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
@@ -80,14 +80,14 @@ def hint(error: click.UsageError) -> str:
     where = error.ctx.command_path if error.ctx else "attire"
     if isinstance(error, click.NoSuchOption) and error.ctx:
         root = error.ctx.find_root()
-        if error.ctx is not root and error.option_name in options(root.command):
+        if error.ctx is not root and error.option_name in _options(root.command):
             return f"did you mean: attire {error.option_name} {error.ctx.info_name}"
-        if near := get_close_matches(error.option_name, options(error.ctx.command), n=1):
+        if near := get_close_matches(error.option_name, _options(error.ctx.command), n=1):
             return f"did you mean: {near[0]}"
     return f"see: {where} --help"
 
 
-def options(command: click.Command) -> list[str]:
+def _options(command: click.Command) -> list[str]:
     return [name for option in command.params for name in (*option.opts, *option.secondary_opts) if name[0] == "-"]
 
 
@@ -107,7 +107,7 @@ def among(*values: str) -> Callable[[click.Context, click.Parameter, str], list[
 
 
 @click.command(cls=Command)
-@click.argument("shell", type=click.Choice(SHELLS))
+@click.argument("shell", type=click.Choice(_SHELLS))
 def completion(shell: str) -> None:
     """Print the script that makes SHELL complete Attire's commands, options and files.
 

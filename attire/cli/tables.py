@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from attire.errors import one_line
-from attire.evaluation.metrics import Evaluation, Interval, p_text, wilson
+from attire.evaluation.intervals import Interval, p_text, wilson
+from attire.evaluation.metrics import Evaluation
 from attire.evaluation.pages import percent
 from attire.evaluation.report import duration, hardest
 from attire.evaluation.run_result import RunResult
@@ -31,7 +32,7 @@ def terminal_summary(result: RunResult, width: int = 80) -> RenderableType:
     lines.add_row("Hardest", Text(one_line(hardest(test))))
     parts: list[RenderableType] = [lines, "", class_table(test, width)]
     if 16 + 6 * len(test.classes) <= width:
-        parts += ["", confusion_table(test)]
+        parts += ["", _confusion_table(test)]
     return Group(*parts)
 
 
@@ -107,7 +108,7 @@ def class_table(found: Evaluation, width: int) -> Table:
     return table
 
 
-def confusion_table(found: Evaluation) -> Table:
+def _confusion_table(found: Evaluation) -> Table:
     """Counts, rows true, columns predicted; column names are cut to five letters."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("true \\ predicted", max_width=16)

@@ -31,10 +31,10 @@ from attire.recipes import RECIPES, Recipe, named
 from attire.storage.run_folder import free_folder
 
 # What `train` alone asks for, as if it had not been given.
-ONLY_TRAINED = {"test_size": None, "cache": None, "claim": None, "log": None, "teachers": ()}
+_ONLY_TRAINED = {"test_size": None, "cache": None, "claim": None, "log": None, "teachers": ()}
 
 
-def share_or_count(text: str) -> float | int:
+def _share_or_count(text: str) -> float | int:
     """1.0 is all of something, 1 is one row."""
     try:
         return int(text) if text.isdigit() else float(text)
@@ -54,7 +54,10 @@ def share_or_count(text: str) -> float | int:
 @click.option("--resume", "resumed", type=NAME, metavar="RUN", help="Go on with a run that was stopped.")
 @data_options
 @click.option(
-    "--test-size", type=share_or_count, help="Share of one file, or rows of it, that test.  [default: 0.2]", metavar="N"
+    "--test-size",
+    type=_share_or_count,
+    help="Share of one file, or rows of it, that test.  [default: 0.2]",
+    metavar="N",
 )
 @click.option("--out", type=NAME, metavar="FOLDER", help="The run's folder.  [default: runs/1, runs/2 ...]")
 @click.option("--seeds", type=click.IntRange(2), help="So many runs that differ in their seed: mean and deviation.")
@@ -98,12 +101,12 @@ def train(
     sources = options.pop("data_from"), options.pop("weights_from")
     with distributed.joined():
         distributed.after_first(lambda: get_sources(*sources))
-        found = trained(recipe_name, config, resumed, out, as_json, options)
+        found = _trained(recipe_name, config, resumed, out, as_json, options)
         if distributed.leads():
-            show_trained(found, as_json)
+            _show_trained(found, as_json)
 
 
-def trained(
+def _trained(
     recipe_name: str | None,
     config: Path | None,
     resumed: str | None,
@@ -120,7 +123,7 @@ def trained(
 
     watch, seeds, folds = Terminal(as_json or not distributed.leads()), options.pop("seeds"), options.pop("folds")
     cluster, workers = options.pop("cluster"), options.pop("cluster_workers")
-    check_cluster(cluster, workers, seeds, folds, options["cache"], resumed)
+    _check_cluster(cluster, workers, seeds, folds, options["cache"], resumed)
     try:
         if resumed is not None:
             given = [name for name, value in options.items() if value not in (None, ()) and name != "device"]
@@ -130,9 +133,9 @@ def trained(
                 return seeds_and_folds.resume_series(resumed, watch)
             with cluster_at(cluster, workers or 0) as machines:
                 return resume(resumed, watch, machines)
-        arguments = {**train_arguments(recipe_name, config, options), "run_dir": out, "progress": watch}
+        arguments = {**_train_arguments(recipe_name, config, options), "run_dir": out, "progress": watch}
         if seeds or folds:
-            return train_many(seeds, folds, arguments)
+            return _train_many(seeds, folds, arguments)
         with cluster_at(cluster, workers or 0) as machines:
             return training_run.train(**arguments, cluster=machines)
     except Stopped as stop:
@@ -142,7 +145,7 @@ def trained(
         watch.close()
 
 
-def check_cluster(
+def _check_cluster(
     cluster: str | None, workers: int | None, seeds: int | None, folds: int | None, cache: bool | None, resumed: Any
 ) -> None:
     from attire.training.seeds_and_folds import is_series
@@ -158,7 +161,7 @@ def check_cluster(
         raise UsageError("--cluster", "needs cached features", do="leave --no-cache out")
 
 
-def train_many(seeds: int | None, folds: int | None, arguments: dict[str, Any]) -> Any:
+def _train_many(seeds: int | None, folds: int | None, arguments: dict[str, Any]) -> Any:
     from attire.training import seeds_and_folds
 
     if seeds and folds:
@@ -173,7 +176,7 @@ def train_many(seeds: int | None, folds: int | None, arguments: dict[str, Any]) 
     return seeds_and_folds.cross_validate(cast(int, folds), **arguments)
 
 
-def train_arguments(name: str | None, config: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+def _train_arguments(name: str | None, config: Path | None, options: dict[str, Any]) -> dict[str, Any]:
     """What `runs.train` takes: the named or stored recipe, changed by the flags that were given."""
     from attire import recipes
     from attire.storage import files
@@ -206,7 +209,7 @@ def train_arguments(name: str | None, config: Path | None, options: dict[str, An
     }
 
 
-def show_trained(found: Any, as_json: bool) -> None:
+def _show_trained(found: Any, as_json: bool) -> None:
     """The end of `attire train`: of one run, of a series of seeds, or of folds."""
     from attire.cli.tables import comparison_table, terminal_summary
     from attire.evaluation.run_result import metrics
@@ -225,10 +228,10 @@ def show_trained(found: Any, as_json: bool) -> None:
         return
     print_result(terminal_summary(found.result, columns()))
     told = f"\nReport          {found.folder}/report.html\nProbabilities   {found.folder}/evaluation/predictions.csv"
-    click.echo(told if isinstance(found, Folds) else next_steps(found.folder))
+    click.echo(told if isinstance(found, Folds) else _next_steps(found.folder))
 
 
-def next_steps(folder: Path) -> str:
+def _next_steps(folder: Path) -> str:
     run = shlex.quote(str(folder))
     return (
         f"\nRun             {run}\n"
@@ -266,7 +269,7 @@ def extract(recipe_name: str | None, config: Path | None, cluster: str | None, a
     from attire.training.experiment import Experiment
 
     get_sources(options.pop("data_from"), options.pop("weights_from"))
-    told = train_arguments(recipe_name, config, {**ONLY_TRAINED, **options})
+    told = _train_arguments(recipe_name, config, {**_ONLY_TRAINED, **options})
     names = told["classes"] and tuple(told["classes"])
     source, watch = DataChoice(told["data"], told["test"], told["test_size"], names), Terminal(as_json)
     try:

@@ -18,20 +18,20 @@ from attire.storage.formats import name_format, opened
 if TYPE_CHECKING:
     import pandas as pd  # which takes a while, and only `read_frame` makes a frame
 
-Columns = tuple[str, ...]
-See = Callable[[bytes], object]
+_Columns = tuple[str, ...]
+_See = Callable[[bytes], object]
 
-PIXEL_COLUMNS: Columns = tuple(f"pixel{i}" for i in range(1, 785))
-COLUMNS: Columns = ("label", *PIXEL_COLUMNS)
-HEADER = ",".join(COLUMNS).encode()
-BOM = b"\xef\xbb\xbf"
-PLAIN = b"0123456789,\r\n"
-SEPARATORS = {b";": "semicolons", b"\t": "tabs", b"|": "bars", b" ": "spaces"}
-LINE = re.compile(rb"([^\r\n]*)(\r\n|\r|\n|\Z)")
-PIXELS = frozenset(str(i).encode() for i in range(256))
-HEAD = 1 << 16  # bytes; the header line needs 6,949 of them
-TEXT = 1 << 24  # bytes held at a time, some 7,500 rows; 8 MB are 10 % slower, 32 MB no faster
-BLOCK = 1 << 23  # bytes that Arrow parses at a time; with its own 1 MB, 785 columns become 100,000 tiny arrays
+_PIXEL_COLUMNS: _Columns = tuple(f"pixel{i}" for i in range(1, 785))
+_COLUMNS: _Columns = ("label", *_PIXEL_COLUMNS)
+_HEADER = ",".join(_COLUMNS).encode()
+_BOM = b"\xef\xbb\xbf"
+_PLAIN = b"0123456789,\r\n"
+_SEPARATORS = {b";": "semicolons", b"\t": "tabs", b"|": "bars", b" ": "spaces"}
+_LINE = re.compile(rb"([^\r\n]*)(\r\n|\r|\n|\Z)")
+_PIXELS = frozenset(str(i).encode() for i in range(256))
+_HEAD = 1 << 16  # bytes; the header line needs 6,949 of them
+_TEXT = 1 << 24  # bytes held at a time, some 7,500 rows; 8 MB are 10 % slower, 32 MB no faster
+_BLOCK = 1 << 23  # bytes that Arrow parses at a time; with its own 1 MB, 785 columns become 100,000 tiny arrays
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class Table:
         return len(self.pixels)
 
 
-def read_frame(path: str | Path, class_count: int = 10, labelled: bool = True) -> "pd.DataFrame":
+def _read_frame(path: str | Path, class_count: int = 10, labelled: bool = True) -> "pd.DataFrame":
     """The table as a DataFrame: `label` int64 in 0..class_count-1, `pixel1` .. `pixel784` uint8; one row per line.
 
     With `labelled` false a file of `pixel1` .. `pixel784` alone is accepted too, and gives a frame without `label`.
@@ -56,7 +56,7 @@ def read_frame(path: str | Path, class_count: int = 10, labelled: bool = True) -
     path = Path(path)
     with opened(path) as file:
         table = joined(read_parts(path, file, class_count, labelled))
-    frame = pd.DataFrame(table.pixels, columns=PIXEL_COLUMNS, copy=False)
+    frame = pd.DataFrame(table.pixels, columns=_PIXEL_COLUMNS, copy=False)
     if table.labels is not None:
         frame.insert(0, "label", table.labels)
     return frame
@@ -69,28 +69,28 @@ def joined(parts: Iterable[Table]) -> Table:
 
 
 def read_parts(
-    path: Path, file: IO[bytes], class_count: int = 10, labelled: bool = True, see: See = lambda data: None
+    path: Path, file: IO[bytes], class_count: int = 10, labelled: bool = True, see: _See = lambda data: None
 ) -> Iterator[Table]:
     """As `read_frame`, some thousand rows at a time, so that memory does not grow with the file; one part or more.
 
     see: is given every byte of the file, in order.
     """
-    head = file.read(HEAD)
+    head = file.read(_HEAD)
     see(head)
     if not head:
         raise AttireError(path, "empty file", do="expected a CSV file with the header label,pixel1,...,pixel784")
-    check_kind(path, head)
-    line = LINE.match(head)
+    _check_kind(path, head)
+    line = _LINE.match(head)
     assert line
-    header = line[1].removeprefix(BOM)
+    header = line[1].removeprefix(_BOM)
     bare = not labelled and header.startswith(b"pixel") and b"label" not in header.split(b",")
-    columns = PIXEL_COLUMNS if bare else COLUMNS
-    check_header(path, header, columns)
+    columns = _PIXEL_COLUMNS if bare else _COLUMNS
+    _check_header(path, header, columns)
     rows = 0
-    for text, last in whole_lines(file, head[line.end() :], see):
-        part = parse(text, columns)
+    for text, last in _whole_lines(file, head[line.end() :], see):
+        part = _parse(text, columns)
         if part is None or not in_range(part.labels, class_count):
-            diagnose(path, text, rows + 2, last, columns, class_count)
+            _diagnose(path, text, rows + 2, last, columns, class_count)
         rows += len(part)
         yield part
     if not rows:
@@ -101,13 +101,13 @@ def in_range(labels: NDArray[np.int64] | None, class_count: int) -> bool:
     return labels is None or bool(((labels >= 0) & (labels < class_count)).all())
 
 
-def whole_lines(file: IO[bytes], text: bytes, see: See) -> Iterator[tuple[bytes, bool]]:
+def _whole_lines(file: IO[bytes], text: bytes, see: _See) -> Iterator[tuple[bytes, bool]]:
     """Lines, about TEXT bytes at a time, without the end of the last one; and whether they are the file's last.
 
     text: what was read before. A piece ends where something follows, so that line ends at the end of the file are
     dropped, and an empty line between rows is not.
     """
-    size = TEXT
+    size = _TEXT
     while data := file.read(size):
         see(data)
         text += data
@@ -118,12 +118,12 @@ def whole_lines(file: IO[bytes], text: bytes, see: See) -> Iterator[tuple[bytes,
             size *= 2
             continue
         yield text[:stop], False
-        text, size = text[stop + (2 if text.startswith(b"\r\n", stop) else 1) :], TEXT
+        text, size = text[stop + (2 if text.startswith(b"\r\n", stop) else 1) :], _TEXT
     if text := text.rstrip(b"\r\n"):
         yield text, True
 
 
-def check_kind(path: Path, head: bytes) -> None:
+def _check_kind(path: Path, head: bytes) -> None:
     found = name_format(head) or ("binary data" if b"\x00" in head else "")
     if not found:
         return
@@ -137,40 +137,40 @@ def check_kind(path: Path, head: bytes) -> None:
     raise AttireError(path, f"{found}, expected CSV text", do=do)
 
 
-def parse(text: bytes, columns: Columns) -> Table | None:
+def _parse(text: bytes, columns: _Columns) -> Table | None:
     """The rows, or None when any cell is not a plain number of its column's range.
 
     Arrow forgives blanks around numbers and reads 0x1F; the byte check keeps such cells from passing.
     """
-    if text.translate(None, PLAIN):
+    if text.translate(None, _PLAIN):
         return None
     try:
         table = csv.read_csv(
             pa.BufferReader(text),
-            read_options=csv.ReadOptions(column_names=columns, block_size=BLOCK),
+            read_options=csv.ReadOptions(column_names=columns, block_size=_BLOCK),
             parse_options=csv.ParseOptions(quote_char=False, escape_char=False, ignore_empty_lines=False),
             convert_options=csv.ConvertOptions(
-                column_types=dict.fromkeys(PIXEL_COLUMNS, pa.uint8()) | {"label": pa.int64()},
+                column_types=dict.fromkeys(_PIXEL_COLUMNS, pa.uint8()) | {"label": pa.int64()},
                 null_values=[],
                 strings_can_be_null=False,
             ),
         )
     except (pa.ArrowInvalid, pa.ArrowKeyError):
         return None
-    pixels = np.empty((len(PIXEL_COLUMNS), len(table)), np.uint8)
-    for out, column in zip(pixels, table.columns[-len(PIXEL_COLUMNS) :], strict=True):
+    pixels = np.empty((len(_PIXEL_COLUMNS), len(table)), np.uint8)
+    for out, column in zip(pixels, table.columns[-len(_PIXEL_COLUMNS) :], strict=True):
         out[:] = column.to_numpy()
-    labels = table["label"].to_numpy() if columns == COLUMNS else None
+    labels = table["label"].to_numpy() if columns == _COLUMNS else None
     return Table(np.ascontiguousarray(pixels.T), labels)
 
 
-def check_header(path: Path, line: bytes, columns: Columns) -> None:
+def _check_header(path: Path, line: bytes, columns: _Columns) -> None:
     """Raises AttireError that tells a missing, quoted, misspelt, doubled or reordered header apart."""
     if line == ",".join(columns).encode():
         return
-    expected = f"expected {'label,' * (columns == COLUMNS)}pixel1,...,pixel784"
-    check_separator(path, line, 1)
-    names = [show(name) for name in line.split(b",")]
+    expected = f"expected {'label,' * (columns == _COLUMNS)}pixel1,...,pixel784"
+    _check_separator(path, line, 1)
+    names = [_show(name) for name in line.split(b",")]
     bare = [name.strip("\"' ") for name in names]
     if re.fullmatch(rb"[-+.\d,eE\s]+", line):
         raise AttireError(path, "no header", "line 1", f"{expected} above the rows")
@@ -196,47 +196,47 @@ def check_header(path: Path, line: bytes, columns: Columns) -> None:
     raise AttireError(path, what, "line 1", expected)
 
 
-def check_separator(path: Path, line: bytes, number: int) -> None:
-    for mark, name in SEPARATORS.items():
+def _check_separator(path: Path, line: bytes, number: int) -> None:
+    for mark, name in _SEPARATORS.items():
         if line.count(mark) > max(line.count(b","), 99):
             raise AttireError(path, f"values separated by {name}, expected commas", f"line {number:,}")
 
 
-def diagnose(path: Path, text: bytes, first: int, last: bool, columns: Columns, class_count: int) -> NoReturn:
+def _diagnose(path: Path, text: bytes, first: int, last: bool, columns: _Columns, class_count: int) -> NoReturn:
     """Raises AttireError for the first line that is not as many whole numbers within their ranges.
 
     first: the number of the text's first line; last: whether the file ends with the text.
     """
-    for number, line, at_end in lines(text, first):
+    for number, line, at_end in _lines(text, first):
         ends = last and at_end
         cells = line.split(b",")
         if len(cells) != len(columns):
-            check_separator(path, line, number)
-            wrong_count(path, line, len(cells), len(columns), number, ends)
+            _check_separator(path, line, number)
+            _wrong_count(path, line, len(cells), len(columns), number, ends)
         top = class_count - 1
-        if columns == COLUMNS and not (cells[0].isdigit() and int(cells[0][-9:]) <= top and len(cells[0]) <= 9):
+        if columns == _COLUMNS and not (cells[0].isdigit() and int(cells[0][-9:]) <= top and len(cells[0]) <= 9):
             wrong_label(path, cells[0], number, top)
-        pixels = cells[-len(PIXEL_COLUMNS) :]
-        if set(pixels) <= PIXELS:
+        pixels = cells[-len(_PIXEL_COLUMNS) :]
+        if set(pixels) <= _PIXELS:
             continue
-        for name, cell in zip(PIXEL_COLUMNS, pixels, strict=True):
-            if not cell.isdigit() or cell.lstrip(b"0") not in PIXELS | {b""}:
-                wrong_pixel(path, name, cell, number, ends and name == PIXEL_COLUMNS[-1])
+        for name, cell in zip(_PIXEL_COLUMNS, pixels, strict=True):
+            if not cell.isdigit() or cell.lstrip(b"0") not in _PIXELS | {b""}:
+                _wrong_pixel(path, name, cell, number, ends and name == _PIXEL_COLUMNS[-1])
     raise AttireError(path, "cannot be read as CSV", do="write it again as plain comma-separated whole numbers")
 
 
-def lines(text: bytes, first: int) -> Iterator[tuple[int, bytes, bool]]:
+def _lines(text: bytes, first: int) -> Iterator[tuple[int, bytes, bool]]:
     """(first, first line, whether it is the last), ... without their ends: \\n, \\r\\n or \\r, as Arrow has it."""
-    for number, found in enumerate(LINE.finditer(text), first):
+    for number, found in enumerate(_LINE.finditer(text), first):
         if number > first and found.start() == len(text):
             return
         yield number, found[1], found.end() == len(text)
 
 
-def wrong_count(path: Path, line: bytes, count: int, expected: int, number: int, last: bool) -> NoReturn:
+def _wrong_count(path: Path, line: bytes, count: int, expected: int, number: int, last: bool) -> NoReturn:
     if not line.strip():
         raise AttireError(path, "empty line between rows", f"line {number:,}", "take it out, or put the row back")
-    row = "a row is one label and 784 pixels" if expected == len(COLUMNS) else "a row is 784 pixels"
+    row = "a row is one label and 784 pixels" if expected == len(_COLUMNS) else "a row is 784 pixels"
     do = "the file may be cut off there" if last and count < expected else row
     values = f"{count:,} value{'s' if count != 1 else ''}"
     raise AttireError(path, f"{values}, expected {expected}", f"line {number:,}", do)
@@ -245,23 +245,23 @@ def wrong_count(path: Path, line: bytes, count: int, expected: int, number: int,
 def wrong_label(path: Path, cell: bytes, number: int, top: int) -> NoReturn:
     expected = f"expected a whole number from 0 to {top}"
     do = "name the classes with --classes when they are not these" if cell.isdigit() else ""
-    raise AttireError(path, f"label {quote(cell)}, {expected}", f"line {number:,}", do)
+    raise AttireError(path, f"label {_quote(cell)}, {expected}", f"line {number:,}", do)
 
 
-def wrong_pixel(path: Path, name: str, cell: bytes, number: int, last: bool) -> NoReturn:
+def _wrong_pixel(path: Path, name: str, cell: bytes, number: int, last: bool) -> NoReturn:
     do = "" if cell.strip() else "put the true value there, or take the row out; gaps are never filled"
     if last and not cell:
         do = "the file may be cut off there"
     expected = "expected a whole number from 0 to 255"
-    raise AttireError(path, f"{name} {quote(cell)}, {expected}", f"line {number:,}", do)
+    raise AttireError(path, f"{name} {_quote(cell)}, {expected}", f"line {number:,}", do)
 
 
-def quote(cell: bytes) -> str:
-    text = show(cell)
+def _quote(cell: bytes) -> str:
+    text = _show(cell)
     return "is empty" if not text else f"is {text}" if re.fullmatch(r"[-+.\w]+", text) else f"is '{text}'"
 
 
-def show(cell: bytes) -> str:
+def _show(cell: bytes) -> str:
     text = cell.decode("utf-8", "backslashreplace")
     return one_line(text if len(text) <= 24 else text[:20] + "...")
 
@@ -269,9 +269,9 @@ def show(cell: bytes) -> str:
 def write_table(path: str | Path, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
     """Write images (N, 28, 28) uint8 and labels (N,) in the form that `read_frame` reads, atomically."""
     with atomic(Path(path)) as file:
-        file.write(HEADER + b"\n")
+        file.write(_HEADER + b"\n")
         options = csv.WriteOptions(include_header=False, quoting_style="none", batch_size=2048)
         for start in range(0, len(images), 8192):
             pixels = np.ascontiguousarray(images[start : start + 8192].reshape(-1, 784).T)  # (784, n)
             columns = [pa.array(labels[start : start + 8192]), *(pa.array(column) for column in pixels)]
-            csv.write_csv(pa.table(columns, names=COLUMNS), file, options)
+            csv.write_csv(pa.table(columns, names=_COLUMNS), file, options)

@@ -84,7 +84,7 @@ class ImageDataset:
         """Over all images or these rows, without a copy of them."""
         count = len(self) if rows is None else len(rows)
         sha = hashlib.sha256(canonical_json([count, *self.images.shape[1:]]))
-        for block in blocks(self.images, rows):
+        for block in _blocks(self.images, rows):
             sha.update(block.data)
         return sha
 
@@ -193,20 +193,20 @@ def count_shared(
 ) -> int:
     """How many images of `b` (of its rows `b_rows`, when given) stand in `a` too, byte for byte."""
     rows = [np.arange(len(x)) if chosen is None else chosen for x, chosen in ((a, a_rows), (b, b_rows))]
-    sums = [checksums(x, chosen) for x, chosen in zip((a, b), rows, strict=True)]
+    sums = [_checksums(x, chosen) for x, chosen in zip((a, b), rows, strict=True)]
     alike = [chosen[np.isin(own, other)] for chosen, own, other in zip(rows, sums, sums[::-1], strict=True)]
     known = {a[i].tobytes() for i in alike[0]}
     return sum(b[i].tobytes() in known for i in alike[1])
 
 
-def checksums(images: NDArray[np.uint8], rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+def _checksums(images: NDArray[np.uint8], rows: NDArray[np.int64]) -> NDArray[np.uint64]:
     """(n,): equal for equal images, and for few others: a sum of the pixels with fixed random 64-bit weights."""
     weights = np.random.default_rng(0).integers(2**64, size=images[0].size, dtype=np.uint64) | np.uint64(1)
-    parts = [block.reshape(len(block), -1).astype(np.uint64) @ weights for block in blocks(images, rows, 2048)]
+    parts = [block.reshape(len(block), -1).astype(np.uint64) @ weights for block in _blocks(images, rows, 2048)]
     return np.concatenate(parts)
 
 
-def blocks(
+def _blocks(
     images: NDArray[np.uint8], rows: NDArray[np.int64] | None = None, size: int = 16_384
 ) -> Iterator[NDArray[np.uint8]]:
     """All images or these rows, contiguous, some at a time; of a memory map no more stays resident."""

@@ -17,26 +17,26 @@ from attire.storage.http import MirrorError, ProgressCallback, download, host, i
 from attire.storage.packages import apt_package, deb_files
 
 # name: (bytes, SHA-256), decompressed: publishers compress differently
-DATA_FILES = {
+_DATA_FILES = {
     "train-images-idx3-ubyte": (47_040_016, "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
     "train-labels-idx1-ubyte": (60_008, "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
     "t10k-images-idx3-ubyte": (7_840_016, "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
     "t10k-labels-idx1-ubyte": (10_008, "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
 }
-SLACK = 100_000  # what a container may add to the bytes it holds
+_SLACK = 100_000  # what a container may add to the bytes it holds
 DATA_MIRRORS: tuple[str, ...] = (
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",  # Zalando's own; it serves no https
     "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
 )
-DEBIAN_PACKAGE = "dataset-fashion-mnist"
-DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+_DEBIAN_PACKAGE = "dataset-fashion-mnist"
+_DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 DEBIAN_MIRRORS: tuple[str, ...] = (
-    f"https://deb.debian.org/debian/pool/main/d/{DEBIAN_PACKAGE}/{DEBIAN_PACKAGE}_0.0~git20200523.55506a9-1_all.deb",
+    f"https://deb.debian.org/debian/pool/main/d/{_DEBIAN_PACKAGE}/{_DEBIAN_PACKAGE}_0.0~git20200523.55506a9-1_all.deb",
 )
-DEBIAN_SHA256 = "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0"
-DEBIAN_BYTES = 30_900_652
+_DEBIAN_SHA256 = "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0"
+_DEBIAN_BYTES = 30_900_652
 
-NamedBytes = Iterable[tuple[str, bytes]]
+_NamedBytes = Iterable[tuple[str, bytes]]
 
 
 def official_data(source: Path | None = None, progress: ProgressCallback | None = None) -> Path:
@@ -53,53 +53,53 @@ def official_data(source: Path | None = None, progress: ProgressCallback | None 
             set_aside(folder / name)
         if source is not None:
             absent = missing(folder)
-            for name, data in from_source(source):
+            for name, data in _from_source(source):
                 if name in absent:
                     write_bytes(folder / name, data)
         elif missing(folder):
-            fetch_data(folder, progress)
+            _fetch_data(folder, progress)
     return folder
 
 
 def missing(folder: Path) -> list[str]:
-    return [name for name, (_, digest) in DATA_FILES.items() if not is_sound(folder / name, digest, sha256_file)]
+    return [name for name, (_, digest) in _DATA_FILES.items() if not is_sound(folder / name, digest, sha256_file)]
 
 
-def from_source(source: Path) -> Iterator[tuple[str, bytes]]:
+def _from_source(source: Path) -> Iterator[tuple[str, bytes]]:
     """(name, verified decompressed bytes) of the four files in a user's folder."""
     if not source.is_dir():
         raise AttireError(source, "expected a folder with the four IDX files of Fashion-MNIST")
-    for name in DATA_FILES:
+    for name in _DATA_FILES:
         path = next((p for p in (source / name, source / f"{name}.gz") if p.is_file()), None)
         if path is None:
             raise AttireError(source, f"holds neither {name} nor {name}.gz", do="all four official files are needed")
         try:
-            yield name, read_idx(name, path)
+            yield name, _read_idx(name, path)
         except MirrorError as error:
             do = "use --data for other data"
             raise AttireError(path, "not the official Fashion-MNIST", str(error), do) from error
 
 
-def read_idx(name: str, path: Path) -> bytes:
+def _read_idx(name: str, path: Path) -> bytes:
     """The decompressed bytes of one official file; MirrorError where the file holds any others."""
     try:
-        if path.stat().st_size > DATA_FILES[name][0] + SLACK:
+        if path.stat().st_size > _DATA_FILES[name][0] + _SLACK:
             raise MirrorError("too large")
-        return verified(name, path.read_bytes())
+        return _verified(name, path.read_bytes())
     except OSError as error:
         raise MirrorError(f"cannot be read: {error.strerror}") from error
 
 
-def verified(name: str, data: bytes) -> bytes:
-    count, digest = DATA_FILES[name]
+def _verified(name: str, data: bytes) -> bytes:
+    count, digest = _DATA_FILES[name]
     if data.startswith(b"\x1f\x8b"):
-        data = gunzip(data, count)
+        data = _gunzip(data, count)
     if (found := sha256(data)) != digest:
         raise MirrorError(f"SHA-256 {found[:12]}..., expected {digest[:12]}...")
     return data
 
 
-def gunzip(data: bytes, count: int) -> bytes:
+def _gunzip(data: bytes, count: int) -> bytes:
     """At most one byte more than expected, so that no small file can fill the memory."""
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
@@ -108,12 +108,12 @@ def gunzip(data: bytes, count: int) -> bytes:
         raise MirrorError("its gzip stream is damaged or cut off") from error
 
 
-def fetch_data(folder: Path, progress: ProgressCallback | None) -> None:
+def _fetch_data(folder: Path, progress: ProgressCallback | None) -> None:
     """Go through the places until no file is missing; what one delivered is kept when it fails half-way."""
-    places: list[tuple[str, Callable[[list[str]], NamedBytes]]] = [(str(DEBIAN_FOLDER), from_installed)]
-    places += [(host(url), partial(from_mirror, url, progress)) for url in DATA_MIRRORS]
-    places += [(host(url), partial(from_deb, url, progress)) for url in DEBIAN_MIRRORS]
-    places += [("apt-get", from_apt)]
+    places: list[tuple[str, Callable[[list[str]], _NamedBytes]]] = [(str(_DEBIAN_FOLDER), _from_installed)]
+    places += [(host(url), partial(_from_mirror, url, progress)) for url in DATA_MIRRORS]
+    places += [(host(url), partial(_from_deb, url, progress)) for url in DEBIAN_MIRRORS]
+    places += [("apt-get", _from_apt)]
     tried = []
     for place, serve in places:
         try:
@@ -123,37 +123,37 @@ def fetch_data(folder: Path, progress: ProgressCallback | None) -> None:
             tried.append(f"{place}: {error}")
         if not missing(folder):
             return
-    do = f"put {', '.join(f'{name}.gz' for name in DATA_FILES)} into a folder and give it as --data-from"
+    do = f"put {', '.join(f'{name}.gz' for name in _DATA_FILES)} into a folder and give it as --data-from"
     raise AttireError("Fashion-MNIST", "cannot be fetched from anywhere", "; ".join(tried), do)
 
 
-def from_installed(names: list[str]) -> NamedBytes:
-    if not DEBIAN_FOLDER.is_dir():
+def _from_installed(names: list[str]) -> _NamedBytes:
+    if not _DEBIAN_FOLDER.is_dir():
         raise MirrorError("not installed")
     for name in names:
-        yield name, read_idx(name, DEBIAN_FOLDER / f"{name}.gz")
+        yield name, _read_idx(name, _DEBIAN_FOLDER / f"{name}.gz")
 
 
-def from_mirror(url: str, progress: ProgressCallback | None, names: list[str]) -> NamedBytes:
+def _from_mirror(url: str, progress: ProgressCallback | None, names: list[str]) -> _NamedBytes:
     for name in names:
-        yield name, download(f"{url}{name}.gz", DATA_FILES[name][0] + SLACK, partial(read_idx, name), progress)
+        yield name, download(f"{url}{name}.gz", _DATA_FILES[name][0] + _SLACK, partial(_read_idx, name), progress)
 
 
-def from_deb(url: str, progress: ProgressCallback | None, names: list[str]) -> NamedBytes:
-    def take(path: Path) -> NamedBytes:
-        if sha256_file(path) != DEBIAN_SHA256:
+def _from_deb(url: str, progress: ProgressCallback | None, names: list[str]) -> _NamedBytes:
+    def take(path: Path) -> _NamedBytes:
+        if sha256_file(path) != _DEBIAN_SHA256:
             raise MirrorError("its bytes are not Debian's")
-        return unpacked(path, names)
+        return _unpacked(path, names)
 
-    return download(url, DEBIAN_BYTES, take, progress)
-
-
-def from_apt(names: list[str]) -> NamedBytes:
-    with apt_package(DEBIAN_PACKAGE) as path:
-        return unpacked(path, names)
+    return download(url, _DEBIAN_BYTES, take, progress)
 
 
-def unpacked(path: Path, names: list[str]) -> NamedBytes:
-    inside = {name: f"{DEBIAN_FOLDER.relative_to('/')}/{name}.gz" for name in names}
-    files = deb_files(path, {inside[name]: DATA_FILES[name][0] + SLACK for name in names})
-    return [(name, verified(name, files[inside[name]])) for name in names]
+def _from_apt(names: list[str]) -> _NamedBytes:
+    with apt_package(_DEBIAN_PACKAGE) as path:
+        return _unpacked(path, names)
+
+
+def _unpacked(path: Path, names: list[str]) -> _NamedBytes:
+    inside = {name: f"{_DEBIAN_FOLDER.relative_to('/')}/{name}.gz" for name in names}
+    files = deb_files(path, {inside[name]: _DATA_FILES[name][0] + _SLACK for name in names})
+    return [(name, _verified(name, files[inside[name]])) for name in names]

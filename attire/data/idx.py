@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from attire.errors import AttireError
 from attire.storage.formats import name_format, opened
 
-Kind = Literal["images", "labels"]
-MAGICS: dict[bytes, Kind] = {b"\x00\x00\x08\x03": "images", b"\x00\x00\x08\x01": "labels"}
-DIMENSIONS = {"images": 3, "labels": 1}
-NAME = re.compile(r"(images|labels)[-.]idx[13]-ubyte(\.gz)?$")
+_Kind = Literal["images", "labels"]
+_MAGICS: dict[bytes, _Kind] = {b"\x00\x00\x08\x03": "images", b"\x00\x00\x08\x01": "labels"}
+_DIMENSIONS = {"images": 3, "labels": 1}
+_NAME = re.compile(r"(images|labels)[-.]idx[13]-ubyte(\.gz)?$")
 PREFIXES = {"train": "train", "test": "t10k"}
-DEFLATE_RATIO = 1032  # the most that a byte of deflate can expand to (zlib's documentation)
-CHUNK = 1 << 22
+_DEFLATE_RATIO = 1032  # the most that a byte of deflate can expand to (zlib's documentation)
+_CHUNK = 1 << 22
 
 
-def read_idx(path: str | Path, kind: Kind | None = None) -> NDArray[np.uint8]:
+def _read_idx(path: str | Path, kind: _Kind | None = None) -> NDArray[np.uint8]:
     """Images (N, 28, 28) or labels (N,), uint8, from one IDX file, plain or .gz (told by content, not by name).
 
     The header is checked before any data is read, and never more is read or expanded than it declares plus one byte.
@@ -37,9 +37,9 @@ def read_idx(path: str | Path, kind: Kind | None = None) -> NDArray[np.uint8]:
         file.seek(0)
         try:
             if not packed:
-                return read_stream(path, file, size, kind)
+                return _read_stream(path, file, size, kind)
             with gzip.GzipFile(fileobj=file) as stream:
-                return read_stream(path, stream, size * DEFLATE_RATIO, kind)
+                return _read_stream(path, stream, size * _DEFLATE_RATIO, kind)
         except EOFError as error:
             raise AttireError(path, "the gzip data ends too early", do="the file was cut off; get it again") from error
         except (gzip.BadGzipFile, zlib.error) as error:
@@ -47,15 +47,15 @@ def read_idx(path: str | Path, kind: Kind | None = None) -> NDArray[np.uint8]:
             raise AttireError(path, what, str(error)[:60], "get the file again") from error
 
 
-def read_stream(path: Path, stream: io.BufferedIOBase, at_most: int, kind: Kind | None) -> NDArray[np.uint8]:
+def _read_stream(path: Path, stream: io.BufferedIOBase, at_most: int, kind: _Kind | None) -> NDArray[np.uint8]:
     """Header and data of one file whose content cannot be longer than `at_most` bytes."""
-    shape = read_header(path, stream, kind)
+    shape = _read_header(path, stream, kind)
     expected = math.prod(shape)
     declared = f"the header declares {' x '.join(f'{n:,}' for n in shape)}"
     if expected > at_most:
         raise AttireError(path, f"{declared} bytes, more than the file can hold", do="it is cut off or damaged")
     data = bytearray()
-    while len(data) <= expected and (part := stream.read(min(CHUNK, expected + 1 - len(data)))):
+    while len(data) <= expected and (part := stream.read(min(_CHUNK, expected + 1 - len(data)))):
         data += part
     if len(data) < expected:
         what = f"{len(data):,} bytes of data, expected {expected:,}"
@@ -65,15 +65,15 @@ def read_stream(path: Path, stream: io.BufferedIOBase, at_most: int, kind: Kind 
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def read_header(path: Path, stream: io.BufferedIOBase, kind: Kind | None) -> tuple[int, ...]:
+def _read_header(path: Path, stream: io.BufferedIOBase, kind: _Kind | None) -> tuple[int, ...]:
     magic = stream.read(4)
     if not magic:
         raise AttireError(path, "empty file", do="expected IDX data")
-    found = MAGICS.get(magic)
+    found = _MAGICS.get(magic)
     if len(magic) == 4 and found is None:
-        refuse_magic(path, magic, stream)
-    sizes = stream.read(4 * DIMENSIONS[found]) if found else b""
-    if found is None or len(sizes) < 4 * DIMENSIONS[found]:
+        _refuse_magic(path, magic, stream)
+    sizes = stream.read(4 * _DIMENSIONS[found]) if found else b""
+    if found is None or len(sizes) < 4 * _DIMENSIONS[found]:
         raise AttireError(path, f"{len(magic + sizes)} bytes, too short for an IDX header", do="get the file again")
     if kind not in (None, found):
         raise AttireError(path, f"holds {found}, expected {kind}", f"magic 0x{magic.hex()}", "are the two swapped?")
@@ -85,9 +85,9 @@ def read_header(path: Path, stream: io.BufferedIOBase, kind: Kind | None) -> tup
     return shape
 
 
-def refuse_magic(path: Path, magic: bytes, stream: io.BufferedIOBase) -> None:
+def _refuse_magic(path: Path, magic: bytes, stream: io.BufferedIOBase) -> None:
     where = f"magic 0x{magic.hex()}"
-    if magic[::-1] in MAGICS:
+    if magic[::-1] in _MAGICS:
         raise AttireError(path, "little-endian IDX header, expected big-endian", where, "write it again as IDX has it")
     if magic[:2] == b"\x00\x00" and magic[2] in (0x08, 0x09, 0x0B, 0x0C, 0x0D, 0x0E):
         what = f"{magic[3]} dimensions of type 0x{magic[2]:02x}"
@@ -98,8 +98,8 @@ def refuse_magic(path: Path, magic: bytes, stream: io.BufferedIOBase) -> None:
 
 def read_idx_pair(images: str | Path, labels: str | Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images (N, 28, 28) uint8 and labels (N,) int64 of two files that belong together."""
-    labels_read = read_idx(labels, "labels").astype(np.int64)  # the small file first: swapped files are told at once
-    images_read = read_idx(images, "images")
+    labels_read = _read_idx(labels, "labels").astype(np.int64)  # the small file first: swapped files are told at once
+    images_read = _read_idx(images, "images")
     if len(images_read) != len(labels_read):
         what = f"{len(labels_read):,} labels for the {len(images_read):,} images of {Path(images).name}"
         raise AttireError(labels, what, do="the two must belong together")
@@ -111,7 +111,7 @@ def find_pair(folder: Path, part: str) -> tuple[Path, Path] | None:
 
     Raises AttireError when only one of the two is there.
     """
-    images, labels = (find_file(folder, PREFIXES[part], kind) for kind in DIMENSIONS)
+    images, labels = (_find_file(folder, PREFIXES[part], kind) for kind in _DIMENSIONS)
     if images and labels:
         return images, labels
     if images or labels:
@@ -120,15 +120,15 @@ def find_pair(folder: Path, part: str) -> tuple[Path, Path] | None:
     return None
 
 
-def find_file(folder: Path, prefix: str, kind: str) -> Path | None:
+def _find_file(folder: Path, prefix: str, kind: str) -> Path | None:
     stem = f"{prefix}-{kind}"
-    names = [f"{stem}{dot}idx{DIMENSIONS[kind]}-ubyte{end}" for end in ("", ".gz") for dot in "-."]
+    names = [f"{stem}{dot}idx{_DIMENSIONS[kind]}-ubyte{end}" for end in ("", ".gz") for dot in "-."]
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def partner(path: Path) -> tuple[Path, Path] | None:
     """(images, labels) for one IDX file by its name, the other file standing beside it; None for another name."""
-    found = NAME.search(path.name)
+    found = _NAME.search(path.name)
     if not found:
         return None
     with opened(path):  # that this one is missing comes before its partner
@@ -136,7 +136,7 @@ def partner(path: Path) -> tuple[Path, Path] | None:
     start, kind = path.name[: found.start()], found[1]
     other = "labels" if kind == "images" else "images"
     for end in (found[2] or "", "", ".gz"):
-        beside = path.with_name(f"{start}{other}{path.name[found.end(1)]}idx{DIMENSIONS[other]}-ubyte{end}")
+        beside = path.with_name(f"{start}{other}{path.name[found.end(1)]}idx{_DIMENSIONS[other]}-ubyte{end}")
         if beside.is_file():
             return (path, beside) if kind == "images" else (beside, path)
-    raise AttireError(path, f"no file of {other} beside it", f"expected {start}{other}-idx{DIMENSIONS[other]}-ubyte")
+    raise AttireError(path, f"no file of {other} beside it", f"expected {start}{other}-idx{_DIMENSIONS[other]}-ubyte")

@@ -33,12 +33,12 @@ def read_folder(
         raise AttireError(folder, f"no folder for the class {one_line(missing[0])}", do="each class needs its folder")
     if extra := sorted(set(found) - set(folders)):
         raise AttireError(folder, f"{one_line(extra[0])} is none of the {len(names)} classes")
-    paths = [(path, label) for label, name in enumerate(folders) for path in pictures(folder / name)]
+    paths = [(path, label) for label, name in enumerate(folders) for path in _pictures(folder / name)]
     images = np.stack([read(path) for path, _ in paths])
     return images, np.array([label for _, label in paths], np.int64), names
 
 
-def pictures(folder: Path) -> list[Path]:
+def _pictures(folder: Path) -> list[Path]:
     paths = visible(folder)
     if not paths:
         raise AttireError(folder, "no pictures in this class", do=f"{SHOULD} or more")

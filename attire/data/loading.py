@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     pass
 
 
-Reader = Callable[[Sequence[str] | None], ImageDataset]
+_Reader = Callable[[Sequence[str] | None], ImageDataset]
 
 
 def load_dataset(
@@ -91,31 +91,31 @@ def load_splits(
     return Splits(everything, rows, held_out, test_rows, shared, how)
 
 
-def find_readers(data: str | Path | None) -> dict[str, Reader]:
+def find_readers(data: str | Path | None) -> dict[str, _Reader]:
     """Who reads what: {"train": ..., "test": ...} where the source has both parts, else one of them or "all"."""
     if data is None or data == OFFICIAL:
         from attire.data.fashion_mnist import official_data  # only this needs the network code
 
         folder = official_data()
-        return {part: partial(read_idx_folder, folder, part, source=OFFICIAL) for part in ("train", "test")}
+        return {part: partial(_read_idx_folder, folder, part, source=OFFICIAL) for part in ("train", "test")}
     path = url_copies.local(data)
-    readers = path_readers(path)
+    readers = _path_readers(path)
     if is_url(data):
-        return {part: partial(named, reader, path, str(data)) for part, reader in readers.items()}
+        return {part: partial(_named, reader, path, str(data)) for part, reader in readers.items()}
     return readers
 
 
-def path_readers(path: Path) -> dict[str, Reader]:
+def _path_readers(path: Path) -> dict[str, _Reader]:
     if is_folder(path):
-        return folder_readers(path)
+        return _folder_readers(path)
     if parquet.is_parquet(path):
-        return {"all": partial(read_parquet, parquet.paths(path))}
+        return {"all": partial(_read_parquet, parquet.paths(path))}
     if pair := idx.partner(path):
-        return {"all": partial(read_idx_pair, *pair)}
-    return {"all": partial(read_csv, path)}
+        return {"all": partial(_read_idx_pair, *pair)}
+    return {"all": partial(_read_csv, path)}
 
 
-def named(reader: Reader, copy: Path, url: str, classes: Sequence[str] | None) -> ImageDataset:
+def _named(reader: _Reader, copy: Path, url: str, classes: Sequence[str] | None) -> ImageDataset:
     """What a reader makes of the copy of a URL; errors name the URL, not the copy."""
     try:
         return reader(classes)
@@ -126,12 +126,12 @@ def named(reader: Reader, copy: Path, url: str, classes: Sequence[str] | None) -
         raise AttireError(subject, error.what, error.where, error.do) from error
 
 
-def folder_readers(folder: Path) -> dict[str, Reader]:
+def _folder_readers(folder: Path) -> dict[str, _Reader]:
     """For IDX files, for `*train.csv` and `*test.csv` (as on Kaggle), for Parquet files, those of `train*` and `test*`
     apart (as on Hugging Face), for train/ and test/, or for class folders."""
     parts = [part for part in ("train", "test") if idx.find_pair(folder, part)]
     if parts:
-        return {part: partial(read_idx_folder, folder, part) for part in parts}
+        return {part: partial(_read_idx_folder, folder, part) for part in parts}
     entries = image_folder.visible(folder)
     csvs = [entry for entry in entries if entry.suffix.lower() == ".csv"]
     if csvs:
@@ -139,24 +139,24 @@ def folder_readers(folder: Path) -> dict[str, Reader]:
         if len(csvs) != 2 or any(len(paths) != 1 for paths in named.values()):
             what = f"{len(csvs)} CSV file{'s' if len(csvs) > 1 else ''} in it, expected ...train.csv and ...test.csv"
             raise AttireError(folder, what, do="give one file's own path instead")
-        return {part: partial(read_csv, paths[0]) for part, paths in named.items()}
+        return {part: partial(_read_csv, paths[0]) for part, paths in named.items()}
     if parquets := [entry for entry in entries if parquet.is_parquet(entry) and entry.is_file()]:
         both = {part: [path for path in parquets if path.name.startswith(part)] for part in ("train", "test")}
         if not all(both.values()):
-            return {"all": partial(read_parquet, parquets)}
+            return {"all": partial(_read_parquet, parquets)}
         if len(both["train"]) + len(both["test"]) < len(parquets):
             other = next(path for path in parquets if path not in both["train"] + both["test"])
             raise AttireError(other, "a third part beside train and test", do="give one part's pattern instead")
-        return {part: partial(read_parquet, found) for part, found in both.items()}
+        return {part: partial(_read_parquet, found) for part, found in both.items()}
     names = {entry.name for entry in entries if entry.is_dir()}
     if {"train", "test"} <= names and not all(entry.is_file() for entry in image_folder.visible(folder / "train")):
         if extra := sorted(names - {"train", "test"}):
             raise AttireError(folder / extra[0], "a third part beside train and test", do="merge it into train")
-        return {part: partial(read_image_folder, folder / part) for part in ("train", "test")}
-    return {"all": partial(read_image_folder, folder)}
+        return {part: partial(_read_image_folder, folder / part) for part in ("train", "test")}
+    return {"all": partial(_read_image_folder, folder)}
 
 
-def read_csv(path: str | Path, classes: Sequence[str] | None = None) -> ImageDataset:
+def _read_csv(path: str | Path, classes: Sequence[str] | None = None) -> ImageDataset:
     """`label,pixel1,...,pixel784` with labels into `classes` (default: Fashion-MNIST's ten); see `read_frame`."""
     names = check_classes(classes)
     table = read_table(path, len(names))
@@ -174,12 +174,12 @@ def write_csv(dataset: ImageDataset, path: str | Path) -> None:
     csv_table.write_table(path, dataset.images, dataset.labels)
 
 
-def read_idx_pair(images: str | Path, labels: str | Path, classes: Sequence[str] | None = None) -> ImageDataset:
+def _read_idx_pair(images: str | Path, labels: str | Path, classes: Sequence[str] | None = None) -> ImageDataset:
     """Two IDX files, plain or .gz, that belong together; see `read_idx`."""
     return ImageDataset(*idx.read_idx_pair(images, labels), check_classes(classes), Path(images).name)
 
 
-def read_idx_folder(
+def _read_idx_folder(
     folder: str | Path, part: str = "train", classes: Sequence[str] | None = None, source: str = ""
 ) -> ImageDataset:
     """`train-images-idx3-ubyte` and `train-labels-idx1-ubyte` (part "test": `t10k-...`), plain or .gz."""
@@ -190,14 +190,14 @@ def read_idx_folder(
     return ImageDataset(*idx.read_idx_pair(*pair), names, source or pair[0].name)
 
 
-def read_image_folder(folder: str | Path, classes: Sequence[str] | None = None) -> ImageDataset:
+def _read_image_folder(folder: str | Path, classes: Sequence[str] | None = None) -> ImageDataset:
     """`<folder>/<class name>/*.png|jpg|jpeg|webp|bmp`, each as predictions see it: `photos.prepare`."""
     names = None if classes is None else check_classes(classes)
     found = image_folder.read_folder(folder, names, lambda path: photos.prepare(path).image)
     return ImageDataset(*found, Path(folder).name)
 
 
-def read_parquet(paths: str | Path | Sequence[Path], classes: Sequence[str] | None = None) -> ImageDataset:
+def _read_parquet(paths: str | Path | Sequence[Path], classes: Sequence[str] | None = None) -> ImageDataset:
     """Pictures as bytes in a column `image`, labels in `label`; see `parquet.read_table`."""
     found = [Path(paths)] if isinstance(paths, str | Path) else list(paths)
     table, names = parquet.read_table(found, None if classes is None else check_classes(classes))

@@ -26,13 +26,13 @@ from attire.storage.stores import StorageLocation, is_url, place
 from attire.version import __version__
 
 SUFFIX = ".parquet"
-IMAGE, LABEL = "image", "label"
-SIDE = 28
-ROWS = 512  # of a batch at most
-BATCH_BYTES = 32 * 2**20  # of a batch, about: photographs of 5 MB come six at a time
-READ = 4 * 2**20  # bytes a read: neither a row group in memory, nor a request to a store for every page
+IMAGE, _LABEL = "image", "label"
+_SIDE = 28
+_ROWS = 512  # of a batch at most
+_BATCH_BYTES = 32 * 2**20  # of a batch, about: photographs of 5 MB come six at a time
+_READ = 4 * 2**20  # bytes a read: neither a row group in memory, nor a request to a store for every page
 THREADS = min(8, os.cpu_count() or 1)  # decode pictures, which Pillow does beside the interpreter
-VERSION = 1  # of what is kept of a file
+_VERSION = 1  # of what is kept of a file
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ParquetSource:
         """The pyarrow.parquet.ParquetFile; raises AttireError where it is none, or has no pictures."""
         opened = self.place.open()
         try:
-            file = pq.ParquetFile(opened, buffer_size=READ, page_checksum_verification=True)
+            file = pq.ParquetFile(opened, buffer_size=_READ, page_checksum_verification=True)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise AttireError(self, "not a Parquet file, or cut off", do="get the file again") from error
         kind = file.schema_arrow.field(IMAGE).type if IMAGE in file.schema_arrow.names else None
@@ -80,9 +80,9 @@ class ParquetSource:
         for group in range(self.file.metadata.num_row_groups):
             about = self.file.metadata.row_group(group)
             end = start + about.num_rows
-            size = max(1, min(ROWS, BATCH_BYTES * about.num_rows // max(1, about.total_byte_size)))
+            size = max(1, min(_ROWS, _BATCH_BYTES * about.num_rows // max(1, about.total_byte_size)))
             if end > first:
-                with damage(self, f"rows {start + 1:,} to {end:,}"):
+                with _damage(self, f"rows {start + 1:,} to {end:,}"):
                     for batch in self.file.iter_batches(size, row_groups=[group], columns=columns):
                         skip = min(len(batch), max(0, first - start))
                         if skip < len(batch):
@@ -92,7 +92,7 @@ class ParquetSource:
 
 
 @contextmanager
-def damage(source: ParquetSource, where: str) -> Iterator[None]:
+def _damage(source: ParquetSource, where: str) -> Iterator[None]:
     """What pyarrow raises while it reads becomes one AttireError."""
     try:
         yield
@@ -167,8 +167,8 @@ def read_table(paths: Sequence[Path], classes: Sequence[str] | None = None) -> t
     Raises AttireError with file and row for whatever is not a labelled picture.
     """
     parts = [ParquetSource(place(path)) for path in paths]
-    coding = LabelEncoder(parts, None if classes is None else tuple(classes))
-    key = {"parquet": [file_digest(path) for path in paths], "classes": coding.names, "version": VERSION}
+    coding = _LabelEncoder(parts, None if classes is None else tuple(classes))
+    key = {"parquet": [_file_digest(path) for path in paths], "classes": coding.names, "version": _VERSION}
     kept = (
         table_cache.folder()
         / f"{files.sha256(files.canonical_json({**key, 'attire': __version__}))[:32]}{table_cache.SUFFIX}"
@@ -176,56 +176,56 @@ def read_table(paths: Sequence[Path], classes: Sequence[str] | None = None) -> t
     table = table_cache.stored(kept, "Parquet files")
     if table is None:
         try:
-            table = table_cache.written(tables(parts, coding), lambda: kept)
+            table = table_cache.written(_tables(parts, coding), lambda: kept)
         except AttireError as error:
             if error.subject in {str(part) for part in parts}:
                 raise
             line = f"{error}; {one_line(paths[0].name)} is read anew each time"
             warnings.warn(line, AttireWarning, stacklevel=3)
-            table = joined(tables(parts, coding))
+            table = joined(_tables(parts, coding))
     if not len(table):
         raise AttireError(parts[0], "no rows")
     return table, coding.names
 
 
-def file_digest(path: Path) -> str:
+def _file_digest(path: Path) -> str:
     try:
         return files.sha256_file(path)
     except OSError as error:
         raise files.cannot("read", path, error) from error
 
 
-def tables(parts: Sequence[ParquetSource], coding: "LabelEncoder") -> Iterator[Table]:
+def _tables(parts: Sequence[ParquetSource], coding: "_LabelEncoder") -> Iterator[Table]:
     """Rows in the order of the files, a batch at a time."""
     with ThreadPoolExecutor(THREADS, "decode") as pool:
         for part in parts:
             row = 1
-            for batch in part.batches([IMAGE, LABEL]):
+            for batch in part.batches([IMAGE, _LABEL]):
                 labels = coding.codes(part, batch, row)
                 numbers = range(row, row + len(batch))
                 images = list(pool.map(prepared, image_bytes(batch), [part] * len(batch), numbers))
-                yield Table(np.stack(images).reshape(len(batch), SIDE * SIDE), labels)
+                yield Table(np.stack(images).reshape(len(batch), _SIDE * _SIDE), labels)
                 row += len(batch)
 
 
-class LabelEncoder:
+class _LabelEncoder:
     """Labels as numbers into `names`: None for integers that no file has names for."""
 
     def __init__(self, parts: Sequence[ParquetSource], classes: tuple[str, ...] | None) -> None:
         self.order: dict[str, list[int]] = {}  # of files with other numbers for the same names
-        kinds = {is_text(part) for part in parts}
+        kinds = {_is_text(part) for part in parts}
         if len(kinds) > 1:
             raise AttireError(parts[-1], "labels of another type than in the files before it")
         self.text = kinds == {True}
         self.names: tuple[str, ...] | None = classes
         if self.text:
-            self.names = classes or tuple(sorted({name for part in parts for name in label_names(part)}))
+            self.names = classes or tuple(sorted({name for part in parts for name in _label_names(part)}))
             return
         for part in parts:
-            told = told_names(part)
+            told = _told_names(part)
             self.names = self.names or told
             if told and self.names and told != self.names:
-                own, known = [plain(name) for name in told], [plain(name) for name in self.names]
+                own, known = [_plain(name) for name in told], [_plain(name) for name in self.names]
                 if sorted(own) != sorted(known) or len(set(own)) < len(own):
                     what = f"its classes are {', '.join(told)}"[:120]
                     raise AttireError(part, what, f"expected {', '.join(self.names)}"[:120])
@@ -233,7 +233,7 @@ class LabelEncoder:
 
     def codes(self, part: ParquetSource, batch: Any, row: int) -> NDArray[np.int64]:
         """(n,) int64 of a batch whose first row is `row`."""
-        column = batch.column(batch.schema.get_field_index(LABEL))
+        column = batch.column(batch.schema.get_field_index(_LABEL))
         if column.null_count:
             missing = column.is_null().to_pylist().index(True)
             raise AttireError(part, "no label", f"row {row + missing:,}")
@@ -256,38 +256,38 @@ class LabelEncoder:
         return np.array([places[name] for name in found], np.int64)
 
 
-def plain(name: str) -> str:
+def _plain(name: str) -> str:
     """Letters and digits alone: Hugging Face's Fashion-MNIST calls "T-shirt/top" "T - shirt / top"."""
     return "".join(c for c in name.casefold() if c.isalnum())
 
 
-def is_text(part: ParquetSource) -> bool:
+def _is_text(part: ParquetSource) -> bool:
     """Whether labels are names; False for integers, AttireError for anything else."""
-    if LABEL not in part.schema.names:
-        raise AttireError(part, f"no column {LABEL}", f"its columns: {', '.join(part.schema.names[:8])}"[:160])
-    kind = part.schema.field(LABEL).type
+    if _LABEL not in part.schema.names:
+        raise AttireError(part, f"no column {_LABEL}", f"its columns: {', '.join(part.schema.names[:8])}"[:160])
+    kind = part.schema.field(_LABEL).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if pa.types.is_integer(kind):
         return False
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return True
-    raise AttireError(part, f"column {LABEL} is {kind}, expected integers or text")
+    raise AttireError(part, f"column {_LABEL} is {kind}, expected integers or text")
 
 
-def label_names(part: ParquetSource) -> set[str]:
+def _label_names(part: ParquetSource) -> set[str]:
     return {
         name
-        for batch in part.batches([LABEL])
+        for batch in part.batches([_LABEL])
         for name in batch.column(0).cast(pa.string()).unique().to_pylist()
         if name
     }
 
 
-def told_names(part: ParquetSource) -> tuple[str, ...] | None:
+def _told_names(part: ParquetSource) -> tuple[str, ...] | None:
     """Class names as Hugging Face's `datasets` stores them in the schema: info.features.label.names."""
     try:
         value = json.loads((part.schema.metadata or {})[b"huggingface"])
-        names = value["info"]["features"][LABEL]["names"]
+        names = value["info"]["features"][_LABEL]["names"]
     except (KeyError, TypeError, ValueError, RecursionError):
         return None
     return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None

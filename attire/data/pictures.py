@@ -16,15 +16,15 @@ from attire.storage.formats import is_text, name_format, opened
 
 SIDE = 28
 SHOULD = "expected a PNG, JPEG, WebP or BMP picture"
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MAX_BYTES = 256 << 20  # a file of 50 megapixels at 4 uncompressed bytes each, and its metadata
-MAX_PIXELS = 50_000_000  # above what phones and most cameras take; 200 MB in memory
-MIN_SIDE = 2
-MAX_RATIO = 20  # longer side to shorter: beyond it, less than 2 of 28 rows would be left of the picture
+_MAX_BYTES = 256 << 20  # a file of 50 megapixels at 4 uncompressed bytes each, and its metadata
+_MAX_PIXELS = 50_000_000  # above what phones and most cameras take; 200 MB in memory
+_MIN_SIDE = 2
+_MAX_RATIO = 20  # longer side to shorter: beyond it, less than 2 of 28 rows would be left of the picture
 
 
-class StrictPillow:
+class _StrictPillow:
     """While anyone is inside, what Pillow warns about is an error.
 
     The list of warning filters belongs to the process, and a server decodes in threads: the first one in sets the
@@ -49,7 +49,7 @@ class StrictPillow:
                 self.before.__exit__(None, None, None)
 
 
-strict_pillow = StrictPillow()
+_strict_pillow = _StrictPillow()
 
 
 def read_image(source: str | Path | bytes, name: str = "picture") -> NDArray[np.uint8]:
@@ -62,44 +62,44 @@ def read_image(source: str | Path | bytes, name: str = "picture") -> NDArray[np.
     Raises AttireError for what is damaged, cut off, animated, of another format, or of a size out of bounds; sizes are
     refused from the header, before anything is decoded.
     """
-    image = decode(source, name)
+    image = _decode(source, name)
     if image.size == (SIDE, SIDE):
         return np.array(image)
     return np.array(ImageOps.pad(image, (SIDE, SIDE), Image.Resampling.LANCZOS, color=0))
 
 
-def decode(source: str | Path | bytes, name: str = "picture") -> Image.Image:
+def _decode(source: str | Path | bytes, name: str = "picture") -> Image.Image:
     """The whole picture as grey (Pillow mode L), upright, at its own size; checked as `read_image` says."""
-    return grey(decode_colour(source, name))
+    return _grey(decode_colour(source, name))
 
 
 def decode_colour(source: str | Path | bytes, name: str = "picture") -> Image.Image:
     """The whole picture in 8 bits (mode L, RGB, or RGBA where it may be transparent), upright, at its own size;
     checked as `read_image` says."""
-    data, name = (source, name) if isinstance(source, bytes) else (read_bytes(Path(source)), str(source))
+    data, name = (source, name) if isinstance(source, bytes) else (_read_bytes(Path(source)), str(source))
     if not data:
         raise AttireError(name, "empty file", do=SHOULD)
-    with damage(name, data), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        check(name, image)
+    with _damage(name, data), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        _check(name, image)
         if image.format == "PNG":  # load() leaves the checksums of pixel data alone, verify() leaves nothing else
             image.verify()
-    with damage(name, data), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with _damage(name, data), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         image.load()
-        return eight_bits(ImageOps.exif_transpose(image))
+        return _eight_bits(ImageOps.exif_transpose(image))
 
 
-def read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     with opened(path) as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise AttireError(path, f"larger than {MAX_BYTES >> 20} MB", do=SHOULD)
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise AttireError(path, f"larger than {_MAX_BYTES >> 20} MB", do=SHOULD)
     return data
 
 
 @contextmanager
-def damage(name: str, data: bytes) -> Iterator[None]:
+def _damage(name: str, data: bytes) -> Iterator[None]:
     """Whatever Pillow raises or warns about while it reads `data` becomes one AttireError."""
-    with strict_pillow:
+    with _strict_pillow:
         try:
             yield
         except AttireError:
@@ -110,31 +110,31 @@ def damage(name: str, data: bytes) -> Iterator[None]:
                 raise AttireError(name, f"{found}, damaged or cut off", do="get the file again") from error
             raise AttireError(name, f"{found}, not a picture that can be read", do=SHOULD) from error
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise too_large(name, "") from error
+            raise _too_large(name, "") from error
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
             raise AttireError(name, "damaged or cut off", one_line(str(error))[:80], "get the file again") from error
 
 
-def check(name: str, image: Image.Image) -> None:
+def _check(name: str, image: Image.Image) -> None:
     """Raises AttireError for what the header alone rules out."""
     width, height = image.size
     size = f"{width:,} x {height:,} pixels"
-    if min(width, height) < MIN_SIDE:
-        raise AttireError(name, f"{size}, too small", do=f"each side needs at least {MIN_SIDE}")
-    if max(width, height) > MAX_RATIO * min(width, height):
-        raise AttireError(name, f"{size}, too narrow", do=f"one side may be {MAX_RATIO} times the other at most")
-    if width * height > MAX_PIXELS:
-        raise too_large(name, f"{size}, ")
+    if min(width, height) < _MIN_SIDE:
+        raise AttireError(name, f"{size}, too small", do=f"each side needs at least {_MIN_SIDE}")
+    if max(width, height) > _MAX_RATIO * min(width, height):
+        raise AttireError(name, f"{size}, too narrow", do=f"one side may be {_MAX_RATIO} times the other at most")
+    if width * height > _MAX_PIXELS:
+        raise _too_large(name, f"{size}, ")
     frames = getattr(image, "n_frames", 1)
     if frames != 1:
         raise AttireError(name, f"{frames} pictures in one file, expected one", do="save one of them by itself")
 
 
-def too_large(name: str, size: str) -> AttireError:
-    return AttireError(name, f"{size}more than {MAX_PIXELS // 1_000_000} megapixels", do="make it smaller first")
+def _too_large(name: str, size: str) -> AttireError:
+    return AttireError(name, f"{size}more than {_MAX_PIXELS // 1_000_000} megapixels", do="make it smaller first")
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image) -> Image.Image:
     """Any mode of the allowed formats as L, RGB, or, with transparency data of any kind, RGBA."""
     if image.mode.startswith("I"):  # 16 bits
         levels = np.asarray(image).astype(np.uint32)
@@ -147,7 +147,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def grey(image: Image.Image) -> Image.Image:
+def _grey(image: Image.Image) -> Image.Image:
     """What `eight_bits` gives as L, transparency on black."""
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)

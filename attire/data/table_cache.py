@@ -16,11 +16,11 @@ from attire.storage import files
 from attire.storage.files import canonical_json
 from attire.storage.formats import opened
 
-LEAST = 8 * 2**20  # bytes; a smaller file is parsed in less than a tenth of a second, and not kept
-VERSION = 1  # of the form below and of what `tables` accepts: raise it when either changes
-WIDTH = 784
+_LEAST = 8 * 2**20  # bytes; a smaller file is parsed in less than a tenth of a second, and not kept
+_VERSION = 1  # of the form below and of what `tables` accepts: raise it when either changes
+_WIDTH = 784
 SUFFIX = ".table"
-SEAL = hashlib.sha256().digest_size
+_SEAL = hashlib.sha256().digest_size
 
 
 def read_table(path: str | Path, class_count: int = 10, labelled: bool = True) -> Table:
@@ -32,20 +32,20 @@ def read_table(path: str | Path, class_count: int = 10, labelled: bool = True) -
     """
     path = Path(path)
     with opened(path) as file:
-        if not file.seekable() or size_of(file) < LEAST:
+        if not file.seekable() or _size_of(file) < _LEAST:
             return joined(read_parts(path, file, class_count, labelled))
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(0)
-        table = stored(copy_path(digest), "a CSV file")
+        table = stored(_copy_path(digest), "a CSV file")
         if table is None or (labelled and table.labels is None):  # that is for the parser to refuse
-            table = kept(path, file, class_count, labelled)
+            table = _kept(path, file, class_count, labelled)
     if table.labels is not None and not in_range(table.labels, class_count):
         row = int(np.flatnonzero((table.labels < 0) | (table.labels >= class_count))[0])
         wrong_label(path, str(table.labels[row]).encode(), row + 2, class_count - 1)
     return table
 
 
-def size_of(file: IO[bytes]) -> int:
+def _size_of(file: IO[bytes]) -> int:
     size = file.seek(0, 2)
     file.seek(0)
     return size
@@ -55,9 +55,9 @@ def folder() -> Path:
     return files.cache_dir() / "tables"
 
 
-def copy_path(digest: str) -> Path:
+def _copy_path(digest: str) -> Path:
     """Where the copy of the CSV file with this SHA-256 is kept."""
-    return folder() / (files.sha256(canonical_json({"csv": digest, "version": VERSION}))[:32] + SUFFIX)
+    return folder() / (files.sha256(canonical_json({"csv": digest, "version": _VERSION}))[:32] + SUFFIX)
 
 
 def stored(path: Path, what: str) -> Table | None:
@@ -66,7 +66,7 @@ def stored(path: Path, what: str) -> Table | None:
         if not path.exists():
             return None
         if files.is_sound(path):
-            return mapped(path)
+            return _mapped(path)
     except (OSError, AttireError):
         return None  # a cache that cannot be read is as good as none
     line = f"{path}: the copy of {what} is damaged and made again"
@@ -74,7 +74,7 @@ def stored(path: Path, what: str) -> Table | None:
     return None
 
 
-def kept(path: Path, file: IO[bytes], class_count: int, labelled: bool) -> Table:
+def _kept(path: Path, file: IO[bytes], class_count: int, labelled: bool) -> Table:
     """Parse the file and keep a copy, in one pass and without holding the pixels.
 
     The copy's key is the digest of the very bytes that were parsed, should the file have changed meanwhile.
@@ -82,7 +82,7 @@ def kept(path: Path, file: IO[bytes], class_count: int, labelled: bool) -> Table
     found = hashlib.sha256()
     try:
         parts = read_parts(path, file, class_count, labelled, found.update)
-        return written(parts, lambda: copy_path(found.hexdigest()))
+        return written(parts, lambda: _copy_path(found.hexdigest()))
     except (AttireError, OSError) as error:
         if isinstance(error, AttireError) and error.subject == str(path):
             raise
@@ -103,16 +103,16 @@ def written(parts: Iterator[Table], place: Callable[[], Path]) -> Table:
             rows += len(table)
         out.write(b"".join(array.tobytes() for array in labels))
         out.write(np.array([rows, bool(labels)], "<i8").tobytes())
-    return mapped(new.replace(place()))
+    return _mapped(new.replace(place()))
 
 
-def mapped(path: Path) -> Table:
+def _mapped(path: Path) -> Table:
     """The form of a copy: pixels (N, 784) uint8, labels (N,) int64 if any, N and whether there are labels as int64."""
     whole = np.asarray(np.memmap(path, np.uint8, "r"))
-    rows, has_labels = whole[-SEAL - 16 : -SEAL].copy().view("<i8").tolist()
-    end = rows * WIDTH
+    rows, has_labels = whole[-_SEAL - 16 : -_SEAL].copy().view("<i8").tolist()
+    end = rows * _WIDTH
     labels = whole[end : end + 8 * rows].copy().view("<i8").astype(np.int64) if has_labels else None
-    return Table(whole[:end].reshape(rows, WIDTH), labels)
+    return Table(whole[:end].reshape(rows, _WIDTH), labels)
 
 
 def copies() -> Iterator[tuple[str, int]]:

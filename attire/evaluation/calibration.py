@@ -14,7 +14,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 BINS = 15  # equal-width bins on the top probability, as Guo et al. 2017 use
-TEMPERATURES = (0.05, 20.0)  # a faultless validation set would otherwise drive the temperature to zero
+_TEMPERATURES = (0.05, 20.0)  # a faultless validation set would otherwise drive the temperature to zero
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     def loss(log_temperature: float) -> float:
         return -float(log_softmax(z / np.exp(log_temperature), axis=1)[np.arange(len(y)), y].mean())
 
-    return float(np.exp(minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded").x))
+    return float(np.exp(minimize_scalar(loss, bounds=np.log(_TEMPERATURES), method="bounded").x))
 
 
 def row_gaps(top: Floats, hit: NDArray[np.bool_]) -> tuple[Ints, Floats]:

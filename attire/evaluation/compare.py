@@ -18,7 +18,7 @@ from attire.evaluation.pages import write_page
 from attire.evaluation.run_result import RunResult, load_result
 from attire.storage.files import write_json
 
-SHOWN = 48  # disagreements in a gallery
+_SHOWN = 48  # disagreements in a gallery
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Pair:
     changed: int  # rows to which they give different answers, right or wrong
 
     def __str__(self) -> str:
-        gain = self.difference if self.difference.value >= 0 else turned(self.difference)
+        gain = self.difference if self.difference.value >= 0 else _turned(self.difference)
         better, worse = (self.second, self.first) if self.difference.value >= 0 else (self.first, self.second)
         told = f"{100 * gain.value:.1f} points ({100 * gain.low:.1f} to {100 * gain.high:.1f})"
         verdict = f"{better} is better than {worse} by {told}"
@@ -44,7 +44,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class _Comparison:
     """Two or more runs by name, every pair of them, and the rows where the first pair disagrees."""
 
     names: tuple[str, ...]
@@ -58,7 +58,7 @@ class Comparison:
         return {"schema": 1, "n": self.results[0].test.n, "runs": runs, "pairs": pairs}
 
 
-def compare(runs: Sequence[str | Path]) -> Comparison:
+def compare(runs: Sequence[str | Path]) -> _Comparison:
     """Compare finished runs, or evaluations that `attire evaluate --out` wrote, on their common test rows.
 
     Raises AttireError where the runs were not tested on the same images, labels and classes, told by digest.
@@ -67,7 +67,7 @@ def compare(runs: Sequence[str | Path]) -> Comparison:
     if len(folders) < 2:
         raise AttireError("compare", f"expected two runs or more, found {len(folders)}")
     results = [load_result(folder) for folder in folders]
-    digests = [test_digest(folder, result) for folder, result in zip(folders, results, strict=True)]
+    digests = [_test_digest(folder, result) for folder, result in zip(folders, results, strict=True)]
     for folder, digest in zip(folders, digests, strict=True):
         if digest != digests[0]:
             what = f"its test set is not the one of {folders[0]}: digest {digest[:12]}, expected {digests[0][:12]}"
@@ -75,10 +75,10 @@ def compare(runs: Sequence[str | Path]) -> Comparison:
             raise AttireError(folder, what, do=do)
     names = tuple(one_line(str(folder)) for folder in folders)
     every = combinations(range(len(names)), 2)
-    return Comparison(names, tuple(results), tuple(paired(names, results, i, j) for i, j in every))
+    return _Comparison(names, tuple(results), tuple(paired(names, results, i, j) for i, j in every))
 
 
-def test_digest(folder: Path, result: RunResult) -> str:
+def _test_digest(folder: Path, result: RunResult) -> str:
     try:
         return str(result.data["test"]["digest"])
     except (KeyError, TypeError) as error:
@@ -93,12 +93,12 @@ def paired(names: Sequence[str], results: Sequence[RunResult], i: int, j: int) -
     return Pair(names[i], names[j], difference, p_value, only_first, only_second, changed)
 
 
-def turned(difference: Interval) -> Interval:
+def _turned(difference: Interval) -> Interval:
     """The same difference seen from the other side."""
     return Interval(-difference.value, -difference.high, -difference.low, difference.n, difference.method)
 
 
-def disagreements(first: RunResult, second: RunResult) -> list[tuple[str, NDArray[np.int64]]]:
+def _disagreements(first: RunResult, second: RunResult) -> list[tuple[str, NDArray[np.int64]]]:
     """Titles and test rows: right only in the first, only in the second, wrong in both but differently.
 
     Each gallery begins with the rows where the two answers are given with the most confidence.
@@ -111,21 +111,21 @@ def disagreements(first: RunResult, second: RunResult) -> list[tuple[str, NDArra
         ("Both are wrong, with different answers", ~a.correct & ~b.correct & (a.predicted != b.predicted)),
     )
     found = [(title, np.flatnonzero(mask)) for title, mask in kinds]
-    return [(f"{title}: {len(rows):,}", rows[np.argsort(-sure[rows], kind="stable")][:SHOWN]) for title, rows in found]
+    return [(f"{title}: {len(rows):,}", rows[np.argsort(-sure[rows], kind="stable")][:_SHOWN]) for title, rows in found]
 
 
-def write_comparison(found: Comparison, path: Path) -> Path:
+def write_comparison(found: _Comparison, path: Path) -> Path:
     """`path`, a page, with the same figures as JSON beside it."""
-    images = test_images(found.results)
+    images = _test_images(found.results)
     first, second = found.results[:2]
-    galleries = disagreements(first, second)
-    tiles = [(title, [tile(first, second, row, images) for row in rows]) for title, rows in galleries]
+    galleries = _disagreements(first, second)
+    tiles = [(title, [_tile(first, second, row, images) for row in rows]) for title, rows in galleries]
     page = write_page(
         path,
         "evaluation/compare.html",
         c=found,
         galleries=tiles,
-        shown=SHOWN,
+        shown=_SHOWN,
         has_images=images is not None,
         runs=list(zip(found.names, found.results, strict=True)),
     )
@@ -133,12 +133,12 @@ def write_comparison(found: Comparison, path: Path) -> Path:
     return page
 
 
-def test_images(results: Sequence[RunResult]) -> NDArray[np.uint8] | None:
+def _test_images(results: Sequence[RunResult]) -> NDArray[np.uint8] | None:
     """The common test set's images (n, 28, 28), read again from where a run found them; None where they are gone."""
     digest = results[0].data["test"]["digest"]
     for result in results:
         try:
-            data = test_set(result)
+            data = _test_set(result)
         except (AttireError, OSError, KeyError, TypeError):
             continue
         if data.digest == digest:
@@ -146,7 +146,7 @@ def test_images(results: Sequence[RunResult]) -> NDArray[np.uint8] | None:
     return None
 
 
-def test_set(result: RunResult) -> ImageDataset:
+def _test_set(result: RunResult) -> ImageDataset:
     choice, recipe = dict(result.config["data"]), result.config.get("recipe", {})
     if "part" in choice:
         return load_dataset(choice["data"], part=choice["part"], classes=choice["classes"] or None)
@@ -156,7 +156,7 @@ def test_set(result: RunResult) -> ImageDataset:
     return load_splits(**choice, seed=recipe["split_seed"], stratify=recipe["stratify"]).test
 
 
-def tile(first: RunResult, second: RunResult, row: int, images: NDArray[np.uint8] | None) -> dict[str, Any]:
+def _tile(first: RunResult, second: RunResult, row: int, images: NDArray[np.uint8] | None) -> dict[str, Any]:
     answers = []
     for result in (first, second):
         found = result.predictions

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 
 from attire.errors import AttireError
 
-WILSON = "Wilson 95 %"
+_WILSON = "Wilson 95 %"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Claim:
         return cls(value["claimed"], Interval.from_json(value["measured"]), value["p_value"], value["verdict"])
 
 
-def binomial(correct: int, n: int, expected: float = 0.5) -> Any:
+def _binomial(correct: int, n: int, expected: float = 0.5) -> Any:
     from scipy.stats import binomtest  # takes a third of a second, and predicting needs none of it
 
     return binomtest(int(correct), int(n), expected)
@@ -91,16 +91,16 @@ def wilson(correct: int, n: int) -> Interval:
     if not 0 <= correct <= n:
         raise AttireError("wilson", f"expected 0 <= correct <= n, found {correct} of {n}")
     if n == 0:
-        return Interval(float("nan"), float("nan"), float("nan"), 0, WILSON)
-    bounds = binomial(correct, n).proportion_ci(0.95, method="wilson")
-    return Interval(correct / n, float(bounds.low), float(bounds.high), int(n), WILSON)
+        return Interval(float("nan"), float("nan"), float("nan"), 0, _WILSON)
+    bounds = _binomial(correct, n).proportion_ci(0.95, method="wilson")
+    return Interval(correct / n, float(bounds.low), float(bounds.high), int(n), _WILSON)
 
 
 def check_claim(correct: int, n: int, claimed: float = 0.98) -> Claim:
     """Test a claimed accuracy against `correct` of `n` rows with the two-sided exact binomial test."""
     if n < 1 or not 0 <= claimed <= 1:
         raise AttireError("claim", f"expected an accuracy from 0 to 1 and one row or more, found {claimed} and {n}")
-    measured, p_value = wilson(correct, n), float(binomial(correct, n, claimed).pvalue)
+    measured, p_value = wilson(correct, n), float(_binomial(correct, n, claimed).pvalue)
     if p_value < 0.05:
         verdict = "not confirmed" if measured.value < claimed else "exceeded"
     else:  # claims are made in whole percent: an interval wider than a point either way cannot confirm one
@@ -111,7 +111,7 @@ def check_claim(correct: int, n: int, claimed: float = 0.98) -> Claim:
 def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> float:
     """McNemar's exact two-sided p-value (1947) that a and b, on the same rows, are right equally often."""
     only_a, only_b, _ = discordant(correct_a, correct_b)
-    return float(binomial(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return float(_binomial(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike, resamples: int = 1000, seed: int = 0) -> Interval:

@@ -14,33 +14,16 @@ from attire.evaluation.calibration import (
     Floats,
     Ints,
     check_labels,
-    fit_temperature,
     reliability_bins,
     row_gaps,
-    softmax,
 )
-from attire.evaluation.intervals import Claim, Interval, check_claim, mcnemar, p_text, paired_difference, wilson
+from attire.evaluation.intervals import Interval, wilson
 
-__all__ = [
-    "Claim",
-    "ClassScore",
-    "Evaluation",
-    "Interval",
-    "check_claim",
-    "evaluate",
-    "fit_temperature",
-    "mcnemar",
-    "p_text",
-    "paired_difference",
-    "softmax",
-    "wilson",
-]
-
-SMALLEST = float(np.finfo(np.float64).eps)  # log loss of a zero probability stays finite; scikit-learn's choice
+_SMALLEST = float(np.finfo(np.float64).eps)  # log loss of a zero probability stays finite; scikit-learn's choice
 
 
 @dataclass(frozen=True)
-class ClassScore:
+class _ClassScore:
     """One class: its rows in the set, and precision, recall (Wilson) and F1 (bootstrap)."""
 
     name: str
@@ -51,7 +34,7 @@ class ClassScore:
 
 
 @dataclass(frozen=True)
-class Confused:
+class _Confused:
     """`count` rows of class `true` were called `predicted`: `share` of that class."""
 
     true: str
@@ -79,19 +62,19 @@ class Evaluation:
     brier: Interval
     calibration_error: Interval
     confusion: Ints
-    per_class: tuple[ClassScore, ...]
+    per_class: tuple[_ClassScore, ...]
     one_vs_rest_accuracy: float
-    most_confused: tuple[Confused, ...]
+    most_confused: tuple[_Confused, ...]
     reliability: tuple[Bin, ...]
 
     @property
-    def hardest(self) -> ClassScore:
+    def hardest(self) -> _ClassScore:
         """The class with the lowest recall among those that occur."""
         return min((score for score in self.per_class if score.support), key=lambda score: score.recall.value)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, undefined figures as null; `from_json` reads it back."""
-        intervals = {name: getattr(self, name).to_json() for name in INTERVALS}
+        intervals = {name: getattr(self, name).to_json() for name in _INTERVALS}
         return {
             "n": self.n,
             "correct": self.correct,
@@ -102,17 +85,17 @@ class Evaluation:
             **intervals,
             "one_vs_rest_accuracy": self.one_vs_rest_accuracy,
             "classes": list(self.classes),
-            "per_class": [without_nan(asdict(score)) for score in self.per_class],
+            "per_class": [_without_nan(asdict(score)) for score in self.per_class],
             "most_confused": [asdict(pair) for pair in self.most_confused],
-            "reliability": [without_nan(asdict(bar)) for bar in self.reliability],
+            "reliability": [_without_nan(asdict(bar)) for bar in self.reliability],
             "confusion": self.confusion.tolist(),
         }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Evaluation":
-        def score(row: dict[str, Any]) -> ClassScore:
+        def score(row: dict[str, Any]) -> _ClassScore:
             figures = {name: Interval.from_json(row[name]) for name in ("precision", "recall", "f1")}
-            return ClassScore(row["name"], row["support"], **figures)
+            return _ClassScore(row["name"], row["support"], **figures)
 
         def bar(row: dict[str, Any]) -> Bin:
             confidence, accuracy = (
@@ -125,16 +108,16 @@ class Evaluation:
             n=value["n"],
             correct=value["correct"],
             accuracy=wilson(value["correct"], value["n"]),
-            **{name: Interval.from_json(value[name]) for name in INTERVALS},
+            **{name: Interval.from_json(value[name]) for name in _INTERVALS},
             confusion=np.array(value["confusion"], dtype=np.int64),
             per_class=tuple(score(row) for row in value["per_class"]),
             one_vs_rest_accuracy=value["one_vs_rest_accuracy"],
-            most_confused=tuple(Confused(**row) for row in value["most_confused"]),
+            most_confused=tuple(_Confused(**row) for row in value["most_confused"]),
             reliability=tuple(bar(row) for row in value["reliability"]),
         )
 
 
-INTERVALS = ("balanced_accuracy", "top2", "macro_f1", "log_loss", "brier", "calibration_error")
+_INTERVALS = ("balanced_accuracy", "top2", "macro_f1", "log_loss", "brier", "calibration_error")
 
 
 def evaluate(
@@ -145,14 +128,14 @@ def evaluate(
     Proportions get Wilson intervals, everything else a bootstrap over rows. Rows of `probabilities` must sum to 1
     within 0.001 (half precision) and are scaled to sum to it exactly. Raises AttireError for anything else.
     """
-    p, y = checked(probabilities, labels, len(classes))
+    p, y = _checked(probabilities, labels, len(classes))
     n, k = p.shape
     order = np.argsort(-p, axis=1, kind="stable")  # (n, K), the predicted class first; ties go to the lower index
     hit = order[:, 0] == y
-    rows = Rows(y * k + order[:, 0], *row_losses(p, y), *row_gaps(p.max(axis=1), hit), k)
+    rows = _Rows(y * k + order[:, 0], *_row_losses(p, y), *row_gaps(p.max(axis=1), hit), k)
     confusion = rows.confusion(np.ones(n))
     value, draws = rows.figures(np.ones(n)), np.array(list(rows.resampled(resamples, seed)))
-    scores = bootstrap_intervals(value, draws, n)
+    scores = _bootstrap_intervals(value, draws, n)
     correct = int(hit.sum())
     return Evaluation(
         tuple(classes),
@@ -160,20 +143,20 @@ def evaluate(
         correct,
         accuracy=wilson(correct, n),
         top2=wilson(int((order[:, :2] == y[:, None]).any(axis=1).sum()), n),
-        **dict(zip(BOOTSTRAPPED, scores, strict=False)),
+        **dict(zip(_BOOTSTRAPPED, scores, strict=False)),
         confusion=confusion.astype(np.int64),
-        per_class=class_scores(confusion.astype(np.int64), classes, scores[len(BOOTSTRAPPED) :]),
-        one_vs_rest_accuracy=one_vs_rest(n - correct, n, k),
-        most_confused=confused_pairs(confusion.astype(np.int64), classes),
+        per_class=_class_scores(confusion.astype(np.int64), classes, scores[len(_BOOTSTRAPPED) :]),
+        one_vs_rest_accuracy=_one_vs_rest(n - correct, n, k),
+        most_confused=_confused_pairs(confusion.astype(np.int64), classes),
         reliability=reliability_bins(p.max(axis=1), hit),
     )
 
 
-BOOTSTRAPPED = ("balanced_accuracy", "macro_f1", "log_loss", "brier", "calibration_error")
+_BOOTSTRAPPED = ("balanced_accuracy", "macro_f1", "log_loss", "brier", "calibration_error")
 
 
 @dataclass(frozen=True)
-class Rows:
+class _Rows:
     """What the bootstrap needs of each row, so that a resample is one weight per row and a few sums."""
 
     cell: Ints  # (n,), true * K + predicted
@@ -205,13 +188,13 @@ class Rows:
             yield self.figures(drawn.astype(np.float64))
 
 
-def bootstrap_intervals(value: Floats, draws: Floats, n: int) -> list[Interval]:
+def _bootstrap_intervals(value: Floats, draws: Floats, n: int) -> list[Interval]:
     """Percentile intervals of each column of `draws` (resamples, figures).
 
     The binned calibration error is a sum of absolute values, so every resample overstates it, and its plain percentile
     interval can lie wholly above the value; its draws are first shifted by their mean excess.
     """
-    method, shifted = f"bootstrap 95 % ({len(draws):,} resamples)", BOOTSTRAPPED.index("calibration_error")
+    method, shifted = f"bootstrap 95 % ({len(draws):,} resamples)", _BOOTSTRAPPED.index("calibration_error")
     draws[:, shifted] = np.maximum(0, draws[:, shifted] - (draws[:, shifted].mean() - value[shifted]))
     undefined = np.isnan(value)
     low, high = np.nanquantile(np.where(undefined, 0, draws), (0.025, 0.975), axis=0)
@@ -222,7 +205,7 @@ def bootstrap_intervals(value: Floats, draws: Floats, n: int) -> list[Interval]:
     ]
 
 
-def checked(probabilities: ArrayLike, labels: ArrayLike, k: int) -> tuple[Floats, Ints]:
+def _checked(probabilities: ArrayLike, labels: ArrayLike, k: int) -> tuple[Floats, Ints]:
     p, y = np.asarray(probabilities, dtype=np.float64), np.asarray(labels)
     if k < 2:
         raise AttireError("classes", f"expected two or more, found {k}")
@@ -242,21 +225,21 @@ def checked(probabilities: ArrayLike, labels: ArrayLike, k: int) -> tuple[Floats
     return p / total[:, None], y.astype(np.int64)
 
 
-def row_losses(p: Floats, y: Ints) -> tuple[Floats, Floats]:
+def _row_losses(p: Floats, y: Ints) -> tuple[Floats, Floats]:
     """Log loss and Brier score of each row: (n,), (n,)."""
     chosen = p[np.arange(len(y)), y]
-    return -np.log(np.clip(chosen, SMALLEST, 1)), np.square(p).sum(axis=1) - 2 * chosen + 1
+    return -np.log(np.clip(chosen, _SMALLEST, 1)), np.square(p).sum(axis=1) - 2 * chosen + 1
 
 
-def class_scores(confusion: Ints, classes: Sequence[str], f1: Sequence[Interval]) -> tuple[ClassScore, ...]:
+def _class_scores(confusion: Ints, classes: Sequence[str], f1: Sequence[Interval]) -> tuple[_ClassScore, ...]:
     right, support, called = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
     return tuple(
-        ClassScore(name, int(support[c]), wilson(right[c], called[c]), wilson(right[c], support[c]), f1[c])
+        _ClassScore(name, int(support[c]), wilson(right[c], called[c]), wilson(right[c], support[c]), f1[c])
         for c, name in enumerate(classes)
     )
 
 
-def one_vs_rest(errors: int, n: int, k: int) -> float:
+def _one_vs_rest(errors: int, n: int, k: int) -> float:
     """The mean over classes of the accuracy of "is it this class or not".
 
     Each error is wrong in two of the K yes-or-no questions and right in the K - 2 others, so this is 1 - 2/K of the
@@ -266,20 +249,20 @@ def one_vs_rest(errors: int, n: int, k: int) -> float:
     return 1 - 2 * errors / (n * k)
 
 
-def confused_pairs(confusion: Ints, classes: Sequence[str], limit: int = 10) -> tuple[Confused, ...]:
+def _confused_pairs(confusion: Ints, classes: Sequence[str], limit: int = 10) -> tuple[_Confused, ...]:
     """The off-diagonal cells with the most rows, largest first; cells with none are left out."""
     wrong, support = confusion - np.diag(confusion.diagonal()), confusion.sum(axis=1)
     ranked = np.argsort(-wrong, axis=None, kind="stable")[:limit]
     cells = [divmod(int(cell), len(classes)) for cell in ranked]
     return tuple(
-        Confused(classes[i], classes[j], int(wrong[i, j]), float(wrong[i, j] / support[i]))
+        _Confused(classes[i], classes[j], int(wrong[i, j]), float(wrong[i, j] / support[i]))
         for i, j in cells
         if wrong[i, j]
     )
 
 
-def without_nan(value: Any) -> Any:
+def _without_nan(value: Any) -> Any:
     """The same nested dicts with None for NaN, which JSON lacks."""
     if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
+        return {key: _without_nan(item) for key, item in value.items()}
     return None if value != value else value

@@ -10,7 +10,7 @@ from attire.evaluation.report import FIGURES, cell, flat, hardest
 from attire.evaluation.run_result import RunResult
 from attire.storage.files import write_text
 
-TAGS = ("image-classification", "fashion", "garments", "vgg16", "transfer-learning")
+_TAGS = ("image-classification", "fashion", "garments", "vgg16", "transfer-learning")
 
 
 def write_model_card(folder: Path, result: RunResult) -> Path:
@@ -21,20 +21,20 @@ def write_model_card(folder: Path, result: RunResult) -> Path:
 
 
 def model_card(result: RunResult) -> str:
-    sections = (front_matter(result), about(result), scores(result), limits(result), USE, made(result))
+    sections = (_front_matter(result), _about(result), _scores(result), _limits(result), _USE, _made(result))
     return "\n\n".join(sections) + "\n"
 
 
-def front_matter(result: RunResult) -> str:
+def _front_matter(result: RunResult) -> str:
     """Strings are written as JSON, which YAML reads, so no class or data name can break out of its line."""
     test, name = result.test, str(result.data.get("name", "garment images"))
-    kind, told = json.dumps(name.lower().replace(" ", "-")), json.dumps(f"Accuracy {described(test)}")
+    kind, told = json.dumps(name.lower().replace(" ", "-")), json.dumps(f"Accuracy {_described(test)}")
     return "\n".join(
         (
             "---",
             "library_name: attire",
             "pipeline_tag: image-classification",
-            f"tags: {json.dumps(TAGS)}",
+            f"tags: {json.dumps(_TAGS)}",
             "metrics: [accuracy]",
             "model-index:",
             f"- name: {json.dumps(result.title)}",
@@ -49,24 +49,24 @@ def front_matter(result: RunResult) -> str:
     )
 
 
-def described(found: Evaluation) -> str:
+def _described(found: Evaluation) -> str:
     return f"({found.accuracy.span()} %, n = {found.n:,}, {found.accuracy.method})"
 
 
-def about(result: RunResult) -> str:
-    names = ", ".join(escaped(name) for name in result.classes)
+def _about(result: RunResult) -> str:
+    names = ", ".join(_escaped(name) for name in result.classes)
     return (
-        f"# {escaped(result.title)}\n\n"
+        f"# {_escaped(result.title)}\n\n"
         "A classifier of garments: a VGG16 pretrained on ImageNet, with a head trained on 28x28 grey images of one"
         f" garment each, light on black. It tells {len(result.classes)} classes apart: {names}."
     )
 
 
-def scores(result: RunResult) -> str:
+def _scores(result: RunResult) -> str:
     test = result.test
     lines = [f"| {name} | {' | '.join(cell(getattr(test, key), share))} |" for name, key, share in FIGURES]
     classes = [
-        " | ".join((f"| {escaped(s.name)}", f"{s.support:,}", percent(s.precision.value), percent(s.recall.value)))
+        " | ".join((f"| {_escaped(s.name)}", f"{s.support:,}", percent(s.precision.value), percent(s.recall.value)))
         + f" | {s.recall.span()} |"
         for s in test.per_class
     ]
@@ -86,13 +86,13 @@ def scores(result: RunResult) -> str:
     )
 
 
-def limits(result: RunResult) -> str:
+def _limits(result: RunResult) -> str:
     pairs = [
-        f"- {escaped(pair.true)} called {escaped(pair.predicted)}: {pair.count:,}, {percent(pair.share)} of that class"
+        f"- {_escaped(pair.true)} called {_escaped(pair.predicted)}: {pair.count:,}, {percent(pair.share)} of that class"
         for pair in result.test.most_confused[:5]
     ]
     told = [
-        f"## Where it fails\n\nHardest class: {escaped(hardest(result.test))}.",
+        f"## Where it fails\n\nHardest class: {_escaped(hardest(result.test))}.",
         *(["Most frequent mistakes on the test images:\n\n" + "\n".join(pairs)] if pairs else []),
         "The figures hold for images made like the test images. On photographs of people, of several garments or on"
         " busy backgrounds expect less. It says nothing about persons and must not be used to.",
@@ -100,7 +100,7 @@ def limits(result: RunResult) -> str:
     return "\n\n".join(told)
 
 
-USE = (
+_USE = (
     "## How to use it\n\n"
     "    attire predict MODEL_FOLDER photo.jpg\n\n"
     "or from Python, where `MODEL_FOLDER` is the folder that holds this card:\n\n"
@@ -111,10 +111,10 @@ USE = (
 )
 
 
-def made(result: RunResult) -> str:
+def _made(result: RunResult) -> str:
     facts: dict[str, Any] = {"recipe": result.recipe, "seed": result.seed, **result.config}
-    rows = [f"| {escaped(key)} | {escaped(value)} |" for key, value in flat(facts)]
-    machine = [f"| {escaped(key)} | {escaped(value)} |" for key, value in flat(result.environment)]
+    rows = [f"| {_escaped(key)} | {_escaped(value)} |" for key, value in flat(facts)]
+    machine = [f"| {_escaped(key)} | {_escaped(value)} |" for key, value in flat(result.environment)]
     return "\n".join(
         (
             "## How it was made\n",
@@ -128,7 +128,7 @@ def made(result: RunResult) -> str:
     )
 
 
-def escaped(text: str) -> str:
+def _escaped(text: str) -> str:
     """Text that Markdown must not read as a table, a link or HTML."""
     text = text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
     return text.replace("[", "\\[").replace("`", "\\`")

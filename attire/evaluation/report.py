@@ -8,7 +8,8 @@ import numpy as np
 from markupsafe import Markup
 
 from attire.evaluation import figures
-from attire.evaluation.metrics import Claim, Evaluation, Interval, p_text
+from attire.evaluation.intervals import Claim, Interval, p_text
+from attire.evaluation.metrics import Evaluation
 from attire.evaluation.pages import percent, render
 from attire.evaluation.run_result import RunResult, shown_images
 from attire.storage.files import write_text
@@ -23,7 +24,7 @@ FIGURES = (
     ("Log loss, nats", "log_loss", False),
     ("Brier score, 0 to 2", "brier", False),
 )
-STAGES = {"extract": "computing features", "fit": "training the head", "evaluate": "scoring", "total": "everything"}
+_STAGES = {"extract": "computing features", "fit": "training the head", "evaluate": "scoring", "total": "everything"}
 
 
 def write_report(run_dir: Path, result: RunResult) -> Path:
@@ -42,17 +43,17 @@ def page(result: RunResult) -> str:
         r=result,
         sets=sets,
         bare=lambda share: "-" if share != share else f"{100 * share:.1f}",
-        claim_meaning=claim_meaning(result.claim),
+        claim_meaning=_claim_meaning(result.claim),
         hardest=hardest(test),
-        once=scored_once(result),
+        once=_scored_once(result),
         figures=[(name, [cell(getattr(found, key), share) for found in sets]) for name, key, share in FIGURES],
-        methods=methods(test),
-        curves=list(curves(result)),
-        confusion=list(shaded(test)),
-        reliability=drawing(figures.reliability(test.reliability), "Reliability diagram"),
-        galleries=[(title, gallery(result, rows)) for title, rows in result.galleries.items()],
+        methods=_methods(test),
+        curves=list(_curves(result)),
+        confusion=list(_shaded(test)),
+        reliability=_drawing(figures.reliability(test.reliability), "Reliability diagram"),
+        galleries=[(title, _gallery(result, rows)) for title, rows in result.galleries.items()],
         facts=[("Recipe", flat(result.config)), ("Data", flat(result.data)), ("Environment", flat(result.environment))],
-        times=times(result.seconds),
+        times=_times(result.seconds),
     )
 
 
@@ -63,7 +64,7 @@ def cell(found: Interval, share: bool) -> tuple[str, str]:
     return f"{found.value:.3f}", f"{found.low:.3f}-{found.high:.3f}"
 
 
-def claim_meaning(claim: Claim) -> str:
+def _claim_meaning(claim: Claim) -> str:
     odds = (
         f"If the true accuracy were {percent(claim.claimed)}, a result at least as unlikely as this one would come up"
     )
@@ -80,14 +81,14 @@ def hardest(found: Evaluation) -> str:
     return text + (f" ({percent(row.max() / score.support)} called {found.classes[row.argmax()]})" if row.any() else "")
 
 
-def scored_once(result: RunResult) -> str:
+def _scored_once(result: RunResult) -> str:
     if folds := result.config.get("folds"):
         return f"Each image was scored once, by that one of {folds} classifiers that had not been trained on it."
     told = "The test set was scored once, after training had ended; this page is drawn from the stored predictions."
-    return told + cost(result)
+    return told + _cost(result)
 
 
-def cost(result: RunResult) -> str:
+def _cost(result: RunResult) -> str:
     """What answers cost where they are the mean of several, else nothing."""
     recipe = result.config.get("recipe", {})
     count = result.config.get("views", recipe.get("tta", 1) if isinstance(recipe, Mapping) else 1)
@@ -98,7 +99,7 @@ def cost(result: RunResult) -> str:
     return f" An answer is the mean over {count} views of the picture and takes {count} times the forward passes."
 
 
-def methods(found: Evaluation) -> str:
+def _methods(found: Evaluation) -> str:
     boot = found.log_loss.method
     return (
         f"Intervals: {found.accuracy.method} for accuracy, the first two, precision and recall; {boot}, rows drawn with"
@@ -106,26 +107,26 @@ def methods(found: Evaluation) -> str:
     )
 
 
-def curves(result: RunResult) -> Iterator[tuple[str, Markup]]:
+def _curves(result: RunResult) -> Iterator[tuple[str, Markup]]:
     history = result.history
     if history:
-        yield "Loss by epoch", drawing(figures.loss_curves(history), "Loss by epoch")
+        yield "Loss by epoch", _drawing(figures.loss_curves(history), "Loss by epoch")
     if any(row["val_accuracy"] is not None for row in history):
-        yield "Validation accuracy by epoch", drawing(figures.accuracy_curve(history), "Validation accuracy by epoch")
+        yield "Validation accuracy by epoch", _drawing(figures.accuracy_curve(history), "Validation accuracy by epoch")
 
 
-def drawing(figure: Any, label: str) -> Markup:
+def _drawing(figure: Any, label: str) -> Markup:
     return Markup(figures.inline(figures.svg(figure), label))  # our own drawing; its only free text is this label
 
 
-def shaded(found: Evaluation) -> Iterator[tuple[str, list[tuple[int, int, bool]]]]:
+def _shaded(found: Evaluation) -> Iterator[tuple[str, list[tuple[int, int, bool]]]]:
     """Each row of the confusion matrix: class, then count, shade from 0 to 100, and whether ink must be white."""
     for name, counts in zip(found.classes, found.confusion, strict=True):
         shade = 100 * np.sqrt(counts / max(1, counts.sum()))
         yield name, [(int(c), round(s), bool(s > 60)) for c, s in zip(counts, shade, strict=True)]
 
 
-def gallery(result: RunResult, rows: Sequence[int]) -> list[dict[str, Any]]:
+def _gallery(result: RunResult, rows: Sequence[int]) -> list[dict[str, Any]]:
     found, items = result.predictions, []
     for row, image in zip(rows, shown_images(result, rows), strict=True):
         first, second = np.argsort(-found.probabilities[row], kind="stable")[:2]
@@ -149,35 +150,35 @@ def flat(value: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = []
     for key, item in value.items():
         if key == "rows_per_class":
-            lines.append((f"{before}{key}", counts_text(item)))
+            lines.append((f"{before}{key}", _counts_text(item)))
         elif isinstance(item, Mapping):
             lines += flat(item, f"{before}{key}.")
         else:
-            lines.append((f"{before}{key}", shown(item)))
+            lines.append((f"{before}{key}", _shown(item)))
     return lines
 
 
-def counts_text(counts: Mapping[str, int]) -> str:
+def _counts_text(counts: Mapping[str, int]) -> str:
     """'6,000 each', or 'Bag 12, Coat 9'."""
     if len(set(counts.values())) == 1:
         return f"{next(iter(counts.values())):,} each"
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
-def shown(item: Any) -> str:
+def _shown(item: Any) -> str:
     if isinstance(item, bool) or item is None:
         return {True: "yes", False: "no", None: "-"}[item]
     if isinstance(item, list | tuple):
-        return ", ".join(shown(part) for part in item)
+        return ", ".join(_shown(part) for part in item)
     return f"{item:g}" if isinstance(item, float) else f"{item:,}" if isinstance(item, int) else str(item)
 
 
-def times(seconds: Mapping[str, float]) -> list[tuple[str, str, float]]:
+def _times(seconds: Mapping[str, float]) -> list[tuple[str, str, float]]:
     """Stage, duration and percent of the whole; what no stage accounts for is 'the rest'."""
     stages = {key: value for key, value in seconds.items() if key != "total"}
     total = max(seconds.get("total", 0), sum(stages.values()))
     stages["the rest"] = total - sum(stages.values())
-    lines = [(STAGES.get(key, key), duration(value), value) for key, value in {**stages, "total": total}.items()]
+    lines = [(_STAGES.get(key, key), duration(value), value) for key, value in {**stages, "total": total}.items()]
     return [(name, text, round(100 * value / total, 1) if total else 0) for name, text, value in lines]
 
 

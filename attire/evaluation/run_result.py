@@ -16,18 +16,19 @@ from PIL import UnidentifiedImageError
 
 from attire.errors import AttireError
 from attire.evaluation import figures
-from attire.evaluation.metrics import Claim, Evaluation, check_claim
+from attire.evaluation.intervals import Claim, check_claim
+from attire.evaluation.metrics import Evaluation
 from attire.storage.files import cannot, read_json, sha256_file, write_bytes, write_json, write_text
 
-HISTORY = ("epoch", "train_loss", "val_loss", "val_accuracy", "seconds")
-SETS = ("test", "train", "val")
-DIGESTS = "evaluation/digests.json"  # written last: SHA-256 of every file of a finished run that a report is made from
-TOLD = ("config.json", "environment.json", "data.json", "history.csv")  # those of them outside of evaluation/
-SHOWN = 24  # images in each gallery: three lines on a desktop screen, eight on a telephone
+_HISTORY = ("epoch", "train_loss", "val_loss", "val_accuracy", "seconds")
+_SETS = ("test", "train", "val")
+_DIGESTS = "evaluation/digests.json"  # written last: SHA-256 of every file of a finished run that a report is made from
+_TOLD = ("config.json", "environment.json", "data.json", "history.csv")  # those of them outside of evaluation/
+_SHOWN = 24  # images in each gallery: three lines on a desktop screen, eight on a telephone
 
 
 @dataclass(frozen=True)
-class Predictions:
+class _Predictions:
     """The test set as the model saw it: labels (n,), probabilities (n, K), and some or all of the images.
 
     `images` is (m, 28, 28) uint8; image i is test row `image_rows[i]`. A run folder keeps only the images that its
@@ -62,7 +63,7 @@ class RunResult:
     seed: int
     command: str
     test: Evaluation
-    predictions: Predictions
+    predictions: _Predictions
     train: Evaluation | None = None
     val: Evaluation | None = None
     ood: Mapping[str, Any] | None = None
@@ -76,7 +77,7 @@ class RunResult:
 
     def __post_init__(self) -> None:
         if not self.galleries:
-            object.__setattr__(self, "galleries", choose_galleries(self.predictions))
+            object.__setattr__(self, "galleries", _choose_galleries(self.predictions))
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -87,29 +88,29 @@ class RunResult:
         return check_claim(self.test.correct, self.test.n, self.claimed)
 
 
-def predictions(labels: Any, probabilities: Any, images: NDArray[np.uint8]) -> Predictions:
+def predictions(labels: Any, probabilities: Any, images: NDArray[np.uint8]) -> _Predictions:
     """All test rows with all their images (n, 28, 28), as training has them."""
     if images.dtype != np.uint8 or images.shape[1:] != (28, 28) or len(images) != len(labels):
         expected = f"({len(labels)}, 28, 28) uint8"
         raise AttireError("test images", f"expected {expected}, found {images.shape} {images.dtype}")
     rows = np.arange(len(labels), dtype=np.int64)
-    return Predictions(np.asarray(labels, np.int64), single(probabilities), images, rows)
+    return _Predictions(np.asarray(labels, np.int64), _single(probabilities), images, rows)
 
 
-def single(probabilities: Any) -> NDArray[np.float64]:
+def _single(probabilities: Any) -> NDArray[np.float64]:
     """Probabilities to the precision that predictions.csv keeps, so that a stored run equals the one just made."""
     return np.asarray(probabilities, np.float32).astype(np.float64)
 
 
-def choose_galleries(found: Predictions) -> dict[str, list[int]]:
+def _choose_galleries(found: _Predictions) -> dict[str, list[int]]:
     """The test rows worth a look. Ties keep the order of the rows, the sample has a fixed seed: same run, same page."""
     top_two = np.sort(found.probabilities, axis=1)[:, -2:]
     wrong = np.flatnonzero(~found.correct)
     n = len(found.labels)
-    sample = np.random.default_rng(0).permutation(n)[:SHOWN]
+    sample = np.random.default_rng(0).permutation(n)[:_SHOWN]
     return {
-        "Most confident errors": wrong[np.argsort(-top_two[wrong, 1], kind="stable")][:SHOWN].tolist(),
-        "Least certain": np.argsort(top_two[:, 1] - top_two[:, 0], kind="stable")[:SHOWN].tolist(),
+        "Most confident errors": wrong[np.argsort(-top_two[wrong, 1], kind="stable")][:_SHOWN].tolist(),
+        "Least certain": np.argsort(top_two[:, 1] - top_two[:, 0], kind="stable")[:_SHOWN].tolist(),
         "A random sample": sorted(sample.tolist()),
     }
 
@@ -128,45 +129,47 @@ def save_result(run_dir: Path, result: RunResult) -> None:
     write_json(run_dir / "config.json", dict(result.config))
     write_json(run_dir / "environment.json", dict(result.environment))
     write_json(run_dir / "data.json", dict(result.data))
-    write_text(run_dir / "history.csv", table_text(HISTORY, [[row[key] for key in HISTORY] for row in result.history]))
-    write_evaluation(run_dir / "evaluation", result)
-    write_digests(run_dir)
+    write_text(
+        run_dir / "history.csv", table_text(_HISTORY, [[row[key] for key in _HISTORY] for row in result.history])
+    )
+    _write_evaluation(run_dir / "evaluation", result)
+    _write_digests(run_dir)
 
 
 def reopen(run_dir: Path) -> None:
     """Files of a finished run are about to be written again: until all are, no digest speaks of them."""
-    (run_dir / DIGESTS).unlink(missing_ok=True)
+    (run_dir / _DIGESTS).unlink(missing_ok=True)
 
 
-def write_digests(run_dir: Path) -> None:
-    names = [*TOLD, *(f"evaluation/{path.name}" for path in sorted((run_dir / "evaluation").glob("[!.]*")))]
-    found = {name: sha256_file(run_dir / name) for name in names if name != DIGESTS}
-    write_json(run_dir / DIGESTS, {"schema": 1, "sha256": found})
+def _write_digests(run_dir: Path) -> None:
+    names = [*_TOLD, *(f"evaluation/{path.name}" for path in sorted((run_dir / "evaluation").glob("[!.]*")))]
+    found = {name: sha256_file(run_dir / name) for name in names if name != _DIGESTS}
+    write_json(run_dir / _DIGESTS, {"schema": 1, "sha256": found})
 
 
-def check_digests(run_dir: Path) -> None:
+def _check_digests(run_dir: Path) -> None:
     """Raise AttireError where a file is not what was written. A run that was finished before there were digests has
     none, and passes."""
-    if not (run_dir / DIGESTS).exists():
+    if not (run_dir / _DIGESTS).exists():
         return
-    with reading(run_dir / DIGESTS) as path:
+    with reading(run_dir / _DIGESTS) as path:
         stored = read_json(path)
-        if stored["schema"] != 1 or not set(TOLD) < set(stored["sha256"]):
+        if stored["schema"] != 1 or not set(_TOLD) < set(stored["sha256"]):
             raise ValueError("not the digests of a run")
         expected = dict(stored["sha256"])
     for name, digest in expected.items():
         with reading(run_dir / name) as path:
             if sha256_file(path) != digest:
                 do = "restore it, or measure the bundle again with: attire evaluate"
-                raise AttireError(path, f"damaged: its digest is not the one in {DIGESTS}", do=do)
+                raise AttireError(path, f"damaged: its digest is not the one in {_DIGESTS}", do=do)
 
 
-def write_evaluation(folder: Path, result: RunResult) -> None:
+def _write_evaluation(folder: Path, result: RunResult) -> None:
     """predictions.csv, the galleries, per_class.csv, confusion.csv/.svg/.png, the other drawings; metrics.json last."""
     test = result.test
-    write_predictions(folder / "predictions.csv", result)
-    write_gallery(folder, result)
-    write_text(folder / "per_class.csv", per_class_csv(test))
+    _write_predictions(folder / "predictions.csv", result)
+    _write_gallery(folder, result)
+    write_text(folder / "per_class.csv", _per_class_csv(test))
     rows = [[name, *counts] for name, counts in zip(test.classes, test.confusion.tolist(), strict=True)]
     write_text(folder / "confusion.csv", table_text(["true / predicted", *test.classes], rows))
     drawings = {"confusion": figures.confusion(test.confusion, test.classes)}
@@ -189,11 +192,11 @@ def metrics(result: RunResult) -> dict[str, Any]:
         "seconds": dict(result.seconds),
         "claim": result.claim.to_json(),
         "ood": None if result.ood is None else dict(result.ood),
-        **{name: found.to_json() if (found := getattr(result, name)) else None for name in SETS},
+        **{name: found.to_json() if (found := getattr(result, name)) else None for name in _SETS},
     }
 
 
-def per_class_csv(found: Evaluation) -> str:
+def _per_class_csv(found: Evaluation) -> str:
     names = ("precision", "recall", "f1")
     header = ["class", "support", *(f"{name}{part}" for name in names for part in ("", "_low", "_high"))]
     rows = []
@@ -203,7 +206,7 @@ def per_class_csv(found: Evaluation) -> str:
     return table_text(header, [["" if value != value else value for value in row] for row in rows])
 
 
-def write_predictions(path: Path, result: RunResult) -> None:
+def _write_predictions(path: Path, result: RunResult) -> None:
     """One line per test row. Nine digits: a float32 probability survives the journey exactly."""
     found, names = result.predictions, np.array(result.classes, dtype=object)
     columns = {"row": np.arange(len(found.labels)), "label": names[found.labels], "predicted": names[found.predicted]}
@@ -212,10 +215,10 @@ def write_predictions(path: Path, result: RunResult) -> None:
     write_text(path, pd.DataFrame(columns).to_csv(index=False, float_format="%.9g", lineterminator="\n"))
 
 
-def write_gallery(folder: Path, result: RunResult) -> None:
+def _write_gallery(folder: Path, result: RunResult) -> None:
     """gallery.png, one 28x28 tile for each line of gallery.csv, in that order from left to right, top to bottom."""
     rows = [row for rows in result.galleries.values() for row in rows]
-    write_bytes(folder / "gallery.png", figures.tile(shown_images(result, rows), SHOWN))
+    write_bytes(folder / "gallery.png", figures.tile(shown_images(result, rows), _SHOWN))
     lines: list[tuple[str, int | str]] = []
     for title, found in result.galleries.items():
         lines += [(title, row) for row in found] or [(title, "")]  # an empty gallery keeps its line
@@ -230,7 +233,7 @@ def shown_images(result: RunResult, rows: Sequence[int]) -> NDArray[np.uint8]:
 
 def load_result(run_dir: Path) -> RunResult:
     """A finished run from its folder alone. Raises AttireError where a file is missing or damaged."""
-    check_digests(run_dir)
+    _check_digests(run_dir)
     folder = run_dir / "evaluation"
     with reading(folder / "metrics.json") as path:
         stored = read_json(path)
@@ -238,7 +241,7 @@ def load_result(run_dir: Path) -> RunResult:
         train, val = (Evaluation.from_json(stored[name]) if stored[name] else None for name in ("train", "val"))
         claim = Claim.from_json(stored["claim"])
         told: dict[str, Any] = {name: stored[name] for name in ("title", "recipe", "seed", "command", "seconds")}
-    galleries = read_galleries(folder / "gallery.csv")
+    galleries = _read_galleries(folder / "gallery.csv")
     return RunResult(
         **told,
         test=test,
@@ -247,7 +250,7 @@ def load_result(run_dir: Path) -> RunResult:
         ood=stored.get("ood"),
         claimed=claim.claimed,
         galleries=galleries,
-        predictions=read_predictions(folder, test.classes, [row for rows in galleries.values() for row in rows]),
+        predictions=_read_predictions(folder, test.classes, [row for rows in galleries.values() for row in rows]),
         history=read_history(run_dir / "history.csv"),
         config=read_json(run_dir / "config.json"),
         environment=read_json(run_dir / "environment.json"),
@@ -255,18 +258,18 @@ def load_result(run_dir: Path) -> RunResult:
     )
 
 
-def read_predictions(folder: Path, classes: Sequence[str], rows: Sequence[int]) -> Predictions:
+def _read_predictions(folder: Path, classes: Sequence[str], rows: Sequence[int]) -> _Predictions:
     with reading(folder / "predictions.csv") as path:
         table = pd.read_csv(path, keep_default_na=False)
         index = {name: c for c, name in enumerate(classes)}
         labels = np.array([index[str(name)] for name in table["label"]], dtype=np.int64)
-        probabilities = single(table[[f"p_{name}" for name in classes]])
+        probabilities = _single(table[[f"p_{name}" for name in classes]])
     with reading(folder / "gallery.png") as path:
         images = figures.untile(path.read_bytes(), len(rows))
-    return Predictions(labels, probabilities, images, np.array(rows, dtype=np.int64))
+    return _Predictions(labels, probabilities, images, np.array(rows, dtype=np.int64))
 
 
-def read_galleries(path: Path) -> dict[str, list[int]]:
+def _read_galleries(path: Path) -> dict[str, list[int]]:
     galleries: dict[str, list[int]] = {}
     with reading(path), path.open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
@@ -278,7 +281,7 @@ def read_galleries(path: Path) -> dict[str, list[int]]:
 def read_history(path: Path) -> list[dict[str, Any]]:
     with reading(path), path.open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
-        rows = [{key: float(line[key]) if line[key] else None for key in HISTORY} for line in lines]
+        rows = [{key: float(line[key]) if line[key] else None for key in _HISTORY} for line in lines]
         return [{**row, "epoch": int(line["epoch"])} for row, line in zip(rows, lines, strict=True)]
 
 

@@ -19,8 +19,8 @@ from attire.inference.runtimes import NO_SEAL, seal_bytes
 from attire.model import batch_norm
 from attire.storage import files
 
-LEAST = 1 << 14  # values; a smaller tensor may stay inside the graph: means that the exporter transposed, constants
-LIMIT = 1 << 20  # bytes of a graph without its weights
+_LEAST = 1 << 14  # values; a smaller tensor may stay inside the graph: means that the exporter transposed, constants
+_LIMIT = 1 << 20  # bytes of a graph without its weights
 
 
 def write_graph(folder: Path, data: ImageDataset) -> ParityCheck:
@@ -43,15 +43,15 @@ def write_graph(folder: Path, data: ImageDataset) -> ParityCheck:
         built, facts["runtime"] = export.build_onnx(
             WholeNetwork(classifier, ood_detector=ood_detector), "fp32", Path(made)
         )
-        body = sealed(*outside(built, folder / WEIGHTS), facts)
-        trial = trial_folder(Path(made), folder, body)
+        body = _sealed(*_outside(built, folder / WEIGHTS), facts)
+        trial = _trial_folder(Path(made), folder, body)
         found = export.measure_parity(runtimes.load_export(trial / GRAPH), expected, data)
     export.judge(found, "fp32", 0, path)
     files.write_bytes(path, body)
     return found
 
 
-def trial_folder(parent: Path, bundle: Path, graph: bytes) -> Path:
+def _trial_folder(parent: Path, bundle: Path, graph: bytes) -> Path:
     """The bundle with this graph, to be tried before it gets its name."""
     for name in (ABOUT, WEIGHTS):
         files.write_bytes(parent / "trial" / name, (bundle / name).read_bytes())
@@ -59,28 +59,28 @@ def trial_folder(parent: Path, bundle: Path, graph: bytes) -> Path:
     return parent / "trial"
 
 
-def sealed(model: Any, weights: dict[str, Any], facts: dict[str, Any]) -> bytes:
+def _sealed(model: Any, weights: dict[str, Any], facts: dict[str, Any]) -> bytes:
     import onnx
 
     told = json.dumps({**facts, "weights": weights, "seal": NO_SEAL})
     onnx.helper.set_model_props(model, {"attire": told})
     body = seal_bytes(model.SerializeToString(deterministic=True))
-    if len(body) > LIMIT:
-        raise AttireError(GRAPH, f"{len(body):,} bytes without its weights, expected at most {LIMIT:,}")
+    if len(body) > _LIMIT:
+        raise AttireError(GRAPH, f"{len(body):,} bytes without its weights, expected at most {_LIMIT:,}")
     return body
 
 
-def outside(built: Path, weights: Path) -> tuple[Any, dict[str, Any]]:
+def _outside(built: Path, weights: Path) -> tuple[Any, dict[str, Any]]:
     """The ONNX model whose large initializers refer to the safetensors file, and which tensor of it each one is."""
     import onnx
 
     model, data = onnx.load(built), weights.read_bytes()
-    tensors, places, start = load(data), json.loads(data[8 : 8 + header(data)]), 8 + header(data)
+    tensors, places, start = load(data), json.loads(data[8 : 8 + _header(data)]), 8 + _header(data)
     names: dict[str, str] = {}
     casts = []
     for value in list(model.graph.initializer):
         name = value.name.removeprefix("model.")
-        if np.prod(value.dims) < LEAST and name not in tensors:
+        if np.prod(value.dims) < _LEAST and name not in tensors:
             continue
         if name not in tensors or not np.array_equal(onnx.numpy_helper.to_array(value), tensors[name].astype("f4")):
             raise AttireError(GRAPH, f"the exporter changed {value.name}, which is not the bundle's any more")
@@ -91,19 +91,19 @@ def outside(built: Path, weights: Path) -> tuple[Any, dict[str, Any]]:
             label = f"{value.name}.16"
             casts.append(onnx.helper.make_node("Cast", [label], [value.name], to=onnx.TensorProto.FLOAT))
         model.graph.initializer.remove(value)
-        model.graph.initializer.append(external(label, stored, value.dims, start + begin, end - begin))
+        model.graph.initializer.append(_external(label, stored, value.dims, start + begin, end - begin))
         names[label] = name
     for cast in reversed(casts):
         model.graph.node.insert(0, cast)
     return model, {"sha256": files.sha256(data), "tensors": names}
 
 
-def header(data: bytes) -> int:
+def _header(data: bytes) -> int:
     """Bytes of a safetensors header, which begin after the eight that say so."""
     return int.from_bytes(data[:8], "little")
 
 
-def external(name: str, dtype: int, shape: Any, offset: int, length: int) -> Any:
+def _external(name: str, dtype: int, shape: Any, offset: int, length: int) -> Any:
     """An ONNX tensor whose data are these bytes of the bundle's weights."""
     import onnx
 

@@ -34,20 +34,20 @@ from attire.model import devices, vgg
 from attire.progress import NoProgress, Progress, in_parts
 from attire.storage import files
 
-FORMATS = tuple(SUFFIXES)
-PRECISIONS = {
+_FORMATS = tuple(SUFFIXES)
+_PRECISIONS = {
     "onnx": ("fp32", "int8"),
     "openvino": ("fp32", "bf16", "int8"),
     "torch-export": ("fp32", "bf16"),
     "safetensors": ("fp32", "bf16"),
 }
-OPSET = 20  # of ONNX: the newest whose operators the web runtime has too
-REJECTS = ("onnx", "fp32")  # gives distances too: the others have one output, and int8 moves distances
-TOLERANCE = 1e-4  # largest difference of a probability that fp32 may show
-DISTANCE_TOLERANCE = 1e-3  # relative: roots of a difference of squares; 5e-6 for `fast`, 1e-4 where 60 images trained
-CALIBRATION_IMAGES = 300  # of the training set: what NNCF takes by default
-LEAST = 2000  # images the gate runs
-PART = 250  # images answered between two signs of progress
+_OPSET = 20  # of ONNX: the newest whose operators the web runtime has too
+_REJECTS = ("onnx", "fp32")  # gives distances too: the others have one output, and int8 moves distances
+_TOLERANCE = 1e-4  # largest difference of a probability that fp32 may show
+_DISTANCE_TOLERANCE = 1e-3  # relative: roots of a difference of squares; 5e-6 for `fast`, 1e-4 where 60 images trained
+_CALIBRATION_IMAGES = 300  # of the training set: what NNCF takes by default
+_LEAST = 2000  # images the gate runs
+_PART = 250  # images answered between two signs of progress
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class WholeNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         count, grey = images.shape[0], images[:, None].float() / 255
         if len(self.views) > 1:
-            grey = torch.cat([seen(grey, view) for view in self.views])  # (V * n, 1, 28, 28), view after view
+            grey = torch.cat([_seen(grey, view) for view in self.views])  # (V * n, 1, 28, 28), view after view
         if self.size != 28:
             grey = F.interpolate(grey, size=(self.size, self.size), mode="bilinear", antialias=self.size < 28)
         x = (grey.expand(-1, 3, -1, -1) - self.mean) / self.std
@@ -117,7 +117,7 @@ class WholeNetwork(nn.Module):
         return probabilities, doubted(far, probabilities, self.doubt)
 
 
-def seen(grey: Tensor, view: str) -> Tensor:
+def _seen(grey: Tensor, view: str) -> Tensor:
     """What `features.seen` does, to (n, 1, 28, 28) of 0..1 and in operations that every runtime has."""
     if down_right := views.shift_of(view):
         down, right = down_right
@@ -141,7 +141,7 @@ def export(
     each. data: labelled images for the gate, default 2,000 of the official test set; max_drop: accuracy, as a share,
     that bf16 and int8 may lose. Raises AttireError, and writes nothing, where the export does not pass.
     """
-    check(kind, precision, max_drop)
+    _check(kind, precision, max_drop)
     path = Path(out) if out else Path(f"{Path(bundle).resolve().name}{SUFFIXES[kind]}")
     if path.suffix != SUFFIXES[kind]:
         raise UsageError("--out", f"expected a name that ends in {SUFFIXES[kind]}, found {path.name!r}")
@@ -150,36 +150,36 @@ def export(
         raise AttireError(path, "it exists already", do="give --out another name, or remove it first")
     files.check_writable(path.parent)
     progress, classifier = progress or NoProgress(), load_bundle(bundle, "cpu")
-    data = data or load_dataset(part="test").subset(range(LEAST))
+    data = data or load_dataset(part="test").subset(range(_LEAST))
     if data.classes != classifier.classes:
         raise AttireError(data.source, "its classes are not the bundle's")
     folder_of_bundle = find_bundle(bundle)
     facts = describe(folder_of_bundle, classifier, kind, precision)
     card = folder_of_bundle / "README.md"
-    ood_detector = classifier.ood_detector if (kind, precision) == REJECTS else None
+    ood_detector = classifier.ood_detector if (kind, precision) == _REJECTS else None
     facts |= {"ood": ood_detector.about()} if ood_detector else {}
-    probabilities = [classifier.predict_proba(part) for part in in_parts(data.images, PART, "Bundle", progress)]
+    probabilities = [classifier.predict_proba(part) for part in in_parts(data.images, _PART, "Bundle", progress)]
     seen = data.images if ood_detector else data.images[:0]
-    far = [classifier.distances(part) for part in in_parts(seen, PART, "Distances", progress)]
+    far = [classifier.distances(part) for part in in_parts(seen, _PART, "Distances", progress)]
     expected = Expected(np.concatenate(probabilities), np.concatenate(far) if ood_detector else None)
     with files.scratch(path) as folder:
         progress.note("Export", f"{kind}, {precision}")
         with quiet():
-            built, versions = BUILDERS[kind](WholeNetwork(classifier, ood_detector=ood_detector), precision, folder)
+            built, versions = _BUILDERS[kind](WholeNetwork(classifier, ood_detector=ood_detector), precision, folder)
         facts["runtime"] = versions
         found = measure_parity(Exported(built, kind, facts, READERS[kind][1](built, facts)), expected, data, progress)
         progress.note("Gate", str(found))
         judge(found, precision, max_drop, path)
         told = card.read_text(encoding="utf-8") if card.exists() else ""
-        STAMPS[kind](built, {**facts, "gate": found.to_json()}, told, path)
+        _STAMPS[kind](built, {**facts, "gate": found.to_json()}, told, path)
     return load_export(path)
 
 
-def check(kind: str, precision: str, max_drop: float) -> None:
-    if kind not in FORMATS:
-        raise UsageError("--format", f"expected one of {', '.join(FORMATS)}, found {kind!r}")
-    if precision not in PRECISIONS[kind]:
-        raise UsageError("--precision", f"{kind} has {' and '.join(PRECISIONS[kind])}, found {precision!r}")
+def _check(kind: str, precision: str, max_drop: float) -> None:
+    if kind not in _FORMATS:
+        raise UsageError("--format", f"expected one of {', '.join(_FORMATS)}, found {kind!r}")
+    if precision not in _PRECISIONS[kind]:
+        raise UsageError("--precision", f"{kind} has {' and '.join(_PRECISIONS[kind])}, found {precision!r}")
     if not 0 <= max_drop <= 1:
         raise UsageError("--max-drop", f"expected 0 to 100 points, found {100 * max_drop:g}")
 
@@ -213,7 +213,7 @@ def measure_parity(
     exported: Exported, bundle: Expected, data: ImageDataset, progress: Progress | None = None
 ) -> ParityCheck:
     """Run the export in its own runtime over all images of `data`, against the bundle's answers."""
-    answers = [exported.answers(part) for part in in_parts(data.images, PART, "Export", progress or NoProgress())]
+    answers = [exported.answers(part) for part in in_parts(data.images, _PART, "Export", progress or NoProgress())]
     found = np.concatenate([probabilities for probabilities, _ in answers])
     distances = [distance for _, distance in answers if distance is not None]
     far, expected = np.concatenate(distances) if distances else None, bundle.probabilities
@@ -227,11 +227,11 @@ def measure_parity(
         float(np.abs(found - expected).max()),
         wilson(int(right.sum()), len(data)),
         paired_difference(before, right),
-        *distance_gap(exported, far, bundle.distances),
+        *_distance_gap(exported, far, bundle.distances),
     )
 
 
-def distance_gap(
+def _distance_gap(
     exported: Exported, found: NDArray[np.float32] | None, expected: NDArray[np.float32] | None
 ) -> tuple[float | None, int]:
     """The largest relative difference of a distance, and how many verdicts differ; None and 0 where there are none."""
@@ -244,7 +244,7 @@ def distance_gap(
 def judge(found: ParityCheck, precision: str, max_drop: float, path: Path) -> None:
     """Raises AttireError where the export is not as good as its bundle."""
     far = found.distance or 0
-    unlike = found.agreement.value < 1 or found.largest > TOLERANCE or found.verdicts or far > DISTANCE_TOLERANCE
+    unlike = found.agreement.value < 1 or found.largest > _TOLERANCE or found.verdicts or far > _DISTANCE_TOLERANCE
     if precision == "fp32" and unlike:
         raise AttireError(path, f"not written, since it is not equal to the bundle: {found}")
     if -found.change.value > max_drop:
@@ -265,18 +265,18 @@ def quiet() -> Iterator[None]:
             logging.disable(before)
 
 
-def example() -> Tensor:
+def _example() -> Tensor:
     return torch.zeros(2, 28, 28, dtype=torch.uint8)
 
 
-def calibration() -> NDArray[np.uint8]:
-    return load_dataset(part="train").images[:CALIBRATION_IMAGES]
+def _calibration() -> NDArray[np.uint8]:
+    return load_dataset(part="train").images[:_CALIBRATION_IMAGES]
 
 
-Built = tuple[Path, dict[str, Any]]  # the network without our metadata, and the versions it was made with
+_Built = tuple[Path, dict[str, Any]]  # the network without our metadata, and the versions it was made with
 
 
-def build_onnx(network: WholeNetwork, precision: str, folder: Path) -> Built:
+def build_onnx(network: WholeNetwork, precision: str, folder: Path) -> _Built:
     try:
         import onnx
         import onnxscript
@@ -287,23 +287,23 @@ def build_onnx(network: WholeNetwork, precision: str, folder: Path) -> Built:
     shapes = {"images": {0: torch.export.Dim("n", min=1, max=2**16)}}
     program = torch.onnx.export(
         network,
-        (example(),),
+        (_example(),),
         dynamo=True,
-        opset_version=OPSET,
+        opset_version=_OPSET,
         input_names=["images"],
         output_names=["probabilities", "distances"] if network.ood is not None else ["probabilities"],
         dynamic_shapes=shapes,
         verbose=False,
     )
     path = folder / "network.onnx"
-    path.write_bytes(without_traces(cast(Any, program).model_proto).SerializeToString())
+    path.write_bytes(_without_traces(cast(Any, program).model_proto).SerializeToString())
     if precision == "int8":
-        path = quantise_onnx(path, folder / "int8.onnx")
+        path = _quantise_onnx(path, folder / "int8.onnx")
     made = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__, "onnxscript": onnxscript.__version__}
-    return path, {**made, "opset": OPSET, "torch": torch.__version__}
+    return path, {**made, "opset": _OPSET, "torch": torch.__version__}
 
 
-def without_traces(model: Any) -> Any:
+def _without_traces(model: Any) -> Any:
     """The exporter notes for every node where in whose source files it came from: larger, and nobody's business."""
     graph = model.graph
     for part in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
@@ -312,13 +312,13 @@ def without_traces(model: Any) -> Any:
     return model
 
 
-def quantise_onnx(path: Path, target: Path) -> Path:
+def _quantise_onnx(path: Path, target: Path) -> Path:
     """Static post-training quantisation: weights int8 per channel, activations uint8, in QDQ form."""
     from onnxruntime import quantization
 
     class Images(quantization.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.rows = iter(calibration())
+            self.rows = iter(_calibration())
 
         def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
             image = next(self.rows, None)
@@ -334,7 +334,7 @@ def quantise_onnx(path: Path, target: Path) -> Path:
     return target
 
 
-def stamp_onnx(built: Path, facts: dict[str, Any], card: str, path: Path) -> None:
+def _stamp_onnx(built: Path, facts: dict[str, Any], card: str, path: Path) -> None:
     import onnx
 
     model = onnx.load(built)
@@ -343,21 +343,21 @@ def stamp_onnx(built: Path, facts: dict[str, Any], card: str, path: Path) -> Non
 
 
 @devices.signal_stack_kept()
-def build_openvino(network: WholeNetwork, precision: str, folder: Path) -> Built:
+def _build_openvino(network: WholeNetwork, precision: str, folder: Path) -> _Built:
     try:
         import nncf
         import openvino
     except ImportError as error:
         raise runtimes.missing("openvino", error) from error
-    converted = openvino.convert_model(network, example_input=example(), input=[-1, 28, 28])
+    converted = openvino.convert_model(network, example_input=_example(), input=[-1, 28, 28])
     if precision == "int8":
-        images = [image[None] for image in calibration()]
+        images = [image[None] for image in _calibration()]
         converted = nncf.quantize(converted, nncf.Dataset(images), subset_size=len(images))
     openvino.save_model(converted, folder / "network.xml", compress_to_fp16=precision == "bf16")
     return folder, {"openvino": openvino.__version__, "nncf": nncf.__version__, "torch": torch.__version__}
 
 
-def stamp_openvino(built: Path, facts: dict[str, Any], card: str, path: Path) -> None:
+def _stamp_openvino(built: Path, facts: dict[str, Any], card: str, path: Path) -> None:
     """The pair of files, the card, and `attire.json` last; the folder gets its name when all of it is there."""
     with files.atomic_folder(path) as part:
         for name in ("network.xml", "network.bin"):
@@ -369,17 +369,17 @@ def stamp_openvino(built: Path, facts: dict[str, Any], card: str, path: Path) ->
         files.write_json(part / METADATA, {**sealed, "seal": files.sha256(files.canonical_json(sealed))})
 
 
-def build_torch_export(network: WholeNetwork, precision: str, folder: Path) -> Built:
+def _build_torch_export(network: WholeNetwork, precision: str, folder: Path) -> _Built:
     if precision == "bf16":
         network.model, network.dtype = network.model.bfloat16(), torch.bfloat16
     shapes = {"images": {0: torch.export.Dim("n", min=1, max=2**16)}}
-    program = torch.export.export(network, (example(),), dynamic_shapes=shapes)
+    program = torch.export.export(network, (_example(),), dynamic_shapes=shapes)
     path = folder / "network.pt2"
     torch.export.save(program, path)
     return path, {"torch": torch.__version__}
 
 
-def stamp_torch_export(built: Path, facts: dict[str, Any], card: str, path: Path) -> None:
+def _stamp_torch_export(built: Path, facts: dict[str, Any], card: str, path: Path) -> None:
     """One more record in the zip that passed the gate."""
     told = json.loads(json.dumps({**facts, "card": card, "records": runtimes.records_digest(built)}))
     sealed = json.dumps({**told, "seal": files.sha256(files.canonical_json(told))})
@@ -389,7 +389,7 @@ def stamp_torch_export(built: Path, facts: dict[str, Any], card: str, path: Path
     files.write_bytes(path, built.read_bytes())
 
 
-def build_safetensors(network: WholeNetwork, precision: str, folder: Path) -> Built:
+def _build_safetensors(network: WholeNetwork, precision: str, folder: Path) -> _Built:
     """The weights alone, in 16 bits for bf16; who reads them computes in fp32."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     path = folder / "network.safetensors"
@@ -398,21 +398,21 @@ def build_safetensors(network: WholeNetwork, precision: str, folder: Path) -> Bu
     return path, {"safetensors": safetensors.__version__, "torch": torch.__version__}
 
 
-def stamp_safetensors(built: Path, facts: dict[str, Any], card: str, path: Path) -> None:
+def _stamp_safetensors(built: Path, facts: dict[str, Any], card: str, path: Path) -> None:
     told = {"format": "pt", "attire": json.dumps({**facts, "seal": NO_SEAL}), "card": card}
     tensors = safetensors.torch.load(built.read_bytes())
     files.write_bytes(path, seal_bytes(safetensors.torch.save(tensors, metadata=told)))
 
 
-BUILDERS: dict[str, Callable[[WholeNetwork, str, Path], Built]] = {
+_BUILDERS: dict[str, Callable[[WholeNetwork, str, Path], _Built]] = {
     "onnx": build_onnx,
-    "openvino": build_openvino,
-    "torch-export": build_torch_export,
-    "safetensors": build_safetensors,
+    "openvino": _build_openvino,
+    "torch-export": _build_torch_export,
+    "safetensors": _build_safetensors,
 }
-STAMPS: dict[str, Callable[[Path, dict[str, Any], str, Path], None]] = {
-    "onnx": stamp_onnx,
-    "openvino": stamp_openvino,
-    "torch-export": stamp_torch_export,
-    "safetensors": stamp_safetensors,
+_STAMPS: dict[str, Callable[[Path, dict[str, Any], str, Path], None]] = {
+    "onnx": _stamp_onnx,
+    "openvino": _stamp_openvino,
+    "torch-export": _stamp_torch_export,
+    "safetensors": _stamp_safetensors,
 }

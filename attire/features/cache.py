@@ -22,8 +22,8 @@ from attire.features.views import seen
 from attire.model import vgg
 from attire.storage import files, memory
 
-SHARD_BYTES = 16 * 2**20  # a stopped extraction redoes at most one shard: 2,048 rows of 4,096 features
-BATCH_PIXELS = 1_700_000  # pictures a forward pass: 1,660 of 32 px, 415 of 64, 33 of 224
+_SHARD_BYTES = 16 * 2**20  # a stopped extraction redoes at most one shard: 2,048 rows of 4,096 features
+_BATCH_PIXELS = 1_700_000  # pictures a forward pass: 1,660 of 32 px, 415 of 64, 33 of 224
 PIXEL_BYTES = 800  # that a pass holds for each of them: 617 measured, block3 at 16 px in fp32 (docs/performance.md)
 
 Backbone = Callable[[Tensor], Tensor]  # (n, 3, S, S) normalised pictures to (n, D) float features
@@ -52,7 +52,7 @@ class FeatureSpec:
     @property
     def shard_rows(self) -> int:
         """The largest power of two whose rows fit SHARD_BYTES."""
-        return 1 << max(0, (SHARD_BYTES // (2 * self.width)).bit_length() - 1)
+        return 1 << max(0, (_SHARD_BYTES // (2 * self.width)).bit_length() - 1)
 
     def key(self, images_digest: str) -> str:
         return files.sha256(files.canonical_json({"images": images_digest, **asdict(self)}))[:32]
@@ -85,7 +85,7 @@ class Features:
     @cached_property
     def shards(self) -> list[np.memmap[Any, np.dtype[np.float16]]]:
         count = -(-len(self) // self.shard_rows)
-        return [np.load(shard_path(self.folder, i), mmap_mode="r") for i in range(count)]
+        return [np.load(_shard_path(self.folder, i), mmap_mode="r") for i in range(count)]
 
     def gather(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
         """Rows in the order asked for, (n, D) float16.
@@ -96,7 +96,7 @@ class Features:
         out = np.empty((len(rows), self.shape[1]), np.float16)
         shard, size = rows // self.shard_rows, out.itemsize * out.shape[1]
         for i in np.unique(shard):
-            path, places = shard_path(self.folder, i), np.flatnonzero(shard == i)
+            path, places = _shard_path(self.folder, i), np.flatnonzero(shard == i)
             starts = self.shards[i].offset + size * (rows[places] - i * self.shard_rows)
             with path.open("rb", buffering=0) as file:
                 for place, start in zip(places, starts.tolist(), strict=True):
@@ -121,7 +121,7 @@ class Features:
             yield self.gather(np.arange(start, min(start + rows, len(self))))
 
 
-def shard_path(folder: Path, index: int) -> Path:
+def _shard_path(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:05d}.npy"
 
 
@@ -147,8 +147,8 @@ def extract(
     folder = cache_folder() / spec.key(images_digest)
     with files.lock(folder.with_suffix(".lock")):
         starts = range(0, len(images), spec.shard_rows)
-        shards = [(shard_path(folder, i), min(spec.shard_rows, len(images) - start)) for i, start in enumerate(starts)]
-        remote_cache.pull(folder, made_by(images_digest, spec, len(images)), shards, progress)
+        shards = [(_shard_path(folder, i), min(spec.shard_rows, len(images) - start)) for i, start in enumerate(starts)]
+        remote_cache.pull(folder, _made_by(images_digest, spec, len(images)), shards, progress)
         ledger = verified_shards(folder, len(images), spec)
         missing = [i for i in range(len(starts)) if i not in ledger]
         report = progress or (lambda done, total: None)
@@ -156,9 +156,9 @@ def extract(
             parts = {i: images[starts[i] : starts[i] + spec.shard_rows] for i in missing}
             need = 2 * spec.width * sum(len(part) for part in parts.values())
             files.check_room(folder, need, "the features", "make room, or name another disk's folder in ATTIRE_CACHE")
-            ledger |= (make or extract_shards)(parts, spec, load_backbone, folder, len(images), report)
+            ledger |= (make or _extract_shards)(parts, spec, load_backbone, folder, len(images), report)
         if missing or not (folder / "MANIFEST.json").exists():
-            write_manifest(folder, images_digest, spec, ledger)
+            _write_manifest(folder, images_digest, spec, ledger)
         for line in folder.glob("shard-*.json"):  # the manifest holds what the shards' own ledger lines did
             line.unlink()
         remote_cache.push(folder)
@@ -166,7 +166,7 @@ def extract(
     return Features(folder, len(images), spec.width, spec.shard_rows)
 
 
-def extract_shards(
+def _extract_shards(
     parts: dict[int, NDArray[np.uint8]],
     spec: FeatureSpec,
     load_backbone: Callable[[], Backbone],
@@ -183,7 +183,7 @@ def extract_shards(
             out = compute_shard(part, spec, backbone, lambda n, d=done: report(d + n, total))  # type: ignore[misc]
             if pending:
                 pending[max(pending)].result()  # never more than one: what is computed may not pile up
-            pending[i] = writer.submit(commit_shard, out, folder, i)
+            pending[i] = writer.submit(_commit_shard, out, folder, i)
             done += len(part)
             files.release(part)
     return {i: line.result() for i, line in pending.items()}
@@ -203,7 +203,7 @@ def extract_shard(
     """
     out = compute_shard(images, spec, backbone)
     check()
-    return commit_shard(out, folder, index)
+    return _commit_shard(out, folder, index)
 
 
 def compute_shard(
@@ -221,18 +221,18 @@ def compute_shard(
     return out
 
 
-def commit_shard(out: NDArray[np.float16], folder: Path, index: int) -> dict[str, Any]:
+def _commit_shard(out: NDArray[np.float16], folder: Path, index: int) -> dict[str, Any]:
     """Write a shard and its ledger line, which is returned."""
     buffer = io.BytesIO()
     np.save(buffer, out)
     line = {"rows": len(out), "sha256": files.sha256(buffer.getbuffer())}
-    files.write_bytes(shard_path(folder, index), buffer.getbuffer())
-    files.write_json(shard_path(folder, index).with_suffix(".json"), line)
+    files.write_bytes(_shard_path(folder, index), buffer.getbuffer())
+    files.write_json(_shard_path(folder, index).with_suffix(".json"), line)
     return line
 
 
 def batch_rows(image_size: int) -> int:
-    pixels = min(BATCH_PIXELS, memory.for_batches() // PIXEL_BYTES)
+    pixels = min(_BATCH_PIXELS, memory.for_batches() // PIXEL_BYTES)
     return max(1, pixels // image_size**2)
 
 
@@ -255,10 +255,10 @@ def verified_shards(folder: Path, rows: int, spec: FeatureSpec) -> Ledger:
     """
     ledger, damaged, finished = {}, 0, (folder / "MANIFEST.json").exists()
     for i, start in enumerate(range(0, rows, spec.shard_rows)):
-        path = shard_path(folder, i)
+        path = _shard_path(folder, i)
         if not path.exists():
             continue
-        line = ledger_line(folder, i)
+        line = _ledger_line(folder, i)
         expected = min(spec.shard_rows, rows - start)
         if line and line["rows"] == expected and files.sha256_file(path) == line["sha256"]:
             ledger[i] = line
@@ -274,9 +274,9 @@ def verified_shards(folder: Path, rows: int, spec: FeatureSpec) -> Ledger:
     return ledger
 
 
-def ledger_line(folder: Path, index: int) -> dict[str, Any] | None:
+def _ledger_line(folder: Path, index: int) -> dict[str, Any] | None:
     """The line from the manifest, else from the shard's own file; None where neither is sound."""
-    for path, pick in ((folder / "MANIFEST.json", True), (shard_path(folder, index).with_suffix(".json"), False)):
+    for path, pick in ((folder / "MANIFEST.json", True), (_shard_path(folder, index).with_suffix(".json"), False)):
         try:
             value = files.read_json(path) if path.exists() else {}
             line = value["shards"][index] if pick and value else value
@@ -287,14 +287,14 @@ def ledger_line(folder: Path, index: int) -> dict[str, Any] | None:
     return None
 
 
-def write_manifest(folder: Path, images_digest: str, spec: FeatureSpec, ledger: Ledger) -> None:
+def _write_manifest(folder: Path, images_digest: str, spec: FeatureSpec, ledger: Ledger) -> None:
     """Written last."""
     lines = [ledger[i] for i in sorted(ledger)]
-    made = made_by(images_digest, spec, sum(line["rows"] for line in lines))
+    made = _made_by(images_digest, spec, sum(line["rows"] for line in lines))
     files.write_json(folder / "MANIFEST.json", {"schema": 1, **made, "shards": lines})
 
 
-def made_by(images_digest: str, spec: FeatureSpec, rows: int) -> dict[str, Any]:
+def _made_by(images_digest: str, spec: FeatureSpec, rows: int) -> dict[str, Any]:
     """What a manifest says of its entry."""
     return {"images": images_digest, "rows": rows, "width": spec.width, **asdict(spec)}
 
@@ -350,5 +350,5 @@ def delete_entry(key: str) -> int:
     return found[0].size
 
 
-def with_view(spec: FeatureSpec, view: str) -> FeatureSpec:
+def _with_view(spec: FeatureSpec, view: str) -> FeatureSpec:
     return replace(spec, view=view)

@@ -17,36 +17,39 @@ from attire.errors import AttireError, AttireWarning, UsageError
 from attire.storage import files
 from attire.storage.stores import StorageLocation, StoreError, place
 
-VARIABLE = "ATTIRE_REMOTE_CACHE"
-MANIFEST = "MANIFEST.json"
-THREADS = 4  # shards under way at a time, 16 MB each: one alone waits for the store most of the time
+_VARIABLE = "ATTIRE_REMOTE_CACHE"
+_MANIFEST = "MANIFEST.json"
+_THREADS = 4  # shards under way at a time, 16 MB each: one alone waits for the store most of the time
 
-ProgressCallback = Callable[[int, int], None]  # (rows there, rows in all)
-unread, unwritten = set[str](), set[str]()  # stores that refused in this process: each is asked once, and told of once
+_ProgressCallback = Callable[[int, int], None]  # (rows there, rows in all)
+_unread, _unwritten = (
+    set[str](),
+    set[str](),
+)  # stores that refused in this process: each is asked once, and told of once
 
 
 def pull(
-    folder: Path, made_by: dict[str, Any], shards: Sequence[tuple[Path, int]], progress: ProgressCallback | None = None
+    folder: Path, made_by: dict[str, Any], shards: Sequence[tuple[Path, int]], progress: _ProgressCallback | None = None
 ) -> None:
     """Bring the shards of a finished shared entry, with their ledger lines, as an extraction here would leave them.
 
     made_by: what the shared manifest must say of itself; shards: path and rows of each, in order. A shard gets its name
     here once its bytes agree with the manifest's SHA-256; those that do not are left to be computed.
     """
-    if (folder / MANIFEST).exists():
+    if (folder / _MANIFEST).exists():
         return
-    with tolerated("features are computed here", unread, unwritten):
-        at = shared_place(folder.name, unread)
-        if at is None or at.size(MANIFEST) is None:
+    with _tolerated("features are computed here", _unread, _unwritten):
+        at = _shared_place(folder.name, _unread)
+        if at is None or at.size(_MANIFEST) is None:
             return
-        lines = sound_lines(at, made_by, [rows for _, rows in shards])
+        lines = _sound_lines(at, made_by, [rows for _, rows in shards])
         wanted = [(path, line) for (path, _), line in zip(shards, lines, strict=True) if not path.exists()]
         done, total = sum(rows for _, rows in shards) - sum(line["rows"] for _, line in wanted), made_by["rows"]
         damaged = []
-        with ThreadPoolExecutor(THREADS, "pull") as pool:
-            for (path, line), sound in zip(wanted, pool.map(lambda one: fetch(at, *one), wanted), strict=True):
+        with ThreadPoolExecutor(_THREADS, "pull") as pool:
+            for (path, line), sound in zip(wanted, pool.map(lambda one: _fetch(at, *one), wanted), strict=True):
                 done += line["rows"]
-                damaged += [] if sound else [shared_name(path, line)]
+                damaged += [] if sound else [_shared_name(path, line)]
                 if progress:
                     progress(done, total)
         if damaged:
@@ -56,30 +59,30 @@ def pull(
 
 def push(folder: Path) -> None:
     """Share a finished entry: shards first, the manifest last. One that is there already stays as it is."""
-    with tolerated("new features are not shared", unwritten):  # who may only read goes on pulling
-        at = shared_place(folder.name, unwritten)
-        if at is None or at.size(MANIFEST) is not None:
+    with _tolerated("new features are not shared", _unwritten):  # who may only read goes on pulling
+        at = _shared_place(folder.name, _unwritten)
+        if at is None or at.size(_MANIFEST) is not None:
             return
-        lines, there = files.read_json(folder / MANIFEST)["shards"], at.sizes()
+        lines, there = files.read_json(folder / _MANIFEST)["shards"], at.sizes()
         shards = [(folder / f"shard-{i:05d}.npy", line) for i, line in enumerate(lines)]
-        missing = [one for one in shards if there.get(shared_name(*one)) != one[0].stat().st_size]
-        with ThreadPoolExecutor(THREADS, "push") as pool:
-            list(pool.map(lambda one: at.write(shared_name(*one), one[0].read_bytes()), missing))
-        at.write(MANIFEST, (folder / MANIFEST).read_bytes())
+        missing = [one for one in shards if there.get(_shared_name(*one)) != one[0].stat().st_size]
+        with ThreadPoolExecutor(_THREADS, "push") as pool:
+            list(pool.map(lambda one: at.write(_shared_name(*one), one[0].read_bytes()), missing))
+        at.write(_MANIFEST, (folder / _MANIFEST).read_bytes())
 
 
-def shared_place(key: str, refused: Container[str]) -> StorageLocation | None:
+def _shared_place(key: str, refused: Container[str]) -> StorageLocation | None:
     """Where the entry with this key is shared; None where nothing is, or it refused before."""
-    where = named()
+    where = _named()
     return place(f"{where}/{key}") if where and where not in refused else None
 
 
-def named() -> str:
-    return os.environ.get(VARIABLE, "").strip().rstrip("/")
+def _named() -> str:
+    return os.environ.get(_VARIABLE, "").strip().rstrip("/")
 
 
 @contextmanager
-def tolerated(rest: str, *refused: set[str]) -> Iterator[None]:
+def _tolerated(rest: str, *refused: set[str]) -> Iterator[None]:
     """What fails is one warning, a store that refused is left alone from then on; a wrong name is an error."""
     try:
         yield
@@ -88,33 +91,33 @@ def tolerated(rest: str, *refused: set[str]) -> Iterator[None]:
     except AttireError as error:
         if isinstance(error, StoreError):
             for places in refused:
-                places.add(named())
-        warnings.warn(f"{VARIABLE}: {error}; {rest}", AttireWarning, stacklevel=5)
+                places.add(_named())
+        warnings.warn(f"{_VARIABLE}: {error}; {rest}", AttireWarning, stacklevel=5)
 
 
-def sound_lines(at: StorageLocation, made_by: dict[str, Any], rows: list[int]) -> list[dict[str, Any]]:
+def _sound_lines(at: StorageLocation, made_by: dict[str, Any], rows: list[int]) -> list[dict[str, Any]]:
     """The manifest's lines, rows and SHA-256 of each shard; AttireError where it speaks of anything else."""
     try:
-        manifest = json.loads(at.read(MANIFEST))
+        manifest = json.loads(at.read(_MANIFEST))
         lines = manifest["shards"]
         same = {name: manifest.get(name) for name in made_by} == made_by
         sound = same and [line["rows"] for line in lines] == rows and all(len(line["sha256"]) == 64 for line in lines)
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
-        raise AttireError(at.name(MANIFEST), "damaged, or not of these features", do="delete it there")
+        raise AttireError(at.name(_MANIFEST), "damaged, or not of these features", do="delete it there")
     return [{"rows": line["rows"], "sha256": line["sha256"]} for line in lines]
 
 
-def shared_name(path: Path, line: dict[str, Any]) -> str:
+def _shared_name(path: Path, line: dict[str, Any]) -> str:
     """With the beginning of its digest: two machines that make one entry differently do not mix their shards."""
     return f"{path.stem}-{line['sha256'][:16]}.npy"
 
 
-def fetch(at: StorageLocation, path: Path, line: dict[str, Any]) -> bool:
+def _fetch(at: StorageLocation, path: Path, line: dict[str, Any]) -> bool:
     """Bring one shard; False where it is missing or damaged."""
     try:
-        data = at.read(shared_name(path, line))
+        data = at.read(_shared_name(path, line))
     except StoreError:
         raise
     except AttireError:

@@ -16,11 +16,11 @@ from attire.features import cache
 from attire.features.cache import Backbone, Features, FeatureSpec, ProgressCallback
 from attire.storage import files
 
-DIGEST = hashlib.sha256().digest_size  # bytes of one row of an index
-BLOCK_ROWS = 2048  # gathered at a time
+_DIGEST = hashlib.sha256().digest_size  # bytes of one row of an index
+_BLOCK_ROWS = 2048  # gathered at a time
 
 
-class InMemoryFeatures:
+class _InMemoryFeatures:
     """Features in memory, (N, D) float16: of images that are not to be kept."""
 
     def __init__(self, table: NDArray[np.float16]) -> None:
@@ -30,11 +30,15 @@ class InMemoryFeatures:
         return self.table[rows]
 
 
-class GatheredFeatures(Features):
+class _GatheredFeatures(Features):
     """Rows of several parts as if they were one entry, (N, D) float16: row i is row `rows[i]` of `parts[part[i]]`."""
 
     def __init__(
-        self, parts: Sequence[Features | InMemoryFeatures], part: NDArray[np.int64], rows: NDArray[np.int64], width: int
+        self,
+        parts: Sequence[Features | _InMemoryFeatures],
+        part: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        width: int,
     ) -> None:
         self.parts, self.part, self.rows, self.shape = parts, part, rows, (len(rows), width)
 
@@ -49,8 +53,8 @@ class GatheredFeatures(Features):
 
     def read(self, rows: NDArray[np.int64], out: NDArray[np.float16]) -> None:
         """Rows into `out` (n, D), some at a time."""
-        for start in range(0, len(rows), BLOCK_ROWS):
-            out[start : start + BLOCK_ROWS] = self.gather(rows[start : start + BLOCK_ROWS])
+        for start in range(0, len(rows), _BLOCK_ROWS):
+            out[start : start + _BLOCK_ROWS] = self.gather(rows[start : start + _BLOCK_ROWS])
 
 
 def collect(
@@ -58,22 +62,22 @@ def collect(
     spec: FeatureSpec,
     load_backbone: Callable[[], Backbone],
     progress: ProgressCallback | None = None,
-) -> GatheredFeatures:
+) -> _GatheredFeatures:
     """Features of all images (N, 28, 28) uint8, each computed once however often and wherever it stands.
 
     What no entry holds becomes one entry more of the feature cache. Two processes that miss something take turns, so
     that the second finds what the first has computed. Raises what `features.extract` raises.
     """
-    digests, first = digests_of(images)
-    folder = index_folder(spec)
-    parts, places = found(folder, set(first), spec)
+    digests, first = _digests_of(images)
+    folder = _index_folder(spec)
+    parts, places = _found(folder, set(first), spec)
     if len(places) < len(first):
         with files.lock(folder.with_suffix(".lock")):
-            parts, places = found(folder, set(first), spec)
+            parts, places = _found(folder, set(first), spec)
             if new := sorted(first[digest] for digest in first.keys() - places.keys()):
-                part = extracted(images[new], [digests[i] for i in new], spec, load_backbone, progress)
-                parts, places = [*parts, part], places | placed(new, digests, len(parts))
-    return collected(parts, places, digests, spec)
+                part = _extracted(images[new], [digests[i] for i in new], spec, load_backbone, progress)
+                parts, places = [*parts, part], places | _placed(new, digests, len(parts))
+    return _collected(parts, places, digests, spec)
 
 
 def compute(
@@ -81,16 +85,16 @@ def compute(
     spec: FeatureSpec,
     load_backbone: Callable[[], Backbone],
     progress: ProgressCallback | None = None,
-) -> GatheredFeatures:
+) -> _GatheredFeatures:
     """The same without the cache: every image that differs is computed, and held in memory alone."""
     report = progress or (lambda done, total: None)
-    digests, first = digests_of(images)
+    digests, first = _digests_of(images)
     new = sorted(first.values())
     table = cache.compute_shard(images[new], spec, load_backbone(), lambda rows: report(rows, len(new)))
-    return collected([InMemoryFeatures(table)], placed(new, digests, 0), digests, spec)
+    return _collected([_InMemoryFeatures(table)], _placed(new, digests, 0), digests, spec)
 
 
-def digests_of(images: NDArray[np.uint8]) -> tuple[list[bytes], dict[bytes, int]]:
+def _digests_of(images: NDArray[np.uint8]) -> tuple[list[bytes], dict[bytes, int]]:
     """The digest of each image, and where each that differs stands first."""
     digests = [hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in images]
     first: dict[bytes, int] = {}
@@ -99,37 +103,37 @@ def digests_of(images: NDArray[np.uint8]) -> tuple[list[bytes], dict[bytes, int]
     return digests, first
 
 
-Places = dict[bytes, tuple[int, int]]  # of an image by its digest: number of the part, row in it
+_Places = dict[bytes, tuple[int, int]]  # of an image by its digest: number of the part, row in it
 
 
-def placed(new: Sequence[int], digests: Sequence[bytes], part: int) -> Places:
+def _placed(new: Sequence[int], digests: Sequence[bytes], part: int) -> _Places:
     return {digests[i]: (part, row) for row, i in enumerate(new)}
 
 
-def collected(
-    parts: Sequence[Features | InMemoryFeatures], places: Places, digests: Sequence[bytes], spec: FeatureSpec
-) -> GatheredFeatures:
+def _collected(
+    parts: Sequence[Features | _InMemoryFeatures], places: _Places, digests: Sequence[bytes], spec: FeatureSpec
+) -> _GatheredFeatures:
     where = np.array([places[digest] for digest in digests], np.int64).reshape(-1, 2)
-    return GatheredFeatures(parts, where[:, 0], where[:, 1], spec.width)
+    return _GatheredFeatures(parts, where[:, 0], where[:, 1], spec.width)
 
 
-def index_folder(spec: FeatureSpec) -> Path:
+def _index_folder(spec: FeatureSpec) -> Path:
     """Of all entries of this spec: `<entry>.rows`, the digests of its images, and the SHA-256 of those after them."""
     return files.cache_dir() / "rows" / spec.key("")
 
 
-def found(folder: Path, wanted: set[bytes], spec: FeatureSpec) -> tuple[list[Features | InMemoryFeatures], Places]:
+def _found(folder: Path, wanted: set[bytes], spec: FeatureSpec) -> tuple[list[Features | _InMemoryFeatures], _Places]:
     """The sound entries that hold some of these images, and where each image is that they hold."""
-    parts: list[Features | InMemoryFeatures] = []
-    places: Places = {}
+    parts: list[Features | _InMemoryFeatures] = []
+    places: _Places = {}
     for path in sorted(folder.glob("*.rows")):
         if len(places) == len(wanted):
             break
-        known = list(indexed(path))
+        known = list(_indexed(path))
         own = {digest: row for row, digest in enumerate(known) if digest in wanted and digest not in places}
         if not own:
             continue
-        if entry := opened(cache.cache_folder() / path.stem, len(known), spec):
+        if entry := _opened(cache.cache_folder() / path.stem, len(known), spec):
             places |= {digest: (len(parts), row) for digest, row in own.items()}
             parts.append(entry)
         else:
@@ -137,14 +141,14 @@ def found(folder: Path, wanted: set[bytes], spec: FeatureSpec) -> tuple[list[Fea
     return parts, places
 
 
-def indexed(path: Path) -> Iterator[bytes]:
+def _indexed(path: Path) -> Iterator[bytes]:
     """The digests of one entry's images, in the order of its rows; none where the index is not whole."""
     if files.is_sound(path):
-        data = path.read_bytes()[:-DIGEST]
-        yield from (data[start : start + DIGEST] for start in range(0, len(data), DIGEST))
+        data = path.read_bytes()[:-_DIGEST]
+        yield from (data[start : start + _DIGEST] for start in range(0, len(data), _DIGEST))
 
 
-def opened(folder: Path, rows: int, spec: FeatureSpec) -> Features | None:
+def _opened(folder: Path, rows: int, spec: FeatureSpec) -> Features | None:
     """The entry, every shard verified; None where it was deleted or a shard is damaged: then its images are missing."""
     if not (folder / "MANIFEST.json").exists():
         return None
@@ -153,7 +157,7 @@ def opened(folder: Path, rows: int, spec: FeatureSpec) -> Features | None:
     return Features(folder, rows, spec.width, spec.shard_rows) if whole else None
 
 
-def extracted(
+def _extracted(
     images: NDArray[np.uint8],
     digests: Sequence[bytes],
     spec: FeatureSpec,
@@ -163,7 +167,7 @@ def extracted(
     """A new entry, and the index of its rows once it is whole."""
     digest = ImageDataset(images, np.zeros(len(images), np.int64), FASHION_CLASSES, "images").image_digest
     entry = cache.extract(images, digest, spec, load_backbone, progress)
-    with files.sealed(index_folder(spec) / f"{entry.folder.name}.rows") as file:
+    with files.sealed(_index_folder(spec) / f"{entry.folder.name}.rows") as file:
         file.write(b"".join(digests))
     return entry
 

@@ -16,11 +16,11 @@ from attire.model import heads
 from attire.model.vgg import preprocess
 from attire.storage import memory
 
-IN_MEMORY = 1_200 * 2**20  # bytes of cached features that are read into memory once; above it rows are read as needed
-STREAMED = 4 * 2**30  # bytes; above it the system cannot be expected to keep the files in memory either
-STRETCH = 2**19  # bytes that lie together on the disk, so that it need not be searched for each row
+_IN_MEMORY = 1_200 * 2**20  # bytes of cached features that are read into memory once; above it rows are read as needed
+_STREAMED = 4 * 2**30  # bytes; above it the system cannot be expected to keep the files in memory either
+_STRETCH = 2**19  # bytes that lie together on the disk, so that it need not be searched for each row
 WINDOW = 128 * 2**20  # bytes of rows held and drawn from at a time, from 256 such places
-SPREAD = 0.05  # of the mean deviation, added to each: features that hardly vary are not blown up
+_SPREAD = 0.05  # of the mean deviation, added to each: features that hardly vary are not blown up
 
 
 class FeatureSource(Protocol):
@@ -71,7 +71,7 @@ def fit_standardiser(blocks: Iterator[Tensor]) -> Standardiser:
         count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
     mean = total / count
     deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
-    return Standardiser(mean.float(), (deviation + SPREAD * deviation.mean() + 1e-6).float())
+    return Standardiser(mean.float(), (deviation + _SPREAD * deviation.mean() + 1e-6).float())
 
 
 class CachedSource:
@@ -83,11 +83,11 @@ class CachedSource:
         self.rows = len(views[0])
         row = 2 * views[0].shape[1]
         size = row * sum(len(view) for view in self.views)
-        small = size <= min(IN_MEMORY, memory.for_rows())
-        self.table = whole(self.views) if small else None  # (views * N, D): view after view
-        large = size > STREAMED  # whatever the limit on memory: the order of an epoch is the recipe's
+        small = size <= min(_IN_MEMORY, memory.for_rows())
+        self.table = _whole(self.views) if small else None  # (views * N, D): view after view
+        large = size > _STREAMED  # whatever the limit on memory: the order of an epoch is the recipe's
         # Rows that lie together, and rows of a window: what the order of an epoch keeps to, see `training.epoch_order`.
-        self.stretch = (max(1, STRETCH // row), max(1, WINDOW // row)) if large else None
+        self.stretch = (max(1, _STRETCH // row), max(1, WINDOW // row)) if large else None
 
     def batches(self, order: RowIndices, batch_size: int, views: Views | None) -> Iterator[Tensor]:
         """(b, D) float32; see `training.Source`."""
@@ -133,7 +133,7 @@ class CachedSource:
         return out
 
 
-def whole(views: Sequence[Features]) -> Tensor:
+def _whole(views: Sequence[Features]) -> Tensor:
     """All rows of all views in memory, (views * N, D) float16."""
     table = torch.empty(sum(len(view) for view in views), views[0].shape[1], dtype=torch.float16)
     start = 0
@@ -144,7 +144,7 @@ def whole(views: Sequence[Features]) -> Tensor:
     return table
 
 
-class Viewed(Dataset[Tensor]):
+class _Viewed(Dataset[Tensor]):
     """Rows of a GarmentDataset in this order, each in its view; all as they are where `names` is None."""
 
     def __init__(self, dataset: GarmentDataset, order: RowIndices, names: Sequence[str] | None) -> None:
@@ -182,7 +182,7 @@ class OnTheFlySource:
         # A generator of its own: a loader draws from torch's global one, which would shift the dropout that follows.
         own = torch.Generator().manual_seed(0)
         names = None if views is None else [self.names[int(view)] for view in views]
-        shown = Viewed(self.dataset, order, names)
+        shown = _Viewed(self.dataset, order, names)
         loader: DataLoader[Any] = DataLoader(shown, batch_size=batch_size, generator=own)
         for x in loader:
             yield self.standardise(self._features(x))

@@ -5,9 +5,9 @@ from numpy.typing import NDArray
 
 from attire.data import synthetic
 
-VIEWS = ("plain", "flip", "negative")  # as it is, mirrored, black on white
+_VIEWS = ("plain", "flip", "negative")  # as it is, mirrored, black on white
 DRAWN, STRANGE = (f"{name}{synthetic.VERSION}" for name in ("drawing", "outlier"))  # see synthetic.py
-SHIFTS = ((0, -2), (0, 2), (-2, 0), (2, 0), (-1, -1), (1, 1), (-1, 1), (1, -1))  # (down, right), of 28 px
+_SHIFTS = ((0, -2), (0, 2), (-2, 0), (2, 0), (-1, -1), (1, 1), (-1, 1), (1, -1))  # (down, right), of 28 px
 
 
 def seen(images: NDArray[np.uint8], view: str) -> NDArray[np.uint8]:
@@ -41,14 +41,14 @@ def shift_of(view: str) -> tuple[int, int] | None:
 def view_names(flips: bool, shifts: int, drawn: bool = False, strange: bool = False) -> tuple[str, ...]:
     """The views that training draws from, in the order of their numbers: as it is, mirrored, then shifted ones, drawn
     ones, and last what is none of the classes."""
-    names = ["plain", *(f"shift{down:+d}{right:+d}" for down, right in SHIFTS[:shifts]), *([DRAWN] if drawn else [])]
+    names = ["plain", *(f"shift{down:+d}{right:+d}" for down, right in _SHIFTS[:shifts]), *([DRAWN] if drawn else [])]
     found = [name for base in names for name in ([base, mirrored(base)] if flips else [base])]
     return (*found, STRANGE) if strange else tuple(found)
 
 
 def answer_views(count: int) -> tuple[str, ...]:
     """The first `count` views, those that are averaged for an answer: plain, mirrored, then left, right, up, down."""
-    return view_names(True, len(SHIFTS))[:count]
+    return view_names(True, len(_SHIFTS))[:count]
 
 
 def mirrored(view: str) -> str:

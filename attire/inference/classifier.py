@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     import torchvision
 
 
-SCHEMA = 1
-BATCH_PIXELS = 400_000  # pictures a forward pass: bounded memory for any number of images
+_SCHEMA = 1
+_BATCH_PIXELS = 400_000  # pictures a forward pass: bounded memory for any number of images
 CANNOT_REJECT = "this bundle cannot tell what is none of its classes"
 TRAIN_AGAIN = "train it again, with 200 images or more"
-STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # of weights on disk
+_STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # of weights on disk
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Classifier:
 
     def _features(self, images: NDArray[np.uint8], view: str = "plain") -> Iterator[Tensor]:
         """(b, D) float32 on the device, a batch at a time: what torchvision's `forward` hands to its classifier."""
-        step = max(1, BATCH_PIXELS // self.architecture.image_size**2)
+        step = max(1, _BATCH_PIXELS // self.architecture.image_size**2)
         for start in range(0, len(images), step):
             seen = features_views.seen(images[start : start + step], view)
             x = vgg.preprocess(seen, self.architecture.image_size)
@@ -188,7 +188,7 @@ class Classifier:
         body = save(self._stored(dtype) | (self.ood_detector.tensors() if self.ood_detector else {}), {"format": "pt"})
         stored = self.neighbours.encoded() if self.neighbours else None
         about = {
-            "schema": SCHEMA,
+            "schema": _SCHEMA,
             "classes": list(self.classes),
             "architecture": {
                 **self.architecture.__dict__,
@@ -210,11 +210,11 @@ class Classifier:
         files.write_json(folder / ABOUT, sealed)
 
     def _stored(self, dtype: str) -> dict[str, Tensor]:
-        if dtype not in STORED:
-            raise UsageError("dtype", f"expected {', '.join(STORED)}, found {dtype!r}")
+        if dtype not in _STORED:
+            raise UsageError("dtype", f"expected {', '.join(_STORED)}, found {dtype!r}")
         kept = {}
         for name, value in self.model.state_dict().items():
-            kept[name] = value.detach().float().cpu().to(STORED[dtype]).contiguous()
+            kept[name] = value.detach().float().cpu().to(_STORED[dtype]).contiguous()
             if not torch.isfinite(kept[name]).all():
                 raise AttireError(name, f"too large for {dtype}", do="save it as float32 or bfloat16")
         return kept
@@ -226,8 +226,8 @@ def load_bundle(folder: str | Path | None = None, device: str = "auto") -> Class
     Raises AttireError for anything that is not sound.
     """
     folder = find_bundle(folder)
-    about = read_about(folder / ABOUT)
-    tensors = read_tensors(folder / WEIGHTS, about["sha256"])
+    about = _read_about(folder / ABOUT)
+    tensors = _read_tensors(folder / WEIGHTS, about["sha256"])
     architecture = Architecture(**{**about["architecture"], "hidden": tuple(about["architecture"]["hidden"])})
     network = {name: value for name, value in tensors.items() if not name.startswith(out_of_distribution.PREFIX)}
     model = assemble(architecture, len(about["classes"]), network, folder)
@@ -240,18 +240,18 @@ def load_bundle(folder: str | Path | None = None, device: str = "auto") -> Class
     return Classifier(model, architecture, about["classes"], hot, about["facts"], where, ood_detector, near)
 
 
-def read_about(path: Path) -> dict[str, Any]:
+def _read_about(path: Path) -> dict[str, Any]:
     """`model.json`, checked: its schema, its seal, its preprocessing, its values."""
     about = files.read_json(path)
     schema = about.get("schema")
-    if isinstance(schema, int) and schema > SCHEMA:
+    if isinstance(schema, int) and schema > _SCHEMA:
         raise AttireError(
-            path, f"made by a newer Attire (schema {schema}, this one reads {SCHEMA})", do="update attire"
+            path, f"made by a newer Attire (schema {schema}, this one reads {_SCHEMA})", do="update attire"
         )
-    if not is_sealed(about):
+    if not _is_sealed(about):
         raise AttireError(path, "not one of ours, or changed after it was written", do="use a fresh copy")
     try:
-        if schema != SCHEMA:
+        if schema != _SCHEMA:
             raise ValueError(f"schema {schema!r}")
         if about["preprocess"]["version"] != vgg.PREPROCESS_VERSION:
             raise AttireError(path, "its preprocessing is of another version than this Attire's", do="train it again")
@@ -265,7 +265,7 @@ def read_about(path: Path) -> dict[str, Any]:
     return about
 
 
-def is_sealed(about: dict[str, Any]) -> bool:
+def _is_sealed(about: dict[str, Any]) -> bool:
     try:
         body = files.canonical_json({key: value for key, value in about.items() if key != "seal"})
     except ValueError:  # NaN or infinity, which `save` never writes
@@ -273,7 +273,7 @@ def is_sealed(about: dict[str, Any]) -> bool:
     return bool(about.get("seal") == files.sha256(body))
 
 
-def read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
+def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -296,9 +296,9 @@ def assemble(architecture: Architecture, classes: int, tensors: dict[str, Tensor
     for name, value in sorted(tensors.items()):
         if value.shape != wanted[name].shape:
             raise AttireError(where, f"tensor {name} is {tuple(value.shape)}, expected {tuple(wanted[name].shape)}")
-        if value.dtype not in STORED.values():
+        if value.dtype not in _STORED.values():
             found = str(value.dtype).removeprefix("torch.")
-            raise AttireError(where, f"tensor {name} is {found}, expected {', '.join(STORED)}")
+            raise AttireError(where, f"tensor {name} is {found}, expected {', '.join(_STORED)}")
         if not torch.isfinite(value).all():
             raise AttireError(where, f"tensor {name} holds NaN or infinity", do="use a fresh copy")
     model.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)

@@ -77,14 +77,14 @@ def open_ensemble(what: Sequence[str | Path], device: str = "auto") -> Ensemble:
     """
     paths, expected = [Path(part) for part in what], None
     if len(paths) == 1 and paths[0].is_file() and paths[0].name != ABOUT:
-        paths, expected = read_members(paths[0])
+        paths, expected = _read_members(paths[0])
     folders = tuple(find_bundle(path) for path in paths)
     found = Ensemble(tuple(load_bundle(folder, device) for folder in folders), folders)
-    check_digests(found, expected or found.digests)
+    _check_digests(found, expected or found.digests)
     return found
 
 
-def read_members(path: Path) -> tuple[list[Path], tuple[str, ...]]:
+def _read_members(path: Path) -> tuple[list[Path], tuple[str, ...]]:
     value = files.read_json(path)
     try:
         if value["kind"] != KIND or value["schema"] != 1:
@@ -94,7 +94,7 @@ def read_members(path: Path) -> tuple[list[Path], tuple[str, ...]]:
         raise AttireError(path, "not a file that `attire ensemble` wrote", str(error)[:80]) from error
 
 
-def check_digests(found: Ensemble, expected: Sequence[str]) -> None:
+def _check_digests(found: Ensemble, expected: Sequence[str]) -> None:
     for folder, digest, wanted in zip(found.bundles, found.digests, expected, strict=True):
         if digest != wanted:
             what = f"changed since it was named: digest {digest[:12]}, expected {wanted[:12]}"
@@ -122,7 +122,7 @@ def cached_probabilities(
     the bundle's, whatever the views.
     """
     names = tuple(views) or classifier.architecture.views
-    parts = [bundle_features(classifier, data, view, backend, progress or NoProgress()) for view in names]
+    parts = [_bundle_features(classifier, data, view, backend, progress or NoProgress()) for view in names]
     source, head = CachedSource(*parts, names=names), behind(classifier)
     logits = predict_logits(head, source, np.arange(len(data)), 1024, range(len(names))).numpy()
     return calibration.softmax(logits, classifier.temperature)
@@ -149,14 +149,16 @@ def below(classifier: Classifier) -> Any:
     return part.eval()
 
 
-def bundle_features(
+def _bundle_features(
     classifier: Classifier, data: ImageDataset, view: str, backend: str, progress: Progress
 ) -> cache.Features:
     """Features of all images in this view at the bundle's freeze boundary, by the bundle's own backbone."""
     about, backbone = classifier.architecture, below(classifier)
     precision, backend = choose_backbone(about.freeze_to, backend, "auto", classifier.device)
     pool = 0 if about.finetune_blocks else about.pool
-    spec = FeatureSpec(about.freeze_to, about.image_size, pool, backbone_digest(classifier), precision, backend=backend)
+    spec = FeatureSpec(
+        about.freeze_to, about.image_size, pool, _backbone_digest(classifier), precision, backend=backend
+    )
     told = "Features" if view == "plain" else f"Features  {view}"
 
     def load_backbone() -> cache.Backbone:
@@ -168,7 +170,7 @@ def bundle_features(
     return cache.extract(data.images, data.image_digest, replace(spec, view=view), load_backbone, advance)
 
 
-def backbone_digest(classifier: Classifier) -> str:
+def _backbone_digest(classifier: Classifier) -> str:
     if told := classifier.facts.get("backbone", ""):
         return str(told)
     end = ENDS[classifier.architecture.freeze_to]

@@ -24,9 +24,9 @@ from attire.storage import files
 from attire.storage.formats import is_folder, is_text, name_format
 from attire.storage.stores import is_url
 
-STDIN = "-"
-THREADS = 2  # one reads a file while another decodes
-AHEAD = 256  # pictures waiting, 784 bytes each
+_STDIN = "-"
+_THREADS = 2  # one reads a file while another decodes
+_AHEAD = 256  # pictures waiting, 784 bytes each
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,20 +38,20 @@ class PictureInput:
     picture: Path | bytes | None = None
 
 
-Reading = Generator[PictureInput | AttireError, None, None]
+_Reading = Generator[PictureInput | AttireError, None, None]
 
 
 def expand(arguments: Iterable[str], globs: bool = True) -> Iterator[str | AttireError]:
     """Every file that the arguments name: themselves, pictures below folders, what matches a pattern."""
     for argument in arguments:
         path = Path(argument)
-        if argument == STDIN and globs:
+        if argument == _STDIN and globs:
             yield argument
         elif is_url(argument):
             do = "Parquet files may lie elsewhere, with --out; fetch others first"
             yield AttireError(argument, "a URL, expected a file", do=do)
         elif is_folder(path):
-            yield from below(path)
+            yield from _below(path)
         elif globs and glob.has_magic(argument) and not os.path.lexists(path):
             matches = sorted(glob.iglob(argument, recursive=True))  # noqa: PTH207  (absolute patterns too)
             yield from expand(matches, globs=False) if matches else [AttireError(path, "no file matches the pattern")]
@@ -59,7 +59,7 @@ def expand(arguments: Iterable[str], globs: bool = True) -> Iterator[str | Attir
             yield argument
 
 
-def below(folder: Path) -> Iterator[str | AttireError]:
+def _below(folder: Path) -> Iterator[str | AttireError]:
     """The pictures of a folder and of those in it, by name, hidden ones left out."""
     refused: list[OSError] = []
     empty = True
@@ -74,31 +74,31 @@ def below(folder: Path) -> Iterator[str | AttireError]:
         yield AttireError(folder, "no pictures in this folder", do=SHOULD)
 
 
-def read_ahead(found: Iterator[str | AttireError], classes: Sequence[str]) -> Reading:
+def read_ahead(found: Iterator[str | AttireError], classes: Sequence[str]) -> _Reading:
     """The images of these files in their order, pictures read by threads some way ahead; an error takes its place."""
     waiting: deque[Future[PictureInput | AttireError] | Callable[[], Iterator[PictureInput | AttireError]]] = deque()
-    pool = ThreadPoolExecutor(THREADS, "read")
+    pool = ThreadPoolExecutor(_THREADS, "read")
     try:
         for source in found:
             if isinstance(source, AttireError):
                 waiting.append(partial(iter, (source,)))
-            elif source == STDIN:
-                waiting.append(partial(read_stdin, classes))
+            elif source == _STDIN:
+                waiting.append(partial(_read_stdin, classes))
             elif source.lower().endswith(".csv"):
-                waiting.append(partial(read_rows, source, source, classes))  # when its turn comes: it may be large
+                waiting.append(partial(_read_rows, source, source, classes))  # when its turn comes: it may be large
             elif source.lower().endswith(".parquet"):
-                waiting.append(partial(read_parquet, source))
+                waiting.append(partial(_read_parquet, source))
             else:
-                waiting.append(pool.submit(read_file, source))
-            if len(waiting) >= AHEAD:
-                yield from next_of(waiting)
+                waiting.append(pool.submit(_read_file, source))
+            if len(waiting) >= _AHEAD:
+                yield from _next_of(waiting)
         while waiting:
-            yield from next_of(waiting)
+            yield from _next_of(waiting)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def next_of(waiting: deque[Any]) -> Iterator[PictureInput | AttireError]:
+def _next_of(waiting: deque[Any]) -> Iterator[PictureInput | AttireError]:
     first = waiting.popleft()
     if isinstance(first, Future):
         yield first.result()
@@ -106,26 +106,26 @@ def next_of(waiting: deque[Any]) -> Iterator[PictureInput | AttireError]:
         yield from first()
 
 
-def read_file(source: str) -> PictureInput | AttireError:
+def _read_file(source: str) -> PictureInput | AttireError:
     try:
         return PictureInput(source, read_picture(Path(source)), Path(source))
     except AttireError as error:
         return error
 
 
-def read_rows(path: str, name: str, classes: Sequence[str]) -> Iterator[PictureInput | AttireError]:
+def _read_rows(path: str, name: str, classes: Sequence[str]) -> Iterator[PictureInput | AttireError]:
     """Each row of a CSV file, called by its line in the file."""
     from attire.data.loading import read_csv_images
 
     try:
         images = read_csv_images(path, classes)
     except AttireError as error:
-        yield error if name == path else renamed(error)
+        yield error if name == path else _renamed(error)
         return
     yield from (PictureInput(f"{name}:{line}", image) for line, image in enumerate(images, 2))  # after the header
 
 
-def read_parquet(path: str) -> Iterator[PictureInput | AttireError]:
+def _read_parquet(path: str) -> Iterator[PictureInput | AttireError]:
     """Each row of a Parquet file, called by its number in the file; a bad one is an error in its place."""
     from attire.data import parquet
 
@@ -141,7 +141,7 @@ def read_parquet(path: str) -> Iterator[PictureInput | AttireError]:
         yield error
 
 
-def read_stdin(classes: Sequence[str]) -> Iterator[PictureInput | AttireError]:
+def _read_stdin(classes: Sequence[str]) -> Iterator[PictureInput | AttireError]:
     """A picture or a table, whichever its first bytes are; kept on disk meanwhile."""
     with tempfile.TemporaryDirectory(prefix="attire-") as folder:
         path = Path(folder) / "stdin"
@@ -150,13 +150,13 @@ def read_stdin(classes: Sequence[str]) -> Iterator[PictureInput | AttireError]:
         with path.open("rb") as file:
             head = file.read(4096)
         if head and is_text(head) and name_format(head) in ("", "UTF-16 text"):
-            yield from read_rows(str(path), STDIN, classes)
+            yield from _read_rows(str(path), _STDIN, classes)
             return
         try:
-            yield PictureInput(STDIN, read_picture(path), path.read_bytes())
+            yield PictureInput(_STDIN, read_picture(path), path.read_bytes())
         except AttireError as error:
-            yield renamed(error)
+            yield _renamed(error)
 
 
-def renamed(error: AttireError) -> AttireError:
+def _renamed(error: AttireError) -> AttireError:
     return AttireError("standard input", error.what, error.where, error.do)

@@ -18,10 +18,10 @@ from attire.errors import AttireError
 from attire.storage import files
 
 FILE = "neighbours.safetensors"
-ROWS = 5000  # training images; 3.9 MB of pixels. docs/results.md, Explanations, has fewer and more beside them
-WIDTH = 64  # components kept of the hidden layer, 16 bits each
+_ROWS = 5000  # training images; 3.9 MB of pixels. docs/results.md, Explanations, has fewer and more beside them
+_WIDTH = 64  # components kept of the hidden layer, 16 bits each
 NEAREST = 5
-DTYPES = {
+_DTYPES = {
     "images": torch.uint8,
     "labels": torch.int32,
     "points": torch.float16,
@@ -59,7 +59,7 @@ class Neighbours:
         """For each hidden layer (m, D) the nearest stored images, nearest first; fewer where fewer are stored."""
         with torch.inference_mode():
             gaps = torch.cdist(
-                project(hidden.cpu(), self.centre, self.axes),
+                _project(hidden.cpu(), self.centre, self.axes),
                 self.points.float(),
                 compute_mode="donot_use_mm_for_euclid_dist",  # the product's rounding would hide a distance of 0
             )
@@ -72,21 +72,21 @@ class Neighbours:
 
     def encoded(self) -> bytes:
         """The bytes of `neighbours.safetensors`."""
-        return save({name: getattr(self, name).contiguous() for name in DTYPES})
+        return save({name: getattr(self, name).contiguous() for name in _DTYPES})
 
 
-def project(hidden: Tensor, centre: Tensor, axes: Tensor) -> Tensor:
+def _project(hidden: Tensor, centre: Tensor, axes: Tensor) -> Tensor:
     """Points (m, d) of hidden layers (m, D), rounded to the 16 bits that are stored."""
     return F.normalize((hidden.float() - centre) @ axes).half().float()
 
 
 def choose_neighbour_rows(rows: RowIndices, labels: NDArray[np.int64], seed: int) -> RowIndices:
     """Which of the training rows are stored: ROWS of them, each class with its share; all where there are no more."""
-    if len(rows) <= ROWS:
+    if len(rows) <= _ROWS:
         return rows
     counts = np.unique(labels[rows], return_counts=True)[1]
-    stratify = counts.min() >= 2 and len(counts) <= min(ROWS, len(rows) - ROWS)
-    _, part = split_indices(labels[rows], ROWS, seed, bool(stratify))
+    stratify = counts.min() >= 2 and len(counts) <= min(_ROWS, len(rows) - _ROWS)
+    _, part = split_indices(labels[rows], _ROWS, seed, bool(stratify))
     return rows[part]
 
 
@@ -96,8 +96,8 @@ def fit(hidden: Tensor, images: NDArray[np.uint8], labels: NDArray[np.int64]) ->
     centre = hidden.mean(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the components are found from random directions
-        _, _, axes = torch.pca_lowrank(hidden - centre, min(WIDTH, *hidden.shape), center=False, niter=4)  # (D, d)
-    points = project(hidden, centre, axes).half()
+        _, _, axes = torch.pca_lowrank(hidden - centre, min(_WIDTH, *hidden.shape), center=False, niter=4)  # (D, d)
+    points = _project(hidden, centre, axes).half()
     pixels, numbers = torch.from_numpy(np.array(images)), torch.from_numpy(labels.astype(np.int32))
     return Neighbours(pixels, numbers, points, centre, axes.contiguous())
 
@@ -130,13 +130,13 @@ def read(folder: Path, about: Any, classes: int, width: int) -> Neighbours | Non
         tensors = load(data)
     except SafetensorError as error:
         raise AttireError(path, "not a safetensors file", str(error)[:80]) from error
-    return checked(tensors, classes, width, path)
+    return _checked(tensors, classes, width, path)
 
 
-def checked(tensors: dict[str, Tensor], classes: int, width: int, path: Path) -> Neighbours:
+def _checked(tensors: dict[str, Tensor], classes: int, width: int, path: Path) -> Neighbours:
     """Names a tensor that is missing, extra, misshapen, of another type, not finite, or a label of no class."""
-    for name in sorted(set(DTYPES) ^ set(tensors)):
-        raise AttireError(path, f"tensor {name} is {'missing' if name in DTYPES else 'not part of this file'}")
+    for name in sorted(set(_DTYPES) ^ set(tensors)):
+        raise AttireError(path, f"tensor {name} is {'missing' if name in _DTYPES else 'not part of this file'}")
     count, depth = [*tensors["images"].shape, 0][0], [*tensors["points"].shape, 0, 0][1]
     shapes = {
         "images": (count, 28, 28),
@@ -147,8 +147,8 @@ def checked(tensors: dict[str, Tensor], classes: int, width: int, path: Path) ->
     }
     for name, value in sorted(tensors.items()):
         found = f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-        if tuple(value.shape) != shapes[name] or value.dtype != DTYPES[name]:
-            wanted = f"{shapes[name]} {str(DTYPES[name]).removeprefix('torch.')}"
+        if tuple(value.shape) != shapes[name] or value.dtype != _DTYPES[name]:
+            wanted = f"{shapes[name]} {str(_DTYPES[name]).removeprefix('torch.')}"
             raise AttireError(path, f"tensor {name} is {found}, expected {wanted}")
         if not torch.isfinite(value).all():
             raise AttireError(path, f"tensor {name} holds NaN or infinity", do="use a fresh copy")

@@ -15,15 +15,15 @@ from attire.errors import AttireError
 from attire.evaluation.intervals import wilson
 from attire.features.sources import Standardiser
 
-FALSE_REJECTS = 0.05  # share of garments that may be turned away; the threshold is set for it
-SHRINKAGE = 0.1  # 0.01 rejected the same strangers (docs/log.md, Reject); more is safer where training rows are few
-FIT_ROWS = 5000  # with 55,000 rows, or with 200, the shares rejected differed by less than a point
-BATCH = 512  # rows pooled at a time
+_FALSE_REJECTS = 0.05  # share of garments that may be turned away; the threshold is set for it
+_SHRINKAGE = 0.1  # 0.01 rejected the same strangers (docs/log.md, Reject); more is safer where training rows are few
+_FIT_ROWS = 5000  # with 55,000 rows, or with 200, the shares rejected differed by less than a point
+_BATCH = 512  # rows pooled at a time
 TENSORS = ("centre", "means", "whiten")
 PREFIX = "ood."
 
 
-class Source(Protocol):
+class _Source(Protocol):
     """Features in batches (b, D), and what they were standardised with."""
 
     @property
@@ -51,7 +51,7 @@ class OODDetector:
     means: Tensor
     threshold: float
     rows: int
-    rate: float = FALSE_REJECTS
+    rate: float = _FALSE_REJECTS
     doubt: float = 0.0
 
     def distances(self, features: Tensor, probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -112,7 +112,7 @@ def doubted(distances: Tensor, probabilities: Tensor, doubt: float) -> Tensor:
     return distances - doubt * probabilities.amax(1).log() if doubt else distances
 
 
-def fit_classes(x: Tensor, labels: Tensor, shrinkage: float = SHRINKAGE) -> tuple[Tensor, Tensor, Tensor]:
+def _fit_classes(x: Tensor, labels: Tensor, shrinkage: float = _SHRINKAGE) -> tuple[Tensor, Tensor, Tensor]:
     """Centre (C,), whitening (C, C) and whitened class means (K, C), float32, of pooled rows (n, C) with labels (n,).
 
     The covariance within classes is shrunk towards a multiple of the identity (Ledoit and Wolf 2004) and inverted by
@@ -130,7 +130,7 @@ def fit_classes(x: Tensor, labels: Tensor, shrinkage: float = SHRINKAGE) -> tupl
     return centre.float(), whiten.float(), means[means.isfinite().all(1)].float()
 
 
-def find_threshold(distances: NDArray[np.floating[Any]], rate: float = FALSE_REJECTS) -> float | None:
+def _find_threshold(distances: NDArray[np.floating[Any]], rate: float = _FALSE_REJECTS) -> float | None:
     """The distance that a further garment exceeds with a probability of at most `rate`; None where rows are too few.
 
     Split conformal (Vovk et al. 2005): of n distances the one of rank ceil((n + 1)(1 - rate)), which wants 19 rows for
@@ -149,15 +149,15 @@ def share_rows(train: RowIndices, val: RowIndices, seed: int) -> tuple[RowIndice
     order = np.random.default_rng(seed).permutation(train)
     held = val if len(val) else order[: len(order) // 10]
     rest = order if len(val) else order[len(order) // 10 :]
-    return np.sort(rest[:FIT_ROWS]), np.sort(held[:FIT_ROWS])
+    return np.sort(rest[:_FIT_ROWS]), np.sort(held[:_FIT_ROWS])
 
 
-def pooled_rows(source: Source, rows: RowIndices, channels: int, view: int = 0) -> Tensor:
+def _pooled_rows(source: _Source, rows: RowIndices, channels: int, view: int = 0) -> Tensor:
     """`pooled` of these rows (n, C) in the view of this number; whatever scaling `fit` uses."""
     parts = []
-    for start in range(0, len(rows), BATCH):
-        part = rows[start : start + BATCH]
-        for x in source.batches(part, BATCH, np.full(len(part), view)):
+    for start in range(0, len(rows), _BATCH):
+        part = rows[start : start + _BATCH]
+        for x in source.batches(part, _BATCH, np.full(len(part), view)):
             parts.append(pooled(source.standardise.undo(x), channels))
     return torch.cat(parts) if parts else torch.empty(0, channels)
 
@@ -178,35 +178,35 @@ class Fitting:
 
 
 def fit(
-    source: Source, labels: NDArray[np.int64], rows: tuple[RowIndices, RowIndices], channels: int, how: Fitting
+    source: _Source, labels: NDArray[np.int64], rows: tuple[RowIndices, RowIndices], channels: int, how: Fitting
 ) -> OODDetector | None:
     """A OODDetector from `share_rows`' two parts; None where there are too few rows for a threshold."""
     fitted, held = rows
     if not len(fitted):
         return None
-    parts = [pooled_rows(source, fitted, channels, view) for view in how.views]
-    told = fit_classes(torch.cat(parts), torch.from_numpy(np.tile(labels[fitted], len(parts))))
-    x = torch.cat([pooled_rows(source, held, channels, view) for view in how.held])
+    parts = [_pooled_rows(source, fitted, channels, view) for view in how.views]
+    told = _fit_classes(torch.cat(parts), torch.from_numpy(np.tile(labels[fitted], len(parts))))
+    x = torch.cat([_pooled_rows(source, held, channels, view) for view in how.held])
     sure, doubt = torch.ones(len(x), 1), 0.0
     if how.doubts and len(held):
         sure = torch.from_numpy(np.concatenate([how.answers(held, view) for view in how.held]))
-        doubt = find_doubt(nearest(x, *told), sure)
+        doubt = _find_doubt(nearest(x, *told), sure)
     ood_detector = OODDetector(*told, 0.0, len(x), doubt=doubt)
-    threshold = find_threshold(ood_detector.of(x, sure))
+    threshold = _find_threshold(ood_detector.of(x, sure))
     return None if threshold is None else replace(ood_detector, threshold=threshold)
 
 
-def find_doubt(distances: Tensor, probabilities: Tensor) -> float:
+def _find_doubt(distances: Tensor, probabilities: Tensor) -> float:
     """The weight that lets distance (n,) and -ln of the largest probability spread alike among garments."""
     surprise = probabilities.amax(1).log()
     return float(distances.std() / surprise.std().clamp_min(1e-3))
 
 
 def evaluate_ood(
-    ood_detector: OODDetector, source: Source, rows: RowIndices, probabilities: NDArray[np.floating[Any]]
+    ood_detector: OODDetector, source: _Source, rows: RowIndices, probabilities: NDArray[np.floating[Any]]
 ) -> dict[str, Any]:
     """How many of these rows, garments all, are turned away, answered with these probabilities (n, K): the "reject"
     block of metrics.json."""
-    x = pooled_rows(source, rows, len(ood_detector.centre))
+    x = _pooled_rows(source, rows, len(ood_detector.centre))
     found = ood_detector.of(x, torch.from_numpy(probabilities.astype(np.float32))) > ood_detector.threshold
     return {**ood_detector.about(), "test": wilson(int(found.sum()), len(found)).to_json()}

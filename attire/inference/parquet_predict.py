@@ -31,28 +31,28 @@ from attire.storage import files
 from attire.storage.stores import StorageLocation, is_url, place
 from attire.version import __version__
 
-PART_ROWS = 8192  # rows of a part, which a killed process loses at most: 15 s of work at 550 pictures a second
-SHOWN = 20  # bad rows told one by one; of more, their number
-MARK = b"attire"  # in the metadata of each part and of the result: whose answers these are, and how many are missing
-MANIFEST = "MANIFEST.json"
-TOP = pa.list_(pa.struct([("label", pa.string()), ("probability", pa.float32())]))
-ANSWERS = pa.schema(
+_PART_ROWS = 8192  # rows of a part, which a killed process loses at most: 15 s of work at 550 pictures a second
+_SHOWN = 20  # bad rows told one by one; of more, their number
+_MARK = b"attire"  # in the metadata of each part and of the result: whose answers these are, and how many are missing
+_MANIFEST = "MANIFEST.json"
+_TOP = pa.list_(pa.struct([("label", pa.string()), ("probability", pa.float32())]))
+_ANSWERS = pa.schema(
     [
         ("predicted", pa.string()),
         ("probability", pa.float32()),
         ("out_of_distribution", pa.bool_()),
         ("distance", pa.float32()),
-        ("top", TOP),
+        ("top", _TOP),
         ("error", pa.string()),
     ]
 )
 
-ProgressCallback = Callable[[int, int], None]  # (rows answered, rows in all)
-Complain = Callable[[str], None]
+_ProgressCallback = Callable[[int, int], None]  # (rows answered, rows in all)
+_Complain = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Done:
+class _Done:
     """What became of all rows: how many, and how many of them have an error instead of an answer."""
 
     out: str
@@ -70,7 +70,7 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Work:
+class _Work:
     """What is to be answered, and by whom: the rows of `sources` one after another, in parts."""
 
     sources: Sequence[ParquetSource]
@@ -89,20 +89,20 @@ class Work:
 
     @property
     def parts(self) -> int:
-        return max(1, -(-self.rows // PART_ROWS))  # one of no rows where there are none
+        return max(1, -(-self.rows // _PART_ROWS))  # one of no rows where there are none
 
     def part_rows(self, index: int) -> int:
-        return min(PART_ROWS, self.rows - index * PART_ROWS)
+        return min(_PART_ROWS, self.rows - index * _PART_ROWS)
 
     @cached_property
     def kept(self) -> Any:
         """The columns of the input that go into the output; AttireError where the files do not agree on them."""
-        found = [kept_schema(source) for source in self.sources]
+        found = [_kept_schema(source) for source in self.sources]
         for source, schema in zip(self.sources, found, strict=True):
             if schema != found[0]:
                 raise AttireError(source, f"its columns are not those of {self.sources[0]}")
             for name in schema.names:
-                if name in ANSWERS.names:
+                if name in _ANSWERS.names:
                     raise AttireError(source, f"has a column {name}, which is one of the answers'", do="rename it")
         return found[0]
 
@@ -111,12 +111,12 @@ class Work:
         """Digest of all that decides the answers: parts of other work are not taken for its own."""
         inputs = [[str(source), source.rows, source.version] for source in self.sources]
         by = {"model": self.digest, "kind": type(self.model).__name__, "attire": __version__}
-        about = {**by, "inputs": inputs, "top": self.top, "part_rows": PART_ROWS}
+        about = {**by, "inputs": inputs, "top": self.top, "part_rows": _PART_ROWS}
         return files.sha256(files.canonical_json(about))[:32]
 
     def schema(self, errors: int) -> Any:
         note = json.dumps({"mark": self.mark, "errors": errors})
-        return pa.schema([*self.kept, *ANSWERS], metadata={MARK: note})
+        return pa.schema([*self.kept, *_ANSWERS], metadata={_MARK: note})
 
 
 def predict(
@@ -126,9 +126,9 @@ def predict(
     digest: str,
     *,
     top: int = 3,
-    progress: ProgressCallback = lambda done, total: None,
-    complain: Complain = lambda line: None,
-) -> Done:
+    progress: _ProgressCallback = lambda done, total: None,
+    complain: _Complain = lambda line: None,
+) -> _Done:
     """Answer every row of the Parquet files that `where` names; `out` is a Parquet file, else a folder of parts.
 
     Both may be URLs. digest: of the model, see `model_digest`. complain: is given a line for each of the first bad
@@ -136,26 +136,26 @@ def predict(
     input or is in the way at `out`, Stopped after Ctrl-C: then the same call goes on.
     """
     began = time.perf_counter()
-    work = Work(sources(where), model, digest, min(top, len(model.classes)))
+    work = _Work(sources(where), model, digest, min(top, len(model.classes)))
     work.schema(0)  # which looks at every file, before anything is written
     whole = str(out).lower().endswith(SUFFIX)
     at = place(f"{out}.parts" if whole else out)
     with ExitStack() as held:
-        if whole and (errors := finished(out, work)) is not None:
-            return Done(str(out), work.rows, errors, time.perf_counter() - began)
+        if whole and (errors := _finished(out, work)) is not None:
+            return _Done(str(out), work.rows, errors, time.perf_counter() - began)
         if at.folder:
-            held.enter_context(claimed(at.folder))
+            held.enter_context(_claimed(at.folder))
         try:
-            errors = answer_parts(work, at, progress, complain, began_empty=not whole)
+            errors = _answer_parts(work, at, progress, complain, began_empty=not whole)
         except KeyboardInterrupt:
             raise Stopped(str(out), "stopped; finished parts are kept", do="the same command goes on") from None
         if whole:
-            join(work, at, out, errors)
+            _join(work, at, out, errors)
         else:
-            at.write(MANIFEST, json.dumps({"rows": work.rows, "errors": errors, "parts": work.parts}).encode())
+            at.write(_MANIFEST, json.dumps({"rows": work.rows, "errors": errors, "parts": work.parts}).encode())
     if whole:
-        remove(at)
-    return Done(str(out), work.rows, errors, time.perf_counter() - began)
+        _remove(at)
+    return _Done(str(out), work.rows, errors, time.perf_counter() - began)
 
 
 def model_digest(path: Path | None) -> str:
@@ -165,7 +165,7 @@ def model_digest(path: Path | None) -> str:
     return files.sha256(files.canonical_json([[part.name, files.sha256_file(part)] for part in parts]))
 
 
-class claimed:  # noqa: N801  (used as a function)
+class _claimed:  # noqa: N801  (used as a function)
     """One process at a time in a folder of parts."""
 
     def __init__(self, folder: Path) -> None:
@@ -188,30 +188,30 @@ class claimed:  # noqa: N801  (used as a function)
 # Parts.
 
 
-def part_name(index: int) -> str:
+def _part_name(index: int) -> str:
     return f"part-{index:06d}{SUFFIX}"
 
 
-def answer_parts(
-    work: Work, at: StorageLocation, progress: ProgressCallback, complain: Complain, began_empty: bool
+def _answer_parts(
+    work: _Work, at: StorageLocation, progress: _ProgressCallback, complain: _Complain, began_empty: bool
 ) -> int:
     """Write every part that is not there; how many rows have an error, those of an earlier call included."""
     there = at.sizes()
     if began_empty:
-        refuse_others(work, at, there)
+        _refuse_others(work, at, there)
     errors = done = 0
     stream: Iterator[tuple[ParquetSource, int, Any]] | None = None
     progress(0, work.rows)
     with ThreadPoolExecutor(THREADS, "decode") as pool:
         for index in range(work.parts):
             count = work.part_rows(index)
-            found = errors_of(at, part_name(index), work, count) if part_name(index) in there else None
+            found = _errors_of(at, _part_name(index), work, count) if _part_name(index) in there else None
             if found is None:
-                stream = stream or aligned(work.sources, work.starts, index * PART_ROWS)
-                table, found = answered(work, pieces(stream, count), pool, complain if errors < SHOWN else None)
+                stream = stream or _aligned(work.sources, work.starts, index * _PART_ROWS)
+                table, found = _answered(work, _pieces(stream, count), pool, complain if errors < _SHOWN else None)
                 buffer = io.BytesIO()
-                write_table(buffer, table.cast(work.schema(found)))
-                at.write(part_name(index), buffer.getvalue())
+                _write_table(buffer, table.cast(work.schema(found)))
+                at.write(_part_name(index), buffer.getvalue())
             else:
                 stream = None
             errors, done = errors + found, done + count
@@ -219,7 +219,7 @@ def answer_parts(
     return errors
 
 
-def aligned(
+def _aligned(
     sources: Sequence[ParquetSource], starts: Sequence[int], first: int
 ) -> Iterator[tuple[ParquetSource, int, Any]]:
     """(source, number of its row from 1, record batch) from row `first` of all on, never over the end of a part."""
@@ -229,12 +229,12 @@ def aligned(
             continue
         for batch in source.batches(first=max(0, first - start)):
             while len(batch):
-                head = batch[: PART_ROWS - position % PART_ROWS]
+                head = batch[: _PART_ROWS - position % _PART_ROWS]
                 yield source, position - start + 1, head
                 batch, position = batch[len(head) :], position + len(head)
 
 
-def pieces(stream: Iterator[tuple[ParquetSource, int, Any]], count: int) -> Iterator[tuple[ParquetSource, int, Any]]:
+def _pieces(stream: Iterator[tuple[ParquetSource, int, Any]], count: int) -> Iterator[tuple[ParquetSource, int, Any]]:
     """So many rows of the stream."""
     while count:
         source, row, batch = next(stream)
@@ -242,69 +242,69 @@ def pieces(stream: Iterator[tuple[ParquetSource, int, Any]], count: int) -> Iter
         count -= len(batch)
 
 
-def answered(
-    work: Work, rows: Iterator[tuple[ParquetSource, int, Any]], pool: ThreadPoolExecutor, complain: Complain | None
+def _answered(
+    work: _Work, rows: Iterator[tuple[ParquetSource, int, Any]], pool: ThreadPoolExecutor, complain: _Complain | None
 ) -> tuple[Any, int]:
     """The table of a part and how many of its rows have an error."""
     seen: list[NDArray[np.uint8] | AttireError] = []
     kept = []
     for source, row, batch in rows:
         numbers = range(row, row + len(batch))
-        seen += pool.map(looked_at, image_bytes(batch), [source] * len(batch), numbers)
-        kept.append(keep(batch))
+        seen += pool.map(_looked_at, image_bytes(batch), [source] * len(batch), numbers)
+        kept.append(_keep(batch))
     images = [image for image in seen if not isinstance(image, AttireError)]
-    found = [each for start in range(0, len(images), BATCH) for each in ask(work.model, images[start : start + BATCH])]
+    found = [each for start in range(0, len(images), BATCH) for each in _ask(work.model, images[start : start + BATCH])]
     answers, lines, errors = iter(found), [], 0
     for image in seen:
         if isinstance(image, AttireError):
             errors += 1
-            if complain and errors <= SHOWN:
+            if complain and errors <= _SHOWN:
                 complain(str(image))
             what = AttireError("", image.what, image.where, image.do)
             lines.append({"error": str(what).removeprefix(": ")})
         else:
-            lines.append(line(next(answers), work.top))
+            lines.append(_line(next(answers), work.top))
     table = pa.Table.from_batches(kept, work.kept) if kept else work.kept.empty_table()
-    for name, column in zip(ANSWERS.names, pa.Table.from_pylist(lines, ANSWERS).columns, strict=True):
-        table = table.append_column(ANSWERS.field(name), column)
+    for name, column in zip(_ANSWERS.names, pa.Table.from_pylist(lines, _ANSWERS).columns, strict=True):
+        table = table.append_column(_ANSWERS.field(name), column)
     return table, errors
 
 
-def ask(model: Model, images: list[NDArray[np.uint8]]) -> list[Prediction]:
+def _ask(model: Model, images: list[NDArray[np.uint8]]) -> list[Prediction]:
     return model.predict(np.stack(images))
 
 
-def looked_at(data: bytes | None, source: ParquetSource, row: int) -> NDArray[np.uint8] | AttireError:
+def _looked_at(data: bytes | None, source: ParquetSource, row: int) -> NDArray[np.uint8] | AttireError:
     try:
         return prepared(data, source, row)
     except AttireError as error:
         return error
 
 
-def line(found: Prediction, top: int) -> dict[str, Any]:
+def _line(found: Prediction, top: int) -> dict[str, Any]:
     ranking = [{"label": label, "probability": p} for label, p in found.ranking[:top]]
     told = {"predicted": found.label, "probability": found.probability, "top": ranking}
     return {**told, "out_of_distribution": found.out_of_distribution, "distance": found.distance}
 
 
-def kept_schema(source: ParquetSource) -> Any:
+def _kept_schema(source: ParquetSource) -> Any:
     """The input's columns without the picture; with the path beside its bytes, where no other column is called so."""
     fields = [field for field in source.schema if field.name != IMAGE]
-    if has_path(source.schema):
+    if _has_path(source.schema):
         fields.insert(0, pa.field("path", pa.string()))
     return pa.schema([pa.field(field.name, field.type) for field in fields])
 
 
-def has_path(schema: Any) -> bool:
+def _has_path(schema: Any) -> bool:
     kind = schema.field(IMAGE).type
     return pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 and "path" not in schema.names
 
 
-def keep(batch: Any) -> Any:
+def _keep(batch: Any) -> Any:
     """A record batch in the form of `kept_schema`."""
     names = [name for name in batch.schema.names if name != IMAGE]
     columns = [batch.column(batch.schema.get_field_index(name)) for name in names]
-    if has_path(batch.schema):
+    if _has_path(batch.schema):
         image = batch.column(batch.schema.get_field_index(IMAGE))
         names.insert(0, "path")
         columns.insert(0, pc.struct_field(image, "path").cast(pa.string()))
@@ -312,40 +312,40 @@ def keep(batch: Any) -> Any:
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
 
 
-def write_table(file: Any, table: Any) -> None:
+def _write_table(file: Any, table: Any) -> None:
     pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
 
-def errors_of(at: StorageLocation, name: str, work: Work, rows: int) -> int | None:
+def _errors_of(at: StorageLocation, name: str, work: _Work, rows: int) -> int | None:
     """How many rows of a finished part have an error; None where it is damaged or of other work."""
     try:
-        table = read_part(at, name)
-        note = json.loads((table.schema.metadata or {})[MARK])
+        table = _read_part(at, name)
+        note = json.loads((table.schema.metadata or {})[_MARK])
         return int(note["errors"]) if (note["mark"], len(table)) == (work.mark, rows) else None
     except (AttireError, pa.ArrowException, OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def read_part(at: StorageLocation, name: str) -> Any:
+def _read_part(at: StorageLocation, name: str) -> Any:
     with at.open(name) as file:
         return pq.ParquetFile(file, page_checksum_verification=True).read()
 
 
-def refuse_others(work: Work, at: StorageLocation, there: dict[str, int]) -> None:
+def _refuse_others(work: _Work, at: StorageLocation, there: dict[str, int]) -> None:
     """A folder of answers may hold what an earlier call for the same work left, and nothing else."""
-    own = {part_name(index) for index in range(work.parts)} | {MANIFEST, ".lock"}
+    own = {_part_name(index) for index in range(work.parts)} | {_MANIFEST, ".lock"}
     for name in sorted(there):
         if name.endswith(".part"):  # of a process that was killed
             continue
-        if name not in own or (name.endswith(SUFFIX) and not is_own(at, name, work)):
+        if name not in own or (name.endswith(SUFFIX) and not _is_own(at, name, work)):
             raise UsageError("--out", f"{at.name(name)} is no part of these answers", do="name a new folder")
 
 
-def is_own(at: StorageLocation, name: str, work: Work) -> bool:
+def _is_own(at: StorageLocation, name: str, work: _Work) -> bool:
     """False for a part of other work; a damaged one may be ours, and is made again."""
     try:
         with at.open(name) as file:
-            note = json.loads((pq.ParquetFile(file).schema_arrow.metadata or {})[MARK])
+            note = json.loads((pq.ParquetFile(file).schema_arrow.metadata or {})[_MARK])
         return bool(note["mark"] == work.mark)
     except (AttireError, pa.ArrowException, OSError, ValueError, KeyError, TypeError):
         return True
@@ -354,7 +354,7 @@ def is_own(at: StorageLocation, name: str, work: Work) -> bool:
 # The result.
 
 
-def split(out: str | Path) -> tuple[StorageLocation, str]:
+def _split(out: str | Path) -> tuple[StorageLocation, str]:
     """The folder of a file and its name."""
     if is_url(out):
         folder, _, name = str(out).rpartition("/")
@@ -363,14 +363,14 @@ def split(out: str | Path) -> tuple[StorageLocation, str]:
     return place(path.parent), path.name
 
 
-def finished(out: str | Path, work: Work) -> int | None:
+def _finished(out: str | Path, work: _Work) -> int | None:
     """How many errors the result has where it is there already; None where it is not; UsageError for another file."""
-    folder, name = split(out)
+    folder, name = _split(out)
     if folder.size(name) is None:
         return None
     try:
         with folder.open(name) as file:
-            note = json.loads((pq.ParquetFile(file).schema_arrow.metadata or {})[MARK])
+            note = json.loads((pq.ParquetFile(file).schema_arrow.metadata or {})[_MARK])
         if note["mark"] == work.mark:
             return int(note["errors"])
     except (AttireError, pa.ArrowException, OSError, ValueError, KeyError, TypeError):
@@ -378,17 +378,17 @@ def finished(out: str | Path, work: Work) -> int | None:
     raise UsageError("--out", f"{out} is there already, and holds other answers", do="name another, or delete it")
 
 
-def join(work: Work, at: StorageLocation, out: str | Path, errors: int) -> None:
+def _join(work: _Work, at: StorageLocation, out: str | Path, errors: int) -> None:
     """All parts as one file, a row group each."""
-    folder, name = split(out)
+    folder, name = _split(out)
     schema, options = work.schema(errors), {"compression": "zstd", "write_page_checksum": True}
     with folder.writing(name) as file, pq.ParquetWriter(file, schema, **options) as writer:
         for index in range(work.parts):
-            table = read_part(at, part_name(index))
-            writer.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=PART_ROWS)
+            table = _read_part(at, _part_name(index))
+            writer.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=_PART_ROWS)
 
 
-def remove(at: StorageLocation) -> None:
+def _remove(at: StorageLocation) -> None:
     """The parts, once the result is there."""
     for name in at.sizes():
         at.remove(name)

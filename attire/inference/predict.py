@@ -22,8 +22,8 @@ from attire.inference.prediction import Prediction
 from attire.inference.runtimes import Exported, format_of, load_export
 from attire.storage import files
 
-FORMS = ("table", "jsonl", "csv")
-NARROW = 72  # columns; below it a name and three classes do not fit in a line
+_FORMS = ("table", "jsonl", "csv")
+_NARROW = 72  # columns; below it a name and three classes do not fit in a line
 BATCH = 128  # images a forward pass: 256 was no faster, and the first of many answers comes sooner
 
 
@@ -76,7 +76,7 @@ def lacks_verdict(model: Model) -> bool:
 # Answers.
 
 
-def answer(model: Model, asked: Iterable[PictureInput | AttireError]) -> Iterator[list[Answer]]:
+def _answer(model: Model, asked: Iterable[PictureInput | AttireError]) -> Iterator[list[Answer]]:
     """Batches of answers in the order of what is asked, errors in their places."""
     for batch in batches(asked):
         images = images_of(batch)
@@ -104,44 +104,44 @@ def in_places(batch: list[PictureInput | AttireError], found: Iterable[Predictio
     return [item if isinstance(item, AttireError) else (item, next(following)) for item in batch]
 
 
-def table_line(name: str, found: Prediction, top: int) -> str:
+def _table_line(name: str, found: Prediction, top: int) -> str:
     if found.out_of_distribution:
         return f"{one_line(name):24} {found}"
     rest = "   ".join(f"{label} {p:.3f}" for label, p in found.ranking[1:top])
     return f"{one_line(name):24} {found.label:12} {found.probability:.3f}   {rest}".rstrip()
 
 
-def narrow_lines(name: str, found: Prediction, top: int) -> str:
+def _narrow_lines(name: str, found: Prediction, top: int) -> str:
     """The same on a terminal that is too narrow for it: the name, and a line for each class."""
     told = [f"{found}"] if found.out_of_distribution else [f"{label:12} {p:.3f}" for label, p in found.ranking[:top]]
     return "\n  ".join([one_line(name), *told])
 
 
-def json_line(name: str, found: Prediction, top: int) -> str:
+def _json_line(name: str, found: Prediction, top: int) -> str:
     told = {"file": name, "label": found.label, "probabilities": dict(found.ranking[:top])}
     return json.dumps({**told, "out_of_distribution": found.out_of_distribution, "distance": found.distance})
 
 
-def csv_line(name: str, found: Prediction, top: int) -> str:
+def _csv_line(name: str, found: Prediction, top: int) -> str:
     verdict = ["" if found.out_of_distribution is None else str(found.out_of_distribution).lower()]
     verdict.append("" if found.distance is None else f"{found.distance:.4f}")
     rest = [value for label, p in found.ranking[1:top] for value in (label, f"{p:.6f}")]
     shown = name.encode("utf-8", "backslashreplace").decode()  # a name on disk need not be UTF-8
-    return csv_text([shown, found.label, f"{found.probability:.6f}", *verdict, *rest])
+    return _csv_text([shown, found.label, f"{found.probability:.6f}", *verdict, *rest])
 
 
-def csv_header(top: int) -> str:
+def _csv_header(top: int) -> str:
     rest = [f"{part}_{i}" for i in range(2, top + 1) for part in ("label", "probability")]
-    return csv_text(["file", "label", "probability", "out_of_distribution", "distance", *rest])
+    return _csv_text(["file", "label", "probability", "out_of_distribution", "distance", *rest])
 
 
-def csv_text(cells: list[str]) -> str:
+def _csv_text(cells: list[str]) -> str:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\r\n").writerow(cells)  # either of these in a name makes it quoted
     return buffer.getvalue().removesuffix("\r\n")
 
 
-LINES = {"table": table_line, "jsonl": json_line, "csv": csv_line}
+_LINES = {"table": _table_line, "jsonl": _json_line, "csv": _csv_line}
 
 
 # What `attire predict` does.
@@ -163,12 +163,12 @@ def tell(
     """
     out, top, began = out or sys.stdout, min(top, len(model.classes)), time.perf_counter()
     if form == "csv":
-        print(csv_header(top), file=out)
-    narrow = form == "table" and out.isatty() and shutil.get_terminal_size().columns < NARROW
-    line = narrow_lines if narrow else LINES[form]
-    strips, done, failed = Strips(show), 0, 0
-    with progress(arguments, out) as step, closing(read_ahead(expand(arguments), model.classes)) as asked:
-        for batch in ask(asked) if ask else answer(model, asked):
+        print(_csv_header(top), file=out)
+    narrow = form == "table" and out.isatty() and shutil.get_terminal_size().columns < _NARROW
+    line = _narrow_lines if narrow else _LINES[form]
+    strips, done, failed = _Strips(show), 0, 0
+    with _progress(arguments, out) as step, closing(read_ahead(expand(arguments), model.classes)) as asked:
+        for batch in ask(asked) if ask else _answer(model, asked):
             for item in batch:
                 if isinstance(item, AttireError):
                     print(f"error: {item}", file=sys.stderr)
@@ -180,16 +180,16 @@ def tell(
             out.flush()
             step(done + failed)
     if sys.stderr.isatty():
-        print(speed(done, time.perf_counter() - began), file=sys.stderr)
+        print(_speed(done, time.perf_counter() - began), file=sys.stderr)
     return failed
 
 
-def speed(done: int, seconds: float) -> str:
+def _speed(done: int, seconds: float) -> str:
     """`1,204 pictures in 3.1 s, 388/s`."""
     return f"{done:,} picture{'' if done == 1 else 's'} in {seconds:.1f} s, {done / max(seconds, 1e-9):,.0f}/s"
 
 
-class progress:  # noqa: N801  (used as a function)
+class _progress:  # noqa: N801  (used as a function)
     """Calls its step with how many are done; a bar on a terminal, where the answers themselves do not show it."""
 
     def __init__(self, arguments: Sequence[str], out: IO[str]) -> None:
@@ -213,7 +213,7 @@ class progress:  # noqa: N801  (used as a function)
             self.watch.close()
 
 
-class Strips:
+class _Strips:
     """`--show`: for each picture what was made of it, in a folder, or for a single one in a PNG file."""
 
     def __init__(self, where: Path | None) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from attire.data.photos import prepare
 from attire.errors import AttireError
 
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Prediction:
     def __str__(self) -> str:
         if self.out_of_distribution:
             count = len(self.ranking)
-            known = NUMBERS[count] if count < len(NUMBERS) else count
+            known = _NUMBERS[count] if count < len(_NUMBERS) else count
             return f"none of the {known} (closest: {self.label} {self.probability:.2f})"
         return f"{self.label} {self.probability:.3f}"
 

@@ -25,12 +25,12 @@ from attire.storage import files
 SCHEMA = 1
 NO_SEAL = "0" * 64  # stands in the metadata while the digest over the file is computed
 SUFFIXES = {"onnx": ".onnx", "openvino": ".openvino", "torch-export": ".pt2", "safetensors": ".safetensors"}
-EXTRAS = {"onnx": "onnx", "openvino": "openvino"}  # what `pip install 'attire[...]'` is called
+_EXTRAS = {"onnx": "onnx", "openvino": "openvino"}  # what `pip install 'attire[...]'` is called
 METADATA = "attire.json"
-BATCH = 256
+_BATCH = 256
 
 # (n, 28, 28), n from 1 to BATCH, to probabilities (n, K), and distances (n,) from the training images where it can tell
-Run = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float32], NDArray[np.float32] | None]]
+_Run = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float32], NDArray[np.float32] | None]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Exported:
     path: Path
     format: str
     facts: dict[str, Any]  # schema, format, precision, classes, bundle, runtime, gate; reject where it can tell
-    run: Run
+    run: _Run
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -58,7 +58,7 @@ class Exported:
 
     def answers(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """Probabilities (n, K) and distances (n,), None where this file cannot tell, of (n, 28, 28) images."""
-        parts = [self.run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+        parts = [self.run(images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)]
         found = np.concatenate([np.empty((0, len(self.classes)), np.float32), *(p for p, _ in parts)])
         if self.threshold is None:
             return found, None
@@ -114,18 +114,18 @@ def load_graph(bundle: str | Path | None = None) -> Exported:
     return load_export(find_bundle(bundle) / GRAPH)
 
 
-def damaged(path: Path) -> AttireError:
+def _damaged(path: Path) -> AttireError:
     return AttireError(path, "damaged, or changed after it was written: its digest does not match", do="export again")
 
 
 def missing(kind: str, error: ImportError) -> AttireError:
-    return AttireError(kind, "its runtime is not installed", str(error), f"pip install 'attire[{EXTRAS[kind]}]'")
+    return AttireError(kind, "its runtime is not installed", str(error), f"pip install 'attire[{_EXTRAS[kind]}]'")
 
 
 # ONNX: the seal is the SHA-256 of the file with NO_SEAL in the seal's place. It is checked before anything parses the
 # file; the facts are found by the bytes that precede them in every ONNX file (onnx.proto: StringStringEntryProto).
 
-FACTS = b"\n\x06attire\x12"
+_FACTS = b"\n\x06attire\x12"
 
 
 def seal_bytes(data: bytes) -> bytes:
@@ -135,19 +135,19 @@ def seal_bytes(data: bytes) -> bytes:
     return data.replace(NO_SEAL.encode(), files.sha256(data).encode())
 
 
-def read_onnx(path: Path) -> dict[str, Any]:
-    data = read(path)
+def _read_onnx(path: Path) -> dict[str, Any]:
+    data = _read(path)
     try:
-        facts: dict[str, Any] = json.loads(field(data, data.rindex(FACTS) + len(FACTS)))
+        facts: dict[str, Any] = json.loads(_field(data, data.rindex(_FACTS) + len(_FACTS)))
         seal = str(facts["seal"])
     except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise AttireError(path, "not an ONNX file that `attire export` wrote, or damaged") from error
     if files.sha256(data.replace(seal.encode(), NO_SEAL.encode())) != seal:
-        raise damaged(path)
+        raise _damaged(path)
     return facts
 
 
-def field(data: bytes, at: int) -> bytes:
+def _field(data: bytes, at: int) -> bytes:
     """A protobuf field of bytes: its length as a varint at `at`, then so many bytes."""
     length = shift = 0
     while True:
@@ -166,19 +166,19 @@ def onnx_runtime() -> Any:
     return onnxruntime
 
 
-def run_onnx(path: Path, facts: dict[str, Any]) -> Run:
+def _run_onnx(path: Path, facts: dict[str, Any]) -> _Run:
     try:
         onnxruntime = onnx_runtime()
     except ImportError as error:
         raise AttireError(path, "ONNX Runtime is not installed", str(error), "pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads_wanted()
+    options.intra_op_num_threads = _threads_wanted()
     options.log_severity_level = 3  # errors; its warnings are about what it optimises
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others want the cores: a server's loop
-    if tensors := bundle_tensors(path, facts):
+    if tensors := _bundle_tensors(path, facts):
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in tensors.values()]
         options.add_external_initializers(list(tensors), values)
-    session = onnxruntime.InferenceSession(read(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(_read(path), options, providers=["CPUExecutionProvider"])
     names = ["probabilities", "distances"] if facts.get("ood") else ["probabilities"]
 
     def run(images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
@@ -188,13 +188,13 @@ def run_onnx(path: Path, facts: dict[str, Any]) -> Run:
     return run
 
 
-def threads_wanted() -> int:
+def _threads_wanted() -> int:
     """By OMP_NUM_THREADS, as torch's are, which ONNX Runtime by itself does not heed; 0: one a core."""
     text = os.environ.get("OMP_NUM_THREADS", "")
     return int(text) if text.isascii() and text.isdigit() else 0
 
 
-def bundle_tensors(path: Path, facts: dict[str, Any]) -> dict[str, NDArray[Any]]:
+def _bundle_tensors(path: Path, facts: dict[str, Any]) -> dict[str, NDArray[Any]]:
     """The weights of a graph that lies in a bundle, from the bundle; none for a file that holds its own.
 
     Raises AttireError where the bundle is not the one that the graph was made of.
@@ -204,34 +204,34 @@ def bundle_tensors(path: Path, facts: dict[str, Any]) -> dict[str, NDArray[Any]]
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    data = read(path.parent / WEIGHTS)
-    if files.sha256(data) != names["sha256"] or files.sha256(read(path.parent / ABOUT)) != facts["bundle"]:
+    data = _read(path.parent / WEIGHTS)
+    if files.sha256(data) != names["sha256"] or files.sha256(_read(path.parent / ABOUT)) != facts["bundle"]:
         raise AttireError(path, f"{WEIGHTS} or {ABOUT} beside it is damaged or another's", do="use a fresh copy")
     try:
         tensors = load(data)
         return {name: tensors[key] for name, key in names["tensors"].items()}
     except (SafetensorError, KeyError) as error:
-        raise damaged(path) from error
+        raise _damaged(path) from error
 
 
 # OpenVINO: a folder, since its runtime reads a pair of files; `attire.json` is written last and holds their digests.
 
 
-def read_openvino(path: Path) -> dict[str, Any]:
+def _read_openvino(path: Path) -> dict[str, Any]:
     if not (path / METADATA).is_file():
         raise AttireError(path, "not a folder that `attire export` wrote")
     facts = files.read_json(path / METADATA)
     seal = facts.pop("seal", "")
     if seal != files.sha256(files.canonical_json(facts)):
-        raise damaged(path / METADATA)
+        raise _damaged(path / METADATA)
     for name, digest in facts["sha256"].items():
         part = path / Path(name).name
         if not part.is_file() or files.sha256_file(part) != digest:
-            raise damaged(part)
+            raise _damaged(part)
     return facts
 
 
-def run_openvino(path: Path, facts: dict[str, Any]) -> Run:
+def _run_openvino(path: Path, facts: dict[str, Any]) -> _Run:
     try:
         import openvino
     except ImportError as error:
@@ -248,8 +248,8 @@ def run_openvino(path: Path, facts: dict[str, Any]) -> Run:
 # torch.export.load goes on to unpickle anything where a record is not of tensors alone, or to run native code that lies
 # in the file (torch 2.14): so that no other records than these are let in, and pickles may hold tensors only.
 
-TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-RECORDS = re.compile(
+_TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_RECORDS = re.compile(
     r"archive_format|archive_version|version|byteorder|\.format_version|\.data/\w+|models/\w+\.json"
     r"|data/(weights/(weight_\d+|\w+_weights_config\.json)|constants/(tensor_\d+|\w+_constants_config\.json))"
     r"|data/sample_inputs/\w+\.pt|extra/[\w.]+"
@@ -265,7 +265,7 @@ def records_digest(path: Path) -> str:
     return sha.hexdigest()
 
 
-def read_torch_export(path: Path) -> dict[str, Any]:
+def _read_torch_export(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -276,28 +276,28 @@ def read_torch_export(path: Path) -> dict[str, Any]:
     except (OSError, zipfile.BadZipFile, StopIteration, ValueError, KeyError) as error:
         raise AttireError(path, "not a torch.export file that `attire export` wrote, or damaged") from error
     if seal != files.sha256(files.canonical_json(facts)) or facts["records"] != digest:
-        raise damaged(path)
-    if foreign := [name for name in names if not RECORDS.fullmatch(name.partition("/")[2])]:
+        raise _damaged(path)
+    if foreign := [name for name in names if not _RECORDS.fullmatch(name.partition("/")[2])]:
         raise AttireError(path, "holds more than a network", foreign[0], do="nothing in it was executed")
     return facts
 
 
 @contextmanager
-def tensors_only() -> Iterator[None]:
+def _tensors_only() -> Iterator[None]:
     """torch.load refuses pickles of anything else, whatever its caller asks for."""
-    before = {name: os.environ.pop(name, None) for name in (TENSORS_ONLY, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")}
-    os.environ[TENSORS_ONLY] = "1"
+    before = {name: os.environ.pop(name, None) for name in (_TENSORS_ONLY, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")}
+    os.environ[_TENSORS_ONLY] = "1"
     try:
         yield
     finally:
-        del os.environ[TENSORS_ONLY]
+        del os.environ[_TENSORS_ONLY]
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def run_torch_export(path: Path, facts: dict[str, Any]) -> Run:
+def _run_torch_export(path: Path, facts: dict[str, Any]) -> _Run:
     import torch
 
-    with tensors_only():
+    with _tensors_only():
         module = torch.export.load(path).module()
 
     def run(images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], None]:
@@ -310,8 +310,8 @@ def run_torch_export(path: Path, facts: dict[str, Any]) -> Run:
 # safetensors: tensors named as torchvision names them, everything else in the header; sealed as ONNX is.
 
 
-def read_safetensors(path: Path) -> dict[str, Any]:
-    data = read(path)
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    data = _read(path)
     try:
         length = int.from_bytes(data[:8], "little")
         facts: dict[str, Any] = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["attire"])
@@ -319,11 +319,11 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise AttireError(path, "not a safetensors file that `attire export` wrote, or damaged") from error
     if files.sha256(data.replace(seal.encode(), NO_SEAL.encode())) != seal:
-        raise damaged(path)
+        raise _damaged(path)
     return facts
 
 
-def run_safetensors(path: Path, facts: dict[str, Any]) -> Run:
+def _run_safetensors(path: Path, facts: dict[str, Any]) -> _Run:
     """In PyTorch, in fp32 whatever the weights are kept in."""
     from safetensors.torch import load
 
@@ -331,21 +331,21 @@ def run_safetensors(path: Path, facts: dict[str, Any]) -> Run:
 
     about = {**facts["architecture"], "hidden": tuple(facts["architecture"]["hidden"])}
     classes = tuple(facts["classes"])
-    model = assemble(Architecture(**about), len(classes), load(read(path)), path)
+    model = assemble(Architecture(**about), len(classes), load(_read(path)), path)
     classifier = Classifier(model, Architecture(**about), classes, facts["temperature"], {})
     return lambda images: (classifier.predict_proba(images), None)
 
 
-def read(path: Path) -> bytes:
+def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise files.cannot("read", path, error) from error
 
 
-READERS: dict[str, tuple[Callable[[Path], dict[str, Any]], Callable[[Path, dict[str, Any]], Run]]] = {
-    "onnx": (read_onnx, run_onnx),
-    "openvino": (read_openvino, run_openvino),
-    "torch-export": (read_torch_export, run_torch_export),
-    "safetensors": (read_safetensors, run_safetensors),
+READERS: dict[str, tuple[Callable[[Path], dict[str, Any]], Callable[[Path, dict[str, Any]], _Run]]] = {
+    "onnx": (_read_onnx, _run_onnx),
+    "openvino": (_read_openvino, _run_openvino),
+    "torch-export": (_read_torch_export, _run_torch_export),
+    "safetensors": (_read_safetensors, _run_safetensors),
 }

@@ -42,17 +42,17 @@ def evaluate_bundle(
     None for the bundle's own number; the temperature stays the bundle's. Raises AttireError where the data's classes
     are not the bundle's, UsageError where an exported file, which holds its views, is to average others.
     """
-    began, progress, names = time.perf_counter(), progress or NoProgress(), views_of(views)
+    began, progress, names = time.perf_counter(), progress or NoProgress(), _views_of(views)
     if backend not in BACKENDS:
         raise UsageError("--backend", f"expected torch, openvino or openvino-int8, found {backend!r}")
     model = load_export(bundle) if format_of(Path(bundle)) else load_bundle(bundle, device)
     url_copies.bring(data, progress=progress.advance)
-    asked = EvaluationRequest(data, part, classes, device, views)
+    asked = _EvaluationRequest(data, part, classes, device, views)
     labelled = asked.load(model.classes)
     if isinstance(model, Exported):
         if names:
             raise UsageError("--views", "an exported file holds its own", do="measure the bundle it was made of")
-        probabilities, facts, how = run_export(model, labelled, progress), model.facts["facts"], model.format
+        probabilities, facts, how = _run_export(model, labelled, progress), model.facts["facts"], model.format
         count = int(model.facts["architecture"].get("tta", 1))
     else:
         names = names or model.architecture.views
@@ -63,7 +63,7 @@ def evaluate_bundle(
 
 
 @dataclass(frozen=True)
-class EvaluationRequest:
+class _EvaluationRequest:
     """What something is to be measured on, and how; `views` as the command line has it."""
 
     data: str | Path | None
@@ -111,7 +111,7 @@ class EvaluationRequest:
         )
 
 
-def views_of(count: int | None) -> tuple[str, ...]:
+def _views_of(count: int | None) -> tuple[str, ...]:
     """Names of so many views; none for None."""
     if count is not None and not 1 <= count <= MOST_VIEWS:
         raise UsageError("--views", f"expected 1 to {MOST_VIEWS}, found {count}")
@@ -119,7 +119,7 @@ def views_of(count: int | None) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class EnsembleEvaluation:
+class _EnsembleEvaluation:
     """An ensemble measured as one model, each of its members alone, and the ensemble against the best of those.
 
     The best member is picked on these same images, which favours it: what the ensemble gains is rather more.
@@ -149,13 +149,13 @@ def evaluate_ensemble(
     device: str = "auto",
     progress: Progress | None = None,
     views: int | None = None,
-) -> EnsembleEvaluation:
+) -> _EnsembleEvaluation:
     """Measure several bundles or runs, or the file that names them, as one model that averages their probabilities.
 
     Features come from the cache, and members that share a backbone share them. The rest as for `evaluate_bundle`.
     """
-    began, names, found = time.perf_counter(), views_of(views), open_ensemble(what, device)
-    asked = EvaluationRequest(data, part, classes, device, views)
+    began, names, found = time.perf_counter(), _views_of(views), open_ensemble(what, device)
+    asked = _EvaluationRequest(data, part, classes, device, views)
     url_copies.bring(data, progress=(progress or NoProgress()).advance)
     labelled, members, parts = asked.load(found.classes), [], []
     for folder, member in zip(found.bundles, found.members, strict=True):
@@ -169,9 +169,9 @@ def evaluate_ensemble(
     whole = asked.result(mean(parts), labelled, facts, asked.command(KIND, what), about, began)
     best = max(range(len(members)), key=lambda i: members[i].test.correct)
     pair = paired([one_line(str(found.bundles[best])), "the ensemble"], [members[best], whole], 0, 1)
-    return EnsembleEvaluation(found, whole, tuple(members), pair)
+    return _EnsembleEvaluation(found, whole, tuple(members), pair)
 
 
-def run_export(exported: Exported, data: ImageDataset, progress: Progress) -> NDArray[np.floating[Any]]:
+def _run_export(exported: Exported, data: ImageDataset, progress: Progress) -> NDArray[np.floating[Any]]:
     """Calibrated probabilities (n, K)."""
     return np.concatenate([exported.predict_proba(part) for part in in_parts(data.images, 1024, "Images", progress)])

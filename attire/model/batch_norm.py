@@ -17,14 +17,14 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or distributed.count() == 1:
             return super().forward(x)
-        found, mean, variance = cast(tuple[Tensor, ...], Normalised.apply(x, self.weight, self.bias, self.eps))
+        found, mean, variance = cast(tuple[Tensor, ...], _Normalised.apply(x, self.weight, self.bias, self.eps))
         for running, value in ((self.running_mean, mean), (self.running_var, variance)):
             cast(Tensor, running).lerp_(value, cast(float, self.momentum))
         cast(Tensor, self.num_batches_tracked).add_(1)
         return found
 
 
-class Scaled(nn.Module):
+class _Scaled(nn.Module):
     """What a trained batch normalisation computes, (b, C, H, W) to the same: exporters leave it beside the convolution,
     where they fold batch normalisation into weights that are then not the bundle's any more."""
 
@@ -38,17 +38,17 @@ class Scaled(nn.Module):
         self.register_buffer("shift", (norm.bias - mean * scale).detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * along(self.scale) + along(self.shift)
+        return x * _along(self.scale) + _along(self.shift)
 
 
 def scale_only(model: nn.Module) -> None:
     """Put a `Scaled` in the place of each batch normalisation."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.BatchNorm2d):
-            model.set_submodule(name, Scaled(layer))
+            model.set_submodule(name, _Scaled(layer))
 
 
-class Normalised(torch.autograd.Function):
+class _Normalised(torch.autograd.Function):
     """Maps (b, C, H, W), of which b may be 0, normalised; mean and unbiased variance (C,) over all processes."""
 
     @staticmethod
@@ -56,7 +56,7 @@ class Normalised(torch.autograd.Function):
         given = x.float()
         size = given.numel() // given.shape[1]
         mean = given.sum((0, 2, 3)) / max(1, size)
-        squares = (given - along(mean)).square().sum((0, 2, 3))
+        squares = (given - _along(mean)).square().sum((0, 2, 3))
         own = torch.stack([torch.full_like(mean, size), mean, squares])
         sizes, means, parts = distributed.side_by_side(own)  # (processes, C) each
         total = sizes.sum(0)
@@ -64,7 +64,7 @@ class Normalised(torch.autograd.Function):
         squares = (parts + sizes * (means - mean).square()).sum(0)  # Chan et al. 1983: nothing is cancelled out
         scale = (squares / total + eps).rsqrt()
         ctx.save_for_backward(x, weight, mean, scale, total)
-        found = (given - along(mean)) * along(scale * weight) + along(bias)
+        found = (given - _along(mean)) * _along(scale * weight) + _along(bias)
         variance = squares / (total - 1).clamp_min(1)
         ctx.mark_non_differentiable(mean, variance)
         return found.to(x.dtype), mean, variance
@@ -72,13 +72,13 @@ class Normalised(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, scale, total = ctx.saved_tensors
-        got, normal = gradients[0].float(), (x.float() - along(mean)) * along(scale)
+        got, normal = gradients[0].float(), (x.float() - _along(mean)) * _along(scale)
         own = torch.stack([(got * normal).sum((0, 2, 3)), got.sum((0, 2, 3))])  # of this process's rows: add_up's
         straight, level = distributed.summed(own) / total
-        found = (got - normal * along(straight) - along(level)) * along(scale * weight)
+        found = (got - normal * _along(straight) - _along(level)) * _along(scale * weight)
         return found.to(x.dtype), own[0], own[1], None
 
 
-def along(values: Tensor) -> Tensor:
+def _along(values: Tensor) -> Tensor:
     """(C,) beside maps (b, C, H, W)."""
     return values[:, None, None]

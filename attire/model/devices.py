@@ -18,12 +18,12 @@ from attire.errors import AttireError, UsageError
 from attire.model import microbatches, winograd
 from attire.storage import files
 
-Precision = Literal["fp32", "bf16"]
-DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("auto", "fp32", "bf16")
+_Precision = Literal["fp32", "bf16"]
+_DEVICES = ("auto", "cpu", "cuda", "mps")
+_PRECISIONS = ("auto", "fp32", "bf16")
 WINOGRAD = "torch-winograd"  # the backend of a cache entry whose convolutions are `winograd`'s
-WORTH_MEASURING = 60  # pictures to come for each one that a pass of each layout takes: a twentieth of the work at most
-WORTH = 1.2  # times as fast as direct: that layer gains more than those before it, which have fewer channels
+_WORTH_MEASURING = 60  # pictures to come for each one that a pass of each layout takes: a twentieth of the work at most
+_WORTH = 1.2  # times as fast as direct: that layer gains more than those before it, which have fewer channels
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -31,8 +31,8 @@ def choose_device(name: str = "auto") -> torch.device:
 
     Raises UsageError for a device that this machine does not have.
     """
-    if name not in DEVICES:
-        raise UsageError("--device", f"expected one of {', '.join(DEVICES)}, found {name!r}")
+    if name not in _DEVICES:
+        raise UsageError("--device", f"expected one of {', '.join(_DEVICES)}, found {name!r}")
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, there in found.items() if there))
@@ -41,26 +41,26 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def choose_precision(name: str = "auto", device: torch.device | None = None) -> Precision:
+def choose_precision(name: str = "auto", device: torch.device | None = None) -> _Precision:
     """The faster of fp32 and bf16 for convolutions on this device.
 
     On a CPU the instruction set does not settle it: processors with AVX512_BF16 were measured to run bf16 twice as
     fast as fp32 (one kind) and half as fast (another). So it is measured.
     """
     if name in ("fp32", "bf16"):
-        return cast(Precision, name)
+        return cast(_Precision, name)
     if name != "auto":
-        raise UsageError("--precision", f"expected one of {', '.join(PRECISIONS)}, found {name!r}")
+        raise UsageError("--precision", f"expected one of {', '.join(_PRECISIONS)}, found {name!r}")
     device = device or choose_device()
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     if device.type != "cpu" or not has_bf16():
         return "fp32"
-    seconds = measured_seconds(("direct", "winograd", "bf16"))
+    seconds = _measured_seconds(("direct", "winograd", "bf16"))
     return "bf16" if seconds["bf16"] < min(seconds["direct"], seconds["winograd"]) else "fp32"
 
 
-def choose_train_precision(name: str, device: torch.device) -> Precision:
+def choose_train_precision(name: str, device: torch.device) -> _Precision:
     """Of the products of training. On a CPU the direct convolution alone has a backward pass to compare bf16 with.
 
     A step of blocks 3 and 4 took half as long in bf16 (1.97 times the speed, AMD EPYC, family 25 model 17), one of the
@@ -70,7 +70,7 @@ def choose_train_precision(name: str, device: torch.device) -> Precision:
         return choose_precision(name, device) if device.type != "mps" else "fp32"
     if not has_bf16():
         return "fp32"
-    seconds = measured_seconds(("direct", "bf16"))
+    seconds = _measured_seconds(("direct", "bf16"))
     return "bf16" if seconds["bf16"] < seconds["direct"] else "fp32"
 
 
@@ -81,8 +81,8 @@ def choose_backend(name: str, precision: str, device: torch.device) -> str:
         return f"torch-{device.type}"
     if name != "torch" or precision != "fp32":
         return name
-    seconds = measured_seconds(("direct", "winograd"))
-    return WINOGRAD if WORTH * seconds["winograd"] < seconds["direct"] else name
+    seconds = _measured_seconds(("direct", "winograd"))
+    return WINOGRAD if _WORTH * seconds["winograd"] < seconds["direct"] else name
 
 
 def choose_layout(name: str, forward: Callable[[Tensor], Tensor], size: int, rows: int) -> microbatches.Layout:
@@ -94,23 +94,23 @@ def choose_layout(name: str, forward: Callable[[Tensor], Tensor], size: int, row
     bits as all pictures at once.
     """
     path, key = files.cache_dir() / "layouts.json", f"{name} at {size} px"
-    known, here = read_measurements(path)
+    known, here = _read_measurements(path)
     kept = known.get(here)
     kept = kept if isinstance(kept, dict) else {}
-    candidates = layouts(size)
+    candidates = _layouts(size)
     if kept.get(key) in [list(layout) for layout in candidates]:
         return microbatches.Layout(*kept[key])
     pictures = max(8, torch.get_num_threads() * max(layout.pictures for layout in candidates))
-    if rows < WORTH_MEASURING * pictures * len(candidates):
+    if rows < _WORTH_MEASURING * pictures * len(candidates):
         return microbatches.Layout()
     x = torch.rand(pictures, 3, size, size, generator=torch.Generator().manual_seed(0))
     x = x.to(memory_format=torch.channels_last)
-    found = fastest(forward, x, candidates)
+    found = _fastest(forward, x, candidates)
     files.write_json(path, {**known, here: {**kept, key: list(found)}})
     return found
 
 
-def layouts(size: int) -> list[microbatches.Layout]:
+def _layouts(size: int) -> list[microbatches.Layout]:
     """All at once, or small batches whose middle layers take 1 to 16 MB."""
     sizes = sorted({max(1, pixels // size**2) for pixels in (2**13, 2**14, 2**15, 2**16)})
     return [
@@ -120,7 +120,7 @@ def layouts(size: int) -> list[microbatches.Layout]:
     ]
 
 
-def fastest(
+def _fastest(
     forward: Callable[[Tensor], Tensor], x: Tensor, candidates: Sequence[microbatches.Layout]
 ) -> microbatches.Layout:
     """By the better of two passes, after one that warms up and shows whether the bits are the same."""
@@ -140,28 +140,28 @@ def has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def measured_seconds(kinds: Sequence[str]) -> dict[str, float]:
+def _measured_seconds(kinds: Sequence[str]) -> dict[str, float]:
     """What one VGG16 layer takes by each kind of convolution: measured once, then kept in the cache folder under the
     processor's name."""
     path = files.cache_dir() / "convolutions.json"
-    if not set(kinds) <= set(found := kept_seconds(path)[2]):
+    if not set(kinds) <= set(found := _kept_seconds(path)[2]):
         with files.lock(path.with_suffix(".lock")):  # of several processes that begin together one decides for all
-            known, here, found = kept_seconds(path)
+            known, here, found = _kept_seconds(path)
             if missing := [kind for kind in kinds if kind not in found]:
-                found |= {kind: seconds_per_layer(kind) for kind in missing}
+                found |= {kind: _seconds_per_layer(kind) for kind in missing}
                 files.write_json(path, {**known, here: found})
     return found
 
 
-def kept_seconds(path: Path) -> tuple[dict[str, Any], str, dict[str, float]]:
+def _kept_seconds(path: Path) -> tuple[dict[str, Any], str, dict[str, float]]:
     """As `read_measurements`, and of what stands there for this machine what can be seconds."""
-    known, here = read_measurements(path)
+    known, here = _read_measurements(path)
     kept = known.get(here)
     sound = {k: v for k, v in kept.items() if isinstance(v, float) and v > 0} if isinstance(kept, dict) else {}
     return known, here, sound
 
 
-def read_measurements(path: Path) -> tuple[dict[str, Any], str]:
+def _read_measurements(path: Path) -> tuple[dict[str, Any], str]:
     """What stands in a file of measurements, nothing where it cannot be read: they are only made again; and the name
     under which this machine's stand there."""
     known: dict[str, Any] = {}
@@ -171,7 +171,7 @@ def read_measurements(path: Path) -> tuple[dict[str, Any], str]:
     return known, f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def seconds_per_layer(kind: str) -> float:
+def _seconds_per_layer(kind: str) -> float:
     """The fastest of five passes of a 128-channel VGG16 layer and its ReLU over pictures of 56 px, four a core.
 
     kind: direct or winograd, in fp32, or bf16.
@@ -198,11 +198,11 @@ def processor() -> str:
     if info.exists():
         for line in info.read_text(errors="replace").splitlines():
             if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()}{model_number(info)}"
+                return f"{line.partition(':')[2].strip()}{_model_number(info)}"
     return platform.processor() or platform.machine()
 
 
-def model_number(info: Path) -> str:
+def _model_number(info: Path) -> str:
     """Cloud machines hide the name ("Xeon Processor"); family and model tell the kinds apart."""
     fields = dict(
         line.split(":", 1) for line in info.read_text(errors="replace").split("\n\n")[0].splitlines() if ":" in line
@@ -212,7 +212,7 @@ def model_number(info: Path) -> str:
     return f" (family {family} model {model})" if family and model else ""
 
 
-class SignalStack(ctypes.Structure):
+class _SignalStack(ctypes.Structure):
     """`stack_t` of Linux's signal.h."""
 
     _fields_ = (("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
@@ -228,7 +228,7 @@ def signal_stack_kept() -> Iterator[None]:
     if sys.platform != "linux":
         yield
         return
-    change, before = ctypes.CDLL(None).sigaltstack, SignalStack()
+    change, before = ctypes.CDLL(None).sigaltstack, _SignalStack()
     known = change(None, ctypes.byref(before)) == 0
     try:
         yield

@@ -28,11 +28,11 @@ from attire.errors import AttireError, AttireWarning
 from attire.storage import files
 
 # Until a process that neither answers nor ends is given up. One that ended is noticed at once: its connection closes.
-STEP = timedelta(minutes=5)
-PATIENCE = timedelta(days=1)  # for what the first process does while the others wait: extraction takes hours
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+_STEP = timedelta(minutes=5)
+_PATIENCE = timedelta(days=1)  # for what the first process does while the others wait: extraction takes hours
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def count() -> int:
@@ -57,27 +57,27 @@ def joined() -> Iterator[None]:
     NCCL adds up on CUDA where each process of the machine has a device of its own, else gloo does.
     Raises AttireError where the others do not come.
     """
-    if not launched() or not dist.is_available() or dist.is_initialized():
+    if not _launched() or not dist.is_available() or dist.is_initialized():
         yield
         return
     devices = torch.cuda.device_count()
     if devices:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % devices)
     own = devices >= int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    with connected():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if own else "gloo", timeout=STEP)
+    with _connected():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if own else "gloo", timeout=_STEP)
     try:
-        with warnings.catch_warnings(), torchrun_s_signal():
+        with warnings.catch_warnings(), _torchrun_s_signal():
             if not leads():  # it would say what the first one says
                 warnings.simplefilter("ignore", AttireWarning)
             yield
     finally:
-        beside.cache_clear()
+        _beside.cache_clear()
         dist.destroy_process_group()
 
 
 @contextmanager
-def torchrun_s_signal() -> Iterator[None]:
+def _torchrun_s_signal() -> Iterator[None]:
     """SIGTERM, by which torchrun ends all when one has ended, is Ctrl-C in here, so that what was done is told.
 
     But not while an error is on its way up: who has lost a process is told to end at that very moment, and the line
@@ -100,19 +100,19 @@ def torchrun_s_signal() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def launched() -> bool:
-    return all(os.environ.get(name) for name in LAUNCHED) and os.environ["WORLD_SIZE"] != "1"
+def _launched() -> bool:
+    return all(os.environ.get(name) for name in _LAUNCHED) and os.environ["WORLD_SIZE"] != "1"
 
 
 def command() -> str:
     """What stands before `attire` in a line that starts as many processes again; nothing for one."""
-    if count() == 1 or not launched():
+    if count() == 1 or not _launched():
         return ""
     return f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', count())} -m "
 
 
 @contextmanager
-def connected() -> Iterator[None]:
+def _connected() -> Iterator[None]:
     """What is sent in here comes through, or AttireError is raised: another process ended, or does not answer."""
     try:
         yield
@@ -124,19 +124,19 @@ def connected() -> Iterator[None]:
 
 
 @cache
-def beside(group: Any, patience: timedelta) -> Any:
+def _beside(group: Any, patience: timedelta) -> Any:
     """The same processes as in the default group, which is given, on the CPU, with a patience of its own."""
     return dist.new_group(backend="gloo", timeout=patience)
 
 
-def on_cpu(patience: timedelta = PATIENCE) -> Any:
-    return beside(dist.group.WORLD, patience)
+def _on_cpu(patience: timedelta = _PATIENCE) -> Any:
+    return _beside(dist.group.WORLD, patience)
 
 
 # What the first process does for all.
 
 
-def shared(function: Callable[[], T]) -> T:
+def shared(function: Callable[[], _T]) -> _T:
     """What the first process finds, in all of them: they wait for it. It must be JSON, in which a tuple is a list.
 
     An AttireError of the first is raised in all.
@@ -144,23 +144,23 @@ def shared(function: Callable[[], T]) -> T:
     if count() == 1:
         return function()
     if not leads():
-        told = json.loads(send(b""))
+        told = json.loads(_send(b""))
         if "error" in told:
             raise getattr(errors, told["error"], AttireError)(*told["about"])
-        return cast(T, told["found"])
+        return cast(_T, told["found"])
     try:
         found = function()
     except AttireError as error:
         about = [error.subject, error.what, error.where, error.do]
-        send(json.dumps({"error": type(error).__name__, "about": about}).encode())
+        _send(json.dumps({"error": type(error).__name__, "about": about}).encode())
         raise
-    send(json.dumps({"found": found}).encode())
+    _send(json.dumps({"found": found}).encode())
     return found
 
 
-def after_first(function: Callable[[], T]) -> T:
+def after_first(function: Callable[[], _T]) -> _T:
     """The first process calls it while the others wait, then they do, and find in the cache what it left there."""
-    found: list[T] = []
+    found: list[_T] = []
     shared(lambda: found.append(function()))
     return found[0] if found else function()
 
@@ -172,13 +172,13 @@ def held(what: Callable[[], AbstractContextManager[Path]]) -> Iterator[Path]:
         yield Path(shared(lambda: str(stack.enter_context(what()))))
 
 
-def send(data: bytes) -> bytes:
+def _send(data: bytes) -> bytes:
     """The first process's bytes, in all of them."""
     size = torch.tensor([len(data)])
-    with connected():
-        dist.broadcast(size, 0, group=on_cpu())
+    with _connected():
+        dist.broadcast(size, 0, group=_on_cpu())
         told = torch.frombuffer(bytearray(data or bytes(int(size))), dtype=torch.uint8)
-        dist.broadcast(told, 0, group=on_cpu())
+        dist.broadcast(told, 0, group=_on_cpu())
     return told.numpy().tobytes()
 
 
@@ -186,10 +186,10 @@ def spread(tensors: Iterable[Tensor]) -> None:
     """The first process's values into the same tensors of all the others."""
     if count() == 1:
         return
-    with connected(), torch.no_grad():
+    with _connected(), torch.no_grad():
         for tensor in tensors:
             told = tensor.detach().cpu().contiguous()
-            dist.broadcast(told, 0, group=on_cpu())
+            dist.broadcast(told, 0, group=_on_cpu())
             tensor.copy_(told)
 
 
@@ -204,7 +204,7 @@ def share_of(rows: int) -> slice:
     return slice(start, start + each + (rank() < more))
 
 
-class Share(NamedTuple):
+class _Share(NamedTuple):
     """What this process does of one step: `read` in the epoch's order, of those rows the `own` ones are learnt from."""
 
     rows: int  # of the whole batch
@@ -212,7 +212,7 @@ class Share(NamedTuple):
     own: slice
 
 
-def shares(rows: int, start: int, batch_size: int, whole: bool = False) -> list[Share]:
+def shares(rows: int, start: int, batch_size: int, whole: bool = False) -> list[_Share]:
     """This process's part of each step from the row `start` to the end of an epoch of so many rows.
 
     Who has no row of a small batch reads one and learns from none, so that it takes part in what all do. whole: the
@@ -223,14 +223,14 @@ def shares(rows: int, start: int, batch_size: int, whole: bool = False) -> list[
         size = min(batch_size, rows - first)
         own = share_of(size)
         if whole:
-            found.append(Share(size, slice(first, first + size), own))
+            found.append(_Share(size, slice(first, first + size), own))
             continue
         number, begin = own.stop - own.start, first + min(own.start, size - 1)
-        found.append(Share(size, slice(begin, begin + max(1, number)), slice(0, number)))
+        found.append(_Share(size, slice(begin, begin + max(1, number)), slice(0, number)))
     return found
 
 
-def most_read(plan: Sequence[Share]) -> int:
+def most_read(plan: Sequence[_Share]) -> int:
     """How many rows are read for each step but the last, which may have fewer."""
     return plan[0].read.stop - plan[0].read.start if plan else 1
 
@@ -243,8 +243,8 @@ def gathered(own: Tensor, rows: int) -> Tensor:
     padded = torch.zeros(most, *own.shape[1:], dtype=own.dtype)
     padded[: len(own)] = own
     parts = [torch.empty_like(padded) for _ in range(count())]
-    with connected():
-        dist.all_gather(parts, padded, group=on_cpu())
+    with _connected():
+        dist.all_gather(parts, padded, group=_on_cpu())
     each, more = divmod(rows, count())
     return torch.cat([part[: each + (i < more)] for i, part in enumerate(parts)])
 
@@ -274,7 +274,7 @@ def add_up(parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
 def summed(own: Tensor) -> Tensor:
     """The sum of a tensor over all processes, on its device."""
     found = own.clone()
-    with connected():
+    with _connected():
         dist.all_reduce(found)
     return found
 
@@ -299,8 +299,8 @@ def any_of(*flags: bool) -> list[bool]:
     if count() == 1:
         return list(flags)
     told = torch.tensor(flags, dtype=torch.uint8)
-    with connected():
-        dist.all_reduce(told, dist.ReduceOp.MAX, group=on_cpu(STEP))
+    with _connected():
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=_on_cpu(_STEP))
     return [bool(flag) for flag in told]
 
 

@@ -16,7 +16,7 @@ from attire.model.batch_norm import BatchNorm
 from attire.recipes import Recipe
 
 
-class BothPools(nn.Module):
+class _BothPools(nn.Module):
     """(n, C, H, W) to (n, 2 C): each channel's largest value, then each channel's mean."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def build(
         layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), BatchNorm(width), nn.ReLU()]
         channels = width
     dense = vgg.build_classifier(2 * channels, hidden, classes, dropout)
-    return nn.Sequential(*layers, BothPools(), nn.Dropout(dropout), *dense)
+    return nn.Sequential(*layers, _BothPools(), nn.Dropout(dropout), *dense)
 
 
 class TunedHead(nn.Sequential):
@@ -90,7 +90,7 @@ def tuned_head(weights: Path, recipe: Recipe, classifier: nn.Sequential) -> Tune
     return TunedHead(shape, nn.Sequential(*blocks), recipe.pool, classifier)
 
 
-def norms(head: TunedHead) -> list[nn.BatchNorm2d]:
+def _norms(head: TunedHead) -> list[nn.BatchNorm2d]:
     return [layer for layer in head.blocks.modules() if isinstance(layer, nn.BatchNorm2d)]
 
 
@@ -108,15 +108,15 @@ def calibrate(head: TunedHead, batches: Iterable[Tensor]) -> None:
         sums[norm] = (total + x.sum((0, 2, 3)), squares + x.square().sum((0, 2, 3)), count + rows)
 
     head.eval()
-    for norm in norms(head):
+    for norm in _norms(head):
         norm.running_mean.zero_(), norm.running_var.fill_(1 - norm.eps)  # type: ignore[union-attr]
-    hooks = [norm.register_forward_pre_hook(add) for norm in norms(head)]
+    hooks = [norm.register_forward_pre_hook(add) for norm in _norms(head)]
     with torch.no_grad():
         for x in batches:
             head.tuned(x)
         for hook in hooks:
             hook.remove()
-        for norm in norms(head):
+        for norm in _norms(head):
             total, squares, count = sums[norm]
             mean, variance = total / count, (squares / count - (total / count).square()).clamp_min(0)
             norm.running_mean.copy_(mean), norm.running_var.copy_(variance)  # type: ignore[union-attr]
@@ -185,7 +185,7 @@ def last_hidden(head: nn.Module) -> nn.Sequential:
     return nn.Sequential(*layers[:-1], *last)
 
 
-def outline(recipe: Recipe, classes: int) -> nn.Sequential:
+def _outline(recipe: Recipe, classes: int) -> nn.Sequential:
     """What a recipe trains, from features (n, D) to logits, without memory for its weights: to be counted."""
     end = above(recipe.freeze_to, recipe.finetune_blocks)
     with torch.device("meta"):
@@ -197,13 +197,13 @@ def outline(recipe: Recipe, classes: int) -> nn.Sequential:
 
 
 def weight_count(recipe: Recipe, classes: int) -> int:
-    return sum(parameter.numel() for parameter in outline(recipe, classes).parameters())
+    return sum(parameter.numel() for parameter in _outline(recipe, classes).parameters())
 
 
 def training_bytes(recipe: Recipe, classes: int) -> int:
     """About what training holds: weights, gradients, two moments, an average if any; and for a batch what each layer
     hands on, with its gradient."""
-    whole, values = outline(recipe, classes), list[int]()
+    whole, values = _outline(recipe, classes), list[int]()
     for layer in whole.modules():
         if not list(layer.children()):
             layer.register_forward_hook(lambda layer, given, found: values.append(found.numel()))

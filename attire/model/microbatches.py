@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-PIXELS = 2**16  # of a small batch: 64 pictures of 32 px, 16 of 64; what lies between two layers then takes 17 MB
+_PIXELS = 2**16  # of a small batch: 64 pictures of 32 px, 16 of 64; what lies between two layers then takes 17 MB
 LEAST = 4  # pictures of a small batch, however large they are: deep layers are mostly weights
 
 
@@ -25,17 +25,17 @@ def spread(function: Callable[[Tensor], Tensor], x: Tensor, layout: Layout) -> T
     """`function` of all pictures (n, C, H, W) without gradients: all of them at once, or as the layout says."""
     if layout.how == "side by side":
         return side_by_side(function, x, layout.pictures)
-    return in_turn(function, x, layout.pictures) if layout.how == "in turn" else function(x)
+    return _in_turn(function, x, layout.pictures) if layout.how == "in turn" else function(x)
 
 
-def small_batch(x: Tensor) -> int:
+def _small_batch(x: Tensor) -> int:
     """How many of the pictures (n, C, H, W) make a small batch where nobody says how many."""
-    return max(LEAST, PIXELS // (x.shape[2] * x.shape[3]))
+    return max(LEAST, _PIXELS // (x.shape[2] * x.shape[3]))
 
 
-def in_turn(function: Callable[[Tensor], Tensor], x: Tensor, pictures: int = 0) -> Tensor:
+def _in_turn(function: Callable[[Tensor], Tensor], x: Tensor, pictures: int = 0) -> Tensor:
     """`function` of all pictures (n, C, H, W), one small batch after the other, each on all cores."""
-    return torch.cat([function(part) for part in torch.split(x, pictures or small_batch(x))])
+    return torch.cat([function(part) for part in torch.split(x, pictures or _small_batch(x))])
 
 
 def side_by_side(function: Callable[[Tensor], Tensor], x: Tensor, pictures: int = 0) -> Tensor:
@@ -43,20 +43,20 @@ def side_by_side(function: Callable[[Tensor], Tensor], x: Tensor, pictures: int 
 
     For functions of many short operations: the threads then wait for each other once, not after each operation.
     """
-    threads, pictures = torch.get_num_threads(), pictures or small_batch(x)
+    threads, pictures = torch.get_num_threads(), pictures or _small_batch(x)
     parts = -(-len(x) // (pictures * threads)) * threads  # equal ones, so that no core is left over at the end
     if threads == 1 or len(x) < max(parts, 1):
-        return in_turn(function, x, pictures)
+        return _in_turn(function, x, pictures)
 
     def run(part: Tensor) -> Tensor:
         with torch.no_grad():  # the mode of the calling thread is not that of this one
             return function(part)
 
-    return torch.cat(list(workers(threads, os.getpid()).map(run, x.tensor_split(parts))))
+    return torch.cat(list(_workers(threads, os.getpid()).map(run, x.tensor_split(parts))))
 
 
 @cache
-def workers(threads: int, process: int) -> ThreadPoolExecutor:
+def _workers(threads: int, process: int) -> ThreadPoolExecutor:
     """Threads whose operations use one core each. A forked process has none of its parent's: it gets its own."""
     pool = ThreadPoolExecutor(threads, "attire-core")
     met = Barrier(threads)

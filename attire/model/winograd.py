@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAST_CHANNELS = 16  # fewer (VGG16's first layer has 3) leave too little product to pay for the transforms
+_LEAST_CHANNELS = 16  # fewer (VGG16's first layer has 3) leave too little product to pay for the transforms
 
 
 @dataclass(frozen=True)
-class Form:
+class _Form:
     """F(m x m, 3x3). Rows of B' (t, t), G (t, 3) and A' (m, t), t = m + 2."""
 
     side: int  # m
@@ -42,17 +42,17 @@ class Form:
     @cached_property
     def b(self) -> Tensor:
         """(t^2, t^2) float32: tile to transformed tile."""
-        return twice(self.inputs).float()
+        return _twice(self.inputs).float()
 
     @cached_property
     def g(self) -> Tensor:
         """(t^2, 9) float64: kernel to transformed kernel."""
-        return twice(self.kernels)
+        return _twice(self.kernels)
 
     @cached_property
     def a(self) -> Tensor:
         """(m^2, t^2) float32: sum of products to outputs."""
-        return twice(self.outputs).float()
+        return _twice(self.outputs).float()
 
     @property
     def one(self) -> int:
@@ -63,19 +63,19 @@ class Form:
         return -(-length // self.side)
 
 
-def twice(matrix: Sequence[Sequence[float]]) -> Tensor:
+def _twice(matrix: Sequence[Sequence[float]]) -> Tensor:
     with torch.inference_mode(False):  # it outlives the mode it is first asked for in
         once = torch.tensor(matrix, dtype=torch.float64)
         return torch.kron(once, once)
 
 
-F2 = Form(
+_F2 = _Form(
     2,
     ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
     ((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1)),
     ((1, 1, 1, 0), (0, 1, -1, -1)),
 )
-F4 = Form(
+_F4 = _Form(
     4,
     (
         (4, 0, -5, 0, 1, 0),
@@ -97,7 +97,7 @@ F4 = Form(
 )
 
 
-def transform_weight(weight: Tensor, form: Form = F4, dtype: torch.dtype = torch.float64) -> Tensor:
+def _transform_weight(weight: Tensor, form: _Form = _F4, dtype: torch.dtype = torch.float64) -> Tensor:
     """Kernels (K, C, 3, 3) as (t^2, C, K) float32 factors; differentiable.
 
     dtype: what is computed in; float64 for a layer that is frozen, float32 for one that changes with every step.
@@ -107,7 +107,7 @@ def transform_weight(weight: Tensor, form: Form = F4, dtype: torch.dtype = torch
     return (form.g.to(dtype) @ flat).view(form.reach**2, inputs, outputs).float()
 
 
-def tiles_of(padded: Tensor, form: Form) -> Tensor:
+def _tiles_of(padded: Tensor, form: _Form) -> Tensor:
     """All overlapping tiles of (n, m r + 2, m c + 2, C), a view (t, t, n, r, c, C)."""
     n, height, width, channels = padded.shape
     rows, columns = (height - 2) // form.side, (width - 2) // form.side
@@ -117,7 +117,7 @@ def tiles_of(padded: Tensor, form: Form) -> Tensor:
     return padded.as_strided(shape, strides, int(padded.storage_offset()))
 
 
-def grid_of(images: Tensor, side: int) -> Tensor:
+def _grid_of(images: Tensor, side: int) -> Tensor:
     """(n, side r, side c, K) by place in its tile: a view (side, side, n, r, c, K)."""
     n, height, width, channels = images.shape
     split = images.view(n, height // side, side, width // side, side, channels)
@@ -128,11 +128,11 @@ class _Winograd(torch.autograd.Function):
     """Whole tensors at a time: the transformed tiles are kept for the backward pass, 2.25 times the input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factors: Tensor, bias: Tensor, form: Form) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factors: Tensor, bias: Tensor, form: _Form) -> Tensor:
         n, height, width, channels = x.shape  # (n, H, W, C)
         rows, columns, outputs = form.tiles(height), form.tiles(width), factors.shape[2]
         padded = F.pad(x, (0, 0, 1, form.side * columns - width + 1, 1, form.side * rows - height + 1))
-        tiles = tiles_of(padded, form).reshape(form.reach**2, -1)
+        tiles = _tiles_of(padded, form).reshape(form.reach**2, -1)
         transformed = torch.mm(form.b, tiles).view(form.reach**2, -1, channels)  # (t^2, P, C), P tiles
         products = torch.bmm(transformed, factors)
         products[form.one].add_(bias)
@@ -148,18 +148,18 @@ class _Winograd(torch.autograd.Function):
         n, height, width, channels = ctx.shape
         rows, columns, outputs = form.tiles(height), form.tiles(width), factors.shape[2]
         dy = F.pad(dy, (0, 0, 0, form.side * columns - width, 0, form.side * rows - height))
-        dy = grid_of(dy.contiguous(), form.side).reshape(form.side**2, -1)
+        dy = _grid_of(dy.contiguous(), form.side).reshape(form.side**2, -1)
         products = torch.mm(form.a.t(), dy).view(form.reach**2, -1, outputs)  # their gradient, (t^2, P, K)
         dfactors = torch.bmm(transformed.transpose(1, 2), products) if ctx.needs_input_grad[1] else None
         dx = None
         if ctx.needs_input_grad[0]:
             tiles = torch.bmm(products, factors.transpose(1, 2)).flatten(1)
             tiles = torch.mm(form.b.t(), tiles).view(form.reach, form.reach, n, rows, columns, channels)
-            dx = overlap_add(tiles, form)[:, 1 : height + 1, 1 : width + 1]
+            dx = _overlap_add(tiles, form)[:, 1 : height + 1, 1 : width + 1]
         return dx, dfactors, products[form.one].sum(0), None
 
 
-def overlap_add(tiles: Tensor, form: Form) -> Tensor:
+def _overlap_add(tiles: Tensor, form: _Form) -> Tensor:
     """(t, t, n, r, c, C) added up where they overlap, (n, m (r + 1), m (c + 1), C): the transpose of `tiles_of`."""
     _, _, n, rows, columns, channels = tiles.shape
     m, t = form.side, form.reach
@@ -174,7 +174,7 @@ def overlap_add(tiles: Tensor, form: Form) -> Tensor:
     return total
 
 
-def conv2d_winograd(x: Tensor, transformed_weight: Tensor, bias: Tensor, form: Form = F4) -> Tensor:
+def _conv2d_winograd(x: Tensor, transformed_weight: Tensor, bias: Tensor, form: _Form = _F4) -> Tensor:
     """`F.conv2d(x, weight, bias, padding=1)` for 3x3 kernels, with gradients for all three.
 
     x: (n, C, H, W), fastest in channels_last; transformed_weight: `transform_weight(weight)`. Returns (n, K, H, W) in
@@ -184,7 +184,7 @@ def conv2d_winograd(x: Tensor, transformed_weight: Tensor, bias: Tensor, form: F
     return y.permute(0, 3, 1, 2)
 
 
-class Scratch(threading.local):
+class _Scratch(threading.local):
     """A thread's working memory, used over and over, so that it stays in the processor's cache."""
 
     def __init__(self) -> None:
@@ -199,7 +199,7 @@ class Scratch(threading.local):
         return (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
-SCRATCH = Scratch()
+_SCRATCH = _Scratch()
 
 
 class Convolution(nn.Module):
@@ -208,10 +208,13 @@ class Convolution(nn.Module):
     (n, C, H, W) to (n, K, H, W), or half the sides; channels_last. Without gradients: `conv2d_winograd` has them.
     """
 
-    def __init__(self, original: nn.Conv2d, pool: bool, form: Form = F4) -> None:
+    def __init__(self, original: nn.Conv2d, pool: bool, form: _Form = _F4) -> None:
         super().__init__()
         self.form, self.pool, self.channels, self.outputs = form, pool, original.in_channels, original.out_channels
-        self.factors, self.bias = transform_weight(original.weight.detach(), form), cast(Tensor, original.bias).detach()
+        self.factors, self.bias = (
+            _transform_weight(original.weight.detach(), form),
+            cast(Tensor, original.bias).detach(),
+        )
 
     @property
     def tiles(self) -> int:
@@ -239,7 +242,7 @@ class Convolution(nn.Module):
         (c, height, width, inputs), outputs = x.shape, self.outputs
         rows, columns = out.shape[1] // side, out.shape[2] // side
         p = c * rows * columns
-        padded, tiles, transformed, products, y, taller = SCRATCH.split(
+        padded, tiles, transformed, products, y, taller = _SCRATCH.split(
             (c, m * rows + 2, m * columns + 2, inputs),
             (t * t, p * inputs),
             (t * t, p * inputs),
@@ -250,7 +253,7 @@ class Convolution(nn.Module):
         first, last = max(0, m * top - 1), min(height, m * (top + rows) + 1)
         offset = first - (m * top - 1)
         padded.zero_()[:, offset : offset + last - first, 1 : width + 1] = x[:, first:last]
-        tiles.view(t, t, c, rows, columns, inputs).copy_(tiles_of(padded, form))
+        tiles.view(t, t, c, rows, columns, inputs).copy_(_tiles_of(padded, form))
         torch.mm(form.b, tiles, out=transformed)
         torch.bmm(transformed.view(t * t, p, inputs), self.factors, out=products)
         products[form.one].add_(self.bias)
@@ -270,11 +273,11 @@ class Convolution(nn.Module):
         return out.as_strided(shape, (sh, sw, sn, side * sh, side * sw, sk), int(out.storage_offset()))
 
 
-def accelerate(features: nn.Sequential, form: Form = F4) -> nn.Sequential:
+def accelerate(features: nn.Sequential, form: _Form = _F4) -> nn.Sequential:
     """VGG16's `features` with every convolution that gains, and what follows it, in one; indices stay as they were."""
     layers: list[nn.Module] = list(features)
     for i, layer in enumerate(layers):
-        if isinstance(layer, nn.Conv2d) and layer.in_channels >= LEAST_CHANNELS:
+        if isinstance(layer, nn.Conv2d) and layer.in_channels >= _LEAST_CHANNELS:
             pool = i + 2 < len(layers) and isinstance(layers[i + 2], nn.MaxPool2d)
             layers[i] = Convolution(layer, pool, form)
             layers[i + 1 : i + 2 + pool] = [nn.Identity()] * (1 + pool)

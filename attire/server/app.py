@@ -49,24 +49,24 @@ from attire.server.uploads import (
 )
 from attire.version import __version__
 
-Result = TypeVar("Result")
-MB = 1 << 20
-NICE = 10  # of the threads that run the model, see docs/serving.md
-FACTS = ("name", "recipe", "test", "test_digest", "backbone")  # what a bundle says of itself and /model passes on
-REPORT_POLICY = (
+_Result = TypeVar("_Result")
+_MB = 1 << 20
+_NICE = 10  # of the threads that run the model, see docs/serving.md
+_FACTS = ("name", "recipe", "test", "test_digest", "backbone")  # what a bundle says of itself and /model passes on
+_REPORT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'self'"  # the page shows it in a tab
 )
 
 
-class Predictor(Protocol):
+class _Predictor(Protocol):
     """A Classifier, or an exported file of it."""
 
     def predict(self, images: NDArray[np.uint8], /) -> Sequence[Prediction]: ...
 
 
 @dataclass(frozen=True)
-class Settings:
+class _Settings:
     """Every limit of the app, and who may ask.
 
     max_queue: pictures accepted and not yet answered; max_batch: pictures a forward pass, 16 because larger ones were
@@ -79,9 +79,9 @@ class Settings:
     max_batch: int = 16
     max_images: int = 64
     max_explain: int = 8
-    max_upload: int = 20 * MB
-    max_json: int = 16 * MB
-    max_arriving: int = 256 * MB
+    max_upload: int = 20 * _MB
+    max_json: int = 16 * _MB
+    max_arriving: int = 256 * _MB
     seconds: float = 10.0
     explain_seconds: float = 30.0
     stall_seconds: float = 10.0
@@ -116,15 +116,15 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Answer:
+class _Answer:
     seen: Seen
     prediction: Prediction
 
 
-class Service:
+class _Service:
     """The endpoints, around one classifier."""
 
-    def __init__(self, classifier: Classifier, predictor: Predictor, settings: Settings) -> None:
+    def __init__(self, classifier: Classifier, predictor: _Predictor, settings: _Settings) -> None:
         self.classifier, self.predictor, self.settings = classifier, predictor, settings
         self.draining = False
         self.arrivals = Arrivals(settings.max_arriving)
@@ -135,7 +135,7 @@ class Service:
         self.workers = settings.workers or min(2 if on_cpu else 1, torch.get_num_threads())
         self.threads = settings.threads or max(1, torch.get_num_threads() // self.workers)
         self.batches = MicroBatches(
-            seen_image,
+            _seen_image,
             self.answer,
             limit=settings.max_queue,
             most=settings.max_batch,
@@ -152,12 +152,12 @@ class Service:
             seconds=settings.explain_seconds,
             begin=self.begin,
         )
-        self.explained = shared_copy(classifier)
-        self.page = read_page()
+        self.explained = _shared_copy(classifier)
+        self.page = _read_page()
         self.fixed = {
-            "openapi": as_json(openapi.document(classifier.classes, settings.most_images, settings.token is not None)),
-            "model": as_json(model_card(classifier, settings)),
-            "samples": as_json(
+            "openapi": _as_json(openapi.document(classifier.classes, settings.most_images, settings.token is not None)),
+            "model": _as_json(_model_card(classifier, settings)),
+            "samples": _as_json(
                 {"samples": [{"name": name, "image": data_uri(grey_png(image))} for name, image in read_samples()]}
             ),
         }
@@ -192,38 +192,38 @@ class Service:
     def begin(self) -> None:
         torch.set_num_threads(self.threads)  # this thread's
         if sys.platform == "linux":  # where it is a thread's own: the loop comes first, or refusals wait for answers
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
-    def answer(self, seen: list[Seen]) -> list[Answer]:
+    def answer(self, seen: list[Seen]) -> list[_Answer]:
         """In the model's thread: one forward pass."""
         found = self.predictor.predict(np.stack([one.image for one in seen]))
-        return [Answer(*pair) for pair in zip(seen, found, strict=True)]
+        return [_Answer(*pair) for pair in zip(seen, found, strict=True)]
 
-    def explain_all(self, answers: list[Answer]) -> list[dict[str, Any]]:
-        return [explanation(self.explained, found.seen.image, found.prediction.label) for found in answers]
+    def explain_all(self, answers: list[_Answer]) -> list[dict[str, Any]]:
+        return [_explanation(self.explained, found.seen.image, found.prediction.label) for found in answers]
 
     async def predict(self, request: Request) -> Response:
         top = self.top(request)
-        return Json(self.describe(*await self.one_picture(request), top))
+        return _Json(self.describe(*await self.one_picture(request), top))
 
     async def explain(self, request: Request) -> Response:
         top = self.top(request)
         if not self.explaining.has_room():
             raise busy()
         found, start = await self.one_picture(request)
-        (more,) = await while_connected(request, settle(self.explaining, [found]))
+        (more,) = await _while_connected(request, _settle(self.explaining, [found]))
         if isinstance(more, Exception):
             raise more
-        return Json({**self.describe(found, start, top), **more})
+        return _Json({**self.describe(found, start, top), **more})
 
-    async def one_picture(self, request: Request) -> tuple[Answer, float]:
+    async def one_picture(self, request: Request) -> tuple[_Answer, float]:
         """The answer for the picture in the body, and when the whole body was here."""
         check_headers(request, PICTURES, self.settings.max_upload)
         if not self.batches.has_room():
             raise busy()
         async with whole_body(request, self.picture_limits, self.arrivals) as body:
             start = time.perf_counter()
-            (found,) = await while_connected(request, settle(self.batches, [body]))
+            (found,) = await _while_connected(request, _settle(self.batches, [body]))
         if isinstance(found, Exception):
             raise found
         return found, start
@@ -237,9 +237,9 @@ class Service:
             start = time.perf_counter()
             found = await asyncio.to_thread(parse_batch, body, self.settings.most_images)
             pictures = [one for one in found if isinstance(one, bytes)]
-            answers = iter(await while_connected(request, settle(self.batches, pictures)))
+            answers = iter(await _while_connected(request, _settle(self.batches, pictures)))
         outcomes = [next(answers) if isinstance(one, bytes) else one for one in found]
-        return Json({"predictions": [self.describe_any(one, start, top) for one in outcomes]})
+        return _Json({"predictions": [self.describe_any(one, start, top) for one in outcomes]})
 
     def top(self, request: Request) -> int:
         """How many classes the ranking shows: all, or what the query says."""
@@ -251,14 +251,14 @@ class Service:
             raise Problem(400, "top", f"top is given once, as a whole number from 1 to {count}")
         return int(text)
 
-    def describe_any(self, found: Answer | Exception, start: float, top: int) -> dict[str, Any]:
-        if isinstance(found, Answer):
+    def describe_any(self, found: _Answer | Exception, start: float, top: int) -> dict[str, Any]:
+        if isinstance(found, _Answer):
             return self.describe(found, start, top)
         if isinstance(found, Problem):
             return {"error": found.to_json()}
         raise found
 
-    def describe(self, found: Answer, start: float, top: int) -> dict[str, Any]:
+    def describe(self, found: _Answer, start: float, top: int) -> dict[str, Any]:
         told = found.prediction
         return {
             "label": told.label,
@@ -266,7 +266,7 @@ class Service:
             "ranking": [{"label": label, "probability": p} for label, p in told.ranking[:top]],
             "out_of_distribution": told.out_of_distribution,
             "distance": told.distance,
-            "verdict": verdict(told),
+            "verdict": _verdict(told),
             "seen": data_uri(grey_png(found.seen.image)),
             "polarity": found.seen.polarity,
             "milliseconds": round(1000 * (time.perf_counter() - start), 2),
@@ -278,47 +278,47 @@ class Service:
     async def get_report(self, _: Request) -> Response:
         if self.settings.report is None:
             raise Problem(404, "report", "this model has no report")
-        return html(self.settings.report, REPORT_POLICY)
+        return _html(self.settings.report, _REPORT_POLICY)
 
     async def get_samples(self, _: Request) -> Response:
-        return Json(self.fixed["samples"])
+        return _Json(self.fixed["samples"])
 
     async def get_model(self, _: Request) -> Response:
-        return Json(self.fixed["model"])
+        return _Json(self.fixed["model"])
 
     async def get_openapi(self, _: Request) -> Response:
-        return Json(self.fixed["openapi"])
+        return _Json(self.fixed["openapi"])
 
     async def get_metrics(self, _: Request) -> Response:
         return Response(self.meters.text(), headers={"Content-Type": MEDIA_TYPE})
 
     async def healthz(self, _: Request) -> Response:
-        return Json({"status": "ok"})
+        return _Json({"status": "ok"})
 
     async def readyz(self, _: Request) -> Response:
         if self.draining:
             raise Problem(503, "draining", "the server is about to stop", {"Retry-After": "5"})
-        return Json({"status": "ready"})
+        return _Json({"status": "ready"})
 
     def leave(self) -> None:
         """From now on not ready, and every response ends its connection."""
         self.draining = True
 
 
-class Json(Response):
+class _Json(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return content if isinstance(content, bytes) else as_json(content)
+        return content if isinstance(content, bytes) else _as_json(content)
 
 
-def create_app(classifier: Classifier, predictor: Predictor | None = None, **settings: Any) -> Starlette:
+def create_app(classifier: Classifier, predictor: _Predictor | None = None, **settings: Any) -> Starlette:
     """An ASGI app that answers with this classifier; `settings` are the fields of Settings.
 
     predictor: answers instead of it, being the same model in another runtime; the classifier explains.
     `app.state.service.leave()` makes it say that it is not ready any more.
     """
-    service = Service(classifier, predictor or classifier, Settings(**settings))
+    service = _Service(classifier, predictor or classifier, _Settings(**settings))
     chosen = service.settings
     guard = Middleware(
         guards.Guard,
@@ -330,9 +330,9 @@ def create_app(classifier: Classifier, predictor: Predictor | None = None, **set
     )
     handlers: dict[Any, Any] = {
         Problem: answer_problem,
-        HTTPException: answer_http,
-        ClientGone: answer_nobody,
-        AttireError: answer_refused,
+        HTTPException: _answer_http,
+        ClientGone: _answer_nobody,
+        AttireError: _answer_refused,
     }
     app = Starlette(routes=service.routes(), middleware=[guard], exception_handlers=handlers, lifespan=service.lifespan)
     app.router.redirect_slashes = False  # a redirect is put together from what the client sent
@@ -340,7 +340,7 @@ def create_app(classifier: Classifier, predictor: Predictor | None = None, **set
     return app
 
 
-async def settle(batches: MicroBatches[Any, Any, Any], sources: Sequence[Any]) -> list[Any]:
+async def _settle(batches: MicroBatches[Any, Any, Any], sources: Sequence[Any]) -> list[Any]:
     """Answers, with what is wrong with a picture as a Problem. Raises Problem where there is no room or no time."""
     try:
         found = await batches.ask(sources)
@@ -351,7 +351,7 @@ async def settle(batches: MicroBatches[Any, Any, Any], sources: Sequence[Any]) -
     return [not_a_picture(one) if isinstance(one, AttireError) else one for one in found]
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def _while_connected(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
     """What `work` returns; given up, as ClientGone, when the client closes its connection before."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
     try:
@@ -364,7 +364,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
         gone.cancel()
 
 
-async def answer_http(_: Request, error: Exception) -> Response:
+async def _answer_http(_: Request, error: Exception) -> Response:
     """Starlette's own refusals: 404 and 405."""
     assert isinstance(error, HTTPException)
     known = {404: ("path", "there is nothing at this path"), 405: ("method", "this path does not take that method")}
@@ -372,23 +372,23 @@ async def answer_http(_: Request, error: Exception) -> Response:
     return Problem(error.status_code, code, detail, error.headers).response()
 
 
-async def answer_nobody(_: Request, error: Exception) -> Response:
+async def _answer_nobody(_: Request, error: Exception) -> Response:
     """The connection is closed: nothing of this is sent; the status is for the log (nginx's number for it)."""
     return Response(status_code=499)
 
 
-async def answer_refused(_: Request, error: Exception) -> Response:
+async def _answer_refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, AttireError)
     return not_a_picture(error).response()
 
 
-def seen_image(data: bytes) -> Seen:
+def _seen_image(data: bytes) -> Seen:
     """The one place where an upload becomes what the model sees. Raises AttireError for what is no sound picture."""
     photo = photos.prepare(data)
     return Seen(photo.image, photo.polarity)
 
 
-def explanation(classifier: Classifier, image: NDArray[np.uint8], label: str) -> dict[str, Any]:
+def _explanation(classifier: Classifier, image: NDArray[np.uint8], label: str) -> dict[str, Any]:
     """The one place where an answer is explained: what /explain says beside the prediction."""
     from attire.inference import explain as inference_explain
     from attire.inference.explain import heat_png  # and matplotlib, which nobody waits for who only predicts
@@ -404,7 +404,7 @@ def explanation(classifier: Classifier, image: NDArray[np.uint8], label: str) ->
     }
 
 
-def shared_copy(classifier: Classifier) -> Classifier:
+def _shared_copy(classifier: Classifier) -> Classifier:
     """The same weights in modules of its own: explaining hooks into modules while the other thread predicts."""
     shared = {id(tensor): tensor for tensor in (*classifier.model.parameters(), *classifier.model.buffers())}
     own = copy.copy(classifier)
@@ -412,7 +412,7 @@ def shared_copy(classifier: Classifier) -> Classifier:
     return own
 
 
-def verdict(told: Prediction) -> str:
+def _verdict(told: Prediction) -> str:
     """The answer in words. Probabilities are calibrated, so that words may stand for them."""
     if told.out_of_distribution:
         return str(told)
@@ -422,7 +422,7 @@ def verdict(told: Prediction) -> str:
     return f"{word} {told.label}; else {told.ranking[1][0]}"
 
 
-def model_card(classifier: Classifier, settings: Settings) -> dict[str, Any]:
+def _model_card(classifier: Classifier, settings: _Settings) -> dict[str, Any]:
     ood_detector = classifier.ood_detector
     return {
         "name": str(classifier.facts.get("name", "unnamed")),
@@ -432,7 +432,7 @@ def model_card(classifier: Classifier, settings: Settings) -> dict[str, Any]:
         "image_size": classifier.architecture.image_size,
         "freeze_to": classifier.architecture.end,
         "ood": None if ood_detector is None else ood_detector.about(),
-        "facts": {name: classifier.facts[name] for name in FACTS if name in classifier.facts},
+        "facts": {name: classifier.facts[name] for name in _FACTS if name in classifier.facts},
         "limits": {
             "upload_bytes": settings.max_upload,
             "batch_images": settings.most_images,
@@ -444,14 +444,14 @@ def model_card(classifier: Classifier, settings: Settings) -> dict[str, Any]:
     }
 
 
-def read_page() -> Response:
+def _read_page() -> Response:
     text = files("attire.server").joinpath("page.html").read_text(encoding="utf-8")
-    return html(text, guards.policy(text))
+    return _html(text, guards.policy(text))
 
 
-def html(text: str, policy: str) -> Response:
+def _html(text: str, policy: str) -> Response:
     return Response(text, media_type="text/html", headers={"Content-Security-Policy": policy})
 
 
-def as_json(value: Any) -> bytes:
+def _as_json(value: Any) -> bytes:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-Source = TypeVar("Source")
-Item = TypeVar("Item")
-Answer = TypeVar("Answer")
+_Source = TypeVar("_Source")
+_Item = TypeVar("_Item")
+_Answer = TypeVar("_Answer")
 
-PREPARERS = 2  # threads that decode: Pillow frees the interpreter lock for part of it; more fight over the same cores
+_PREPARERS = 2  # threads that decode: Pillow frees the interpreter lock for part of it; more fight over the same cores
 
 
 class QueueFull(Exception):  # noqa: N818  (a state, not a fault)
@@ -25,22 +25,22 @@ class DeadlineExceeded(Exception):  # noqa: N818
 
 
 @dataclass(eq=False)
-class Job(Generic[Source, Item, Answer]):
+class _Job(Generic[_Source, _Item, _Answer]):
     """What waits: its source, what became of it, and where the answer goes.
 
     Whoever asked gives up by cancelling the future; from then on no time is spent on the job.
     """
 
-    source: Source | None
-    future: "asyncio.Future[Answer | Exception]"
-    item: Item | None = None
+    source: _Source | None
+    future: "asyncio.Future[_Answer | Exception]"
+    item: _Item | None = None
 
     @property
     def given_up(self) -> bool:
         return self.future.done()
 
 
-class MicroBatches(Generic[Source, Item, Answer]):
+class MicroBatches(Generic[_Source, _Item, _Answer]):
     """Asks `prepare` about each source in a few threads, then `answer`, in `workers` threads, about whatever waits.
 
     The batch is never waited for: a thread takes what is there, at least one item, at most `most`, and while it
@@ -53,8 +53,8 @@ class MicroBatches(Generic[Source, Item, Answer]):
 
     def __init__(
         self,
-        prepare: Callable[[Source], Item],
-        answer: Callable[[list[Item]], Sequence[Answer]],
+        prepare: Callable[[_Source], _Item],
+        answer: Callable[[list[_Item]], Sequence[_Answer]],
         *,
         limit: int,
         most: int,
@@ -66,13 +66,13 @@ class MicroBatches(Generic[Source, Item, Answer]):
         self.limit, self.most, self.seconds, self.waiting = limit, most, seconds, 0
         self._threads = [threading.Thread(target=self._work, name="attire-model", daemon=True) for _ in range(workers)]
         self._prepare_one, self._answer, self._on_batch, self._begin = prepare, answer, on_batch, begin
-        self._ready: queue.SimpleQueue[Job[Source, Item, Answer] | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[_Job[_Source, _Item, _Answer] | None] = queue.SimpleQueue()
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._pool = ThreadPoolExecutor(PREPARERS, "attire-decode")
+        self._pool = ThreadPoolExecutor(_PREPARERS, "attire-decode")
         for thread in self._threads:
             thread.start()
 
@@ -88,7 +88,7 @@ class MicroBatches(Generic[Source, Item, Answer]):
     def has_room(self, count: int = 1) -> bool:
         return self.waiting + count <= self.limit
 
-    async def ask(self, sources: Sequence[Source]) -> list[Answer | Exception]:
+    async def ask(self, sources: Sequence[_Source]) -> list[_Answer | Exception]:
         """An answer for each source, or the exception that `prepare` or `answer` raised.
 
         Raises Full where there is no room for all of them, Late after `seconds`. When the calling task is cancelled,
@@ -98,7 +98,7 @@ class MicroBatches(Generic[Source, Item, Answer]):
             return []
         if not self.has_room(len(sources)):
             raise QueueFull
-        jobs = [Job[Source, Item, Answer](source, self._loop.create_future()) for source in sources]
+        jobs = [_Job[_Source, _Item, _Answer](source, self._loop.create_future()) for source in sources]
         self.waiting += len(jobs)
         self._idle.clear()
         for job in jobs:
@@ -112,7 +112,7 @@ class MicroBatches(Generic[Source, Item, Answer]):
             for job in jobs:
                 job.future.cancel()  # of those that are done already nothing changes
 
-    def _prepare(self, job: Job[Source, Item, Answer]) -> None:
+    def _prepare(self, job: _Job[_Source, _Item, _Answer]) -> None:
         source, job.source = job.source, None  # an upload is not kept while its picture waits
         if job.given_up or source is None:
             return self._hand_out([job], [DeadlineExceeded()])
@@ -139,12 +139,12 @@ class MicroBatches(Generic[Source, Item, Answer]):
             if last:
                 return
 
-    def _run(self, jobs: list[Job[Source, Item, Answer]]) -> None:
+    def _run(self, jobs: list[_Job[_Source, _Item, _Answer]]) -> None:
         dropped = [job for job in jobs if job.given_up]
         wanted = [job for job in jobs if not job.given_up]
         items = [job.item for job in wanted if job.item is not None]
         start = time.perf_counter()
-        answers: Sequence[Answer | Exception] = []
+        answers: Sequence[_Answer | Exception] = []
         if items:
             try:
                 answers = self._answer(items)
@@ -153,11 +153,11 @@ class MicroBatches(Generic[Source, Item, Answer]):
             self._on_batch(len(items), time.perf_counter() - start)
         self._hand_out(wanted + dropped, [*answers, *(DeadlineExceeded() for _ in dropped)])
 
-    def _hand_out(self, jobs: list[Job[Source, Item, Answer]], answers: Sequence[Answer | Exception]) -> None:
+    def _hand_out(self, jobs: list[_Job[_Source, _Item, _Answer]], answers: Sequence[_Answer | Exception]) -> None:
         """To the event loop, once a batch: waking it costs more than setting a result."""
         self._loop.call_soon_threadsafe(self._settle, jobs, answers)
 
-    def _settle(self, jobs: list[Job[Source, Item, Answer]], answers: Sequence[Answer | Exception]) -> None:
+    def _settle(self, jobs: list[_Job[_Source, _Item, _Answer]], answers: Sequence[_Answer | Exception]) -> None:
         for job, answer in zip(jobs, answers, strict=True):
             if not job.given_up:
                 job.future.set_result(answer)

@@ -23,26 +23,26 @@ from attire.errors import AttireError
 from attire.server.guards import HEAD_BYTES
 from attire.server.problems import MEDIA_TYPE, Problem
 
-HEAD_SECONDS = 10.0  # from the first byte of a request to the end of its headers
-LINGER_SECONDS = 5.0  # for the rest of a body that was refused, so that the client gets to read why
-KEEP_ALIVE_SECONDS = 15
-CONNECTIONS = 800  # below the 1,024 open files that most systems allow a process
-DRAIN_SECONDS = 1.0  # after SIGTERM: still answering, not ready, so that balancers and clients look elsewhere
-LAST_SECONDS = 0.5  # after that without new connections: what those that are there ask is answered
-SO_ATTACH_FILTER = 26  # of asm-generic/socket.h
+_HEAD_SECONDS = 10.0  # from the first byte of a request to the end of its headers
+_LINGER_SECONDS = 5.0  # for the rest of a body that was refused, so that the client gets to read why
+_KEEP_ALIVE_SECONDS = 15
+_CONNECTIONS = 800  # below the 1,024 open files that most systems allow a process
+_DRAIN_SECONDS = 1.0  # after SIGTERM: still answering, not ready, so that balancers and clients look elsewhere
+_LAST_SECONDS = 0.5  # after that without new connections: what those that are there ask is answered
+_SO_ATTACH_FILTER = 26  # of asm-generic/socket.h
 # struct sock_filter (code, jt, jf, k), four times: load byte 13, TCP's flags; is SYN set? yes: drop; no: let through
-DROP_SYN = (0x30, 0, 0, 13, 0x45, 0, 1, 0x02, 0x06, 0, 0, 0, 0x06, 0, 0, 0xFFFFFFFF)
-GRACE_SECONDS = 60  # for what is being answered; longer than any deadline of the app
+_DROP_SYN = (0x30, 0, 0, 13, 0x45, 0, 1, 0x02, 0x06, 0, 0, 0, 0x06, 0, 0, 0xFFFFFFFF)
+_GRACE_SECONDS = 60  # for what is being answered; longer than any deadline of the app
 
 
-class Protocol(H11Protocol):
+class _Protocol(H11Protocol):
     """uvicorn's, with a time limit on headers and on refused bodies, a limit on connections, and problem+json."""
 
     head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > CONNECTIONS:
+        if len(self.connections) > _CONNECTIONS:
             transport.abort()
             return
         self.start_head_timer()
@@ -64,7 +64,7 @@ class Protocol(H11Protocol):
             self.start_head_timer()
 
     def start_head_timer(self) -> None:
-        self.head_timer = self.loop.call_later(HEAD_SECONDS, self.head_late)
+        self.head_timer = self.loop.call_later(_HEAD_SECONDS, self.head_late)
 
     def stop_head_timer(self) -> None:
         if self.head_timer is not None:
@@ -103,14 +103,14 @@ class Protocol(H11Protocol):
         super().on_response_complete()
         self.watch_head()
         if self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing():
-            self.loop.call_later(LINGER_SECONDS, self.close_if_lingering, self.cycle)
+            self.loop.call_later(_LINGER_SECONDS, self.close_if_lingering, self.cycle)
 
     def close_if_lingering(self, cycle: object) -> None:
         if self.cycle is cycle and self.conn.their_state is h11.SEND_BODY:
             self.transport.close()
 
 
-class Server(uvicorn.Server):
+class _Server(uvicorn.Server):
     """uvicorn's, which after SIGTERM goes on for a moment as not ready, and does not raise the signal once more.
 
     leave: called at the first signal; listening: called once connections are accepted.
@@ -129,13 +129,13 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.leave()
         if self.signal == signal.SIGTERM:
-            await asyncio.sleep(DRAIN_SECONDS)
+            await asyncio.sleep(_DRAIN_SECONDS)
             for found in sockets or []:
-                take_nobody_new(found)  # who waits to be accepted still is
-            await asyncio.sleep(LAST_SECONDS / 2)
+                _take_nobody_new(found)  # who waits to be accepted still is
+            await asyncio.sleep(_LAST_SECONDS / 2)
             for server in self.servers:
                 server.close()
-            await asyncio.sleep(LAST_SECONDS / 2)  # who has just been accepted may be about to ask
+            await asyncio.sleep(_LAST_SECONDS / 2)  # who has just been accepted may be about to ask
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -157,7 +157,7 @@ class Server(uvicorn.Server):
                 signal.signal(sig, handler)
 
 
-def take_nobody_new(found: socket.socket) -> None:
+def _take_nobody_new(found: socket.socket) -> None:
     """Let the kernel begin no further connection; those it has begun or taken stay, and can be accepted.
 
     Closing alone resets who was taken between the last accept and the close, and `listen(0)` still takes one. So on
@@ -166,9 +166,9 @@ def take_nobody_new(found: socket.socket) -> None:
     found.listen(0)
     if sys.platform != "linux":
         return
-    code = ctypes.create_string_buffer(struct.pack("=" + 4 * "HBBI", *DROP_SYN))
+    code = ctypes.create_string_buffer(struct.pack("=" + 4 * "HBBI", *_DROP_SYN))
     with suppress(OSError):  # a kernel without it: the one in the queue may be reset
-        found.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 4, ctypes.addressof(code)))
+        found.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", 4, ctypes.addressof(code)))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -196,11 +196,11 @@ def url_of(found: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def make_server(app: Any, leave: Callable[[], None], listening: Callable[[], None]) -> Server:
+def _make_server(app: Any, leave: Callable[[], None], listening: Callable[[], None]) -> _Server:
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # not a line for each request that is no HTTP
     config = uvicorn.Config(
         app,
-        http=Protocol,
+        http=_Protocol,
         ws="none",
         lifespan="on",
         interface="asgi3",
@@ -209,14 +209,14 @@ def make_server(app: Any, leave: Callable[[], None], listening: Callable[[], Non
         proxy_headers=False,
         server_header=False,
         h11_max_incomplete_event_size=HEAD_BYTES,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
     )
-    return Server(config, leave, listening)
+    return _Server(config, leave, listening)
 
 
 def serve(app: Any, found: socket.socket, leave: Callable[[], None], listening: Callable[[], None]) -> int:
     """Answer on this socket until a signal ends it; which signal that was."""
-    server = make_server(app, leave, listening)
+    server = _make_server(app, leave, listening)
     server.run([found])
     return server.signal

@@ -3,13 +3,11 @@
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as MEDIA_TYPE
-from prometheus_client.exposition import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
-SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-SIZES = (1, 2, 4, 8, 16, 32, 64)
-
-__all__ = ["MEDIA_TYPE", "Meters"]
+MEDIA_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Meters:
@@ -21,13 +19,13 @@ class Meters:
             "attire_requests", "Responses sent.", ("route", "method", "status"), registry=self.registry
         )
         self._seconds = Histogram(
-            "attire_request_seconds", "From headers to response.", ("route",), buckets=SECONDS, registry=self.registry
+            "attire_request_seconds", "From headers to response.", ("route",), buckets=_SECONDS, registry=self.registry
         )
         self._sizes = Histogram(
-            "attire_batch_images", "Pictures in a forward pass.", buckets=SIZES, registry=self.registry
+            "attire_batch_images", "Pictures in a forward pass.", buckets=_SIZES, registry=self.registry
         )
         self._model = Histogram(
-            "attire_batch_seconds", "Time of a forward pass.", buckets=SECONDS, registry=self.registry
+            "attire_batch_seconds", "Time of a forward pass.", buckets=_SECONDS, registry=self.registry
         )
         gauge = Gauge("attire_waiting_images", "Pictures accepted and not yet answered.", registry=self.registry)
         gauge.set_function(waiting)

@@ -6,14 +6,14 @@ from typing import Any
 from attire.server.uploads import PICTURES
 from attire.version import __version__
 
-Json = dict[str, Any]
+_Json = dict[str, Any]
 
-PNG_URI = {"type": "string", "pattern": "^data:image/png;base64,[A-Za-z0-9+/]+={0,2}$"}
-PROBABILITY = {"type": "number", "minimum": 0, "maximum": 1}
-DISTANCE = {"type": "number", "minimum": 0}
+_PNG_URI = {"type": "string", "pattern": "^data:image/png;base64,[A-Za-z0-9+/]+={0,2}$"}
+_PROBABILITY = {"type": "number", "minimum": 0, "maximum": 1}
+_DISTANCE = {"type": "number", "minimum": 0}
 
 # What each status means.
-STATUSES = {
+_STATUSES = {
     400: "Not a request that can be understood.",
     401: "The bearer token is missing or wrong.",
     403: "Asked for by a page of another site.",
@@ -27,15 +27,15 @@ STATUSES = {
     500: "Something failed in the server.",
     503: "Too much is waiting, or the answer took too long; Retry-After says when to come back.",
 }
-ALWAYS = (400, 421, 431, 500)
-BODY = (403, 408, 413, 415, 422, 503)
+_ALWAYS = (400, 421, 431, 500)
+_BODY = (403, 408, 413, 415, 422, 503)
 
 
-def document(classes: Sequence[str], most_images: int, token: bool) -> Json:
+def document(classes: Sequence[str], most_images: int, token: bool) -> _Json:
     """The description of a server with these classes, for batches of so many images, with or without a token."""
-    secured: Json = {"security": [{"bearer": []}]} if token else {}
-    schemas = {**schemas_of(classes, most_images)}
-    components: Json = {"schemas": schemas, "responses": {f"Problem{code}": problem(code) for code in STATUSES}}
+    secured: _Json = {"security": [{"bearer": []}]} if token else {}
+    schemas = {**_schemas_of(classes, most_images)}
+    components: _Json = {"schemas": schemas, "responses": {f"Problem{code}": _problem(code) for code in _STATUSES}}
     if token:
         components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     return {
@@ -46,16 +46,16 @@ def document(classes: Sequence[str], most_images: int, token: bool) -> Json:
             "description": "Names the garment in a picture.",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
-        "paths": paths(len(classes), token),
+        "paths": _paths(len(classes), token),
         "components": components,
         **secured,
     }
 
 
-def paths(classes: int, token: bool) -> Json:
+def _paths(classes: int, token: bool) -> _Json:
     picture = {"required": True, "content": {name: {"schema": {}} for name in PICTURES}}
-    batch = {"required": True, "content": {"application/json": {"schema": ref("Batch")}}}
-    top: Json = {
+    batch = {"required": True, "content": {"application/json": {"schema": _ref("Batch")}}}
+    top: _Json = {
         "name": "top",
         "in": "query",
         "description": "How many classes the ranking shows; all by default.",
@@ -64,40 +64,40 @@ def paths(classes: int, token: bool) -> Json:
     page = {"text/html": {"schema": {"type": "string"}}}
     gets = {
         "/": ("page", "The page for people.", page, (), False),
-        "/samples": ("samples", "Sample garments.", of("Samples"), (), token),
-        "/model": ("model", "The model's card and the server's limits.", of("Model"), (), token),
+        "/samples": ("samples", "Sample garments.", _of("Samples"), (), token),
+        "/model": ("model", "The model's card and the server's limits.", _of("Model"), (), token),
         "/report": ("report", "The model's report, a page.", page, (404,), token),
-        "/healthz": ("healthz", "Whether the process answers.", of("Status"), (), False),
-        "/readyz": ("readyz", "Whether it should be sent requests.", of("Status"), (503,), False),
+        "/healthz": ("healthz", "Whether the process answers.", _of("Status"), (), False),
+        "/readyz": ("readyz", "Whether it should be sent requests.", _of("Status"), (503,), False),
         "/metrics": ("metrics", "Figures for Prometheus.", {"text/plain": {"schema": {"type": "string"}}}, (), token),
         "/openapi.json": ("openapi", "This document.", {"application/json": {"schema": {"type": "object"}}}, (), False),
     }
     posts = {
-        "/predict": ("predict", "The garment in one picture.", picture, of("Prediction")),
-        "/predict/batch": ("predict_batch", "The garments in several pictures.", batch, of("Predictions")),
-        "/explain": ("explain", "One picture, and what the answer rests on.", picture, of("Explanation")),
+        "/predict": ("predict", "The garment in one picture.", picture, _of("Prediction")),
+        "/predict/batch": ("predict_batch", "The garments in several pictures.", batch, _of("Predictions")),
+        "/explain": ("explain", "One picture, and what the answer rests on.", picture, _of("Explanation")),
     }
-    found: Json = {}
+    found: _Json = {}
     for path, (name, summary, content, extra, secured) in gets.items():
-        statuses = (*ALWAYS, *extra, *((401,) if secured else ()))
-        found[path] = {"get": operation(name, summary, content, statuses, open_to_all=token and not secured)}
+        statuses = (*_ALWAYS, *extra, *((401,) if secured else ()))
+        found[path] = {"get": _operation(name, summary, content, statuses, open_to_all=token and not secured)}
     for path, (name, summary, body, content) in posts.items():
-        made = operation(name, summary, content, (*ALWAYS, *BODY, *((401,) if token else ())))
+        made = _operation(name, summary, content, (*_ALWAYS, *_BODY, *((401,) if token else ())))
         found[path] = {"post": {**made, "parameters": [top], "requestBody": body}}
     return found
 
 
-def operation(name: str, summary: str, content: Json, statuses: Sequence[int], open_to_all: bool = False) -> Json:
+def _operation(name: str, summary: str, content: _Json, statuses: Sequence[int], open_to_all: bool = False) -> _Json:
     refusals = {str(code): {"$ref": f"#/components/responses/Problem{code}"} for code in sorted(statuses)}
-    made: Json = {"operationId": name, "summary": summary}
+    made: _Json = {"operationId": name, "summary": summary}
     made["responses"] = {"200": {"description": "The answer.", "content": content}, **refusals}
     return {**made, "security": []} if open_to_all else made
 
 
-def problem(code: int) -> Json:
-    made: Json = {
-        "description": STATUSES[code],
-        "content": {"application/problem+json": {"schema": ref("Problem")}},
+def _problem(code: int) -> _Json:
+    made: _Json = {
+        "description": _STATUSES[code],
+        "content": {"application/problem+json": {"schema": _ref("Problem")}},
     }
     headers = {401: "WWW-Authenticate", 503: "Retry-After"}
     if name := headers.get(code):
@@ -105,42 +105,42 @@ def problem(code: int) -> Json:
     return made
 
 
-def schemas_of(classes: Sequence[str], most_images: int) -> Json:
+def _schemas_of(classes: Sequence[str], most_images: int) -> _Json:
     label = {"type": "string", "enum": list(classes)}
-    likely = record({"label": label, "probability": PROBABILITY})
-    prediction: Json = {
+    likely = _record({"label": label, "probability": _PROBABILITY})
+    prediction: _Json = {
         "label": label,
-        "probability": PROBABILITY,
+        "probability": _PROBABILITY,
         "ranking": {"type": "array", "items": likely, "minItems": 1, "maxItems": len(classes)},
         "out_of_distribution": {
             "type": ["boolean", "null"],
             "description": "Whether it is rather none of the classes.",
         },
-        "distance": {**DISTANCE, "type": ["number", "null"], "description": "From the training images."},
+        "distance": {**_DISTANCE, "type": ["number", "null"], "description": "From the training images."},
         "verdict": {"type": "string", "description": "The answer in words."},
-        "seen": {**PNG_URI, "description": "What the model saw, 28x28."},
+        "seen": {**_PNG_URI, "description": "What the model saw, 28x28."},
         "polarity": {"type": "string", "enum": ["dark on light", "light on dark"]},
         "milliseconds": {"type": "number", "minimum": 0},
     }
-    neighbour = record({"label": {"type": "string"}, "distance": DISTANCE, "image": PNG_URI})
+    neighbour = _record({"label": {"type": "string"}, "distance": _DISTANCE, "image": _PNG_URI})
     explained = {
-        "heat": PNG_URI,
+        "heat": _PNG_URI,
         "method": {"type": "string"},
         "neighbours": {"type": "array", "items": neighbour},
     }
     image = {"type": "string", "contentEncoding": "base64", "description": "A picture, as for /predict."}
-    either = {"oneOf": [ref("Prediction"), record({"error": ref("Problem")})]}
+    either = {"oneOf": [_ref("Prediction"), _record({"error": _ref("Problem")})]}
     return {
-        "Prediction": record(prediction),
-        "Explanation": record({**prediction, **explained}),
-        "Predictions": record({"predictions": {"type": "array", "items": either, "minItems": 1}}),
-        "Batch": record({"images": {"type": "array", "items": image, "minItems": 1, "maxItems": most_images}}),
-        "Samples": record(
-            {"samples": {"type": "array", "items": record({"name": {"type": "string"}, "image": PNG_URI})}}
+        "Prediction": _record(prediction),
+        "Explanation": _record({**prediction, **explained}),
+        "Predictions": _record({"predictions": {"type": "array", "items": either, "minItems": 1}}),
+        "Batch": _record({"images": {"type": "array", "items": image, "minItems": 1, "maxItems": most_images}}),
+        "Samples": _record(
+            {"samples": {"type": "array", "items": _record({"name": {"type": "string"}, "image": _PNG_URI})}}
         ),
         "Model": {"type": "object", "required": ["name", "version", "classes", "temperature", "limits", "media_types"]},
-        "Status": record({"status": {"type": "string", "enum": ["ok", "ready"]}}),
-        "Problem": record(
+        "Status": _record({"status": {"type": "string", "enum": ["ok", "ready"]}}),
+        "Problem": _record(
             {
                 "type": {"type": "string"},
                 "title": {"type": "string"},
@@ -152,7 +152,7 @@ def schemas_of(classes: Sequence[str], most_images: int) -> Json:
     }
 
 
-def record(properties: Json) -> Json:
+def _record(properties: _Json) -> _Json:
     """An object with exactly these members."""
     return {
         "type": "object",
@@ -162,9 +162,9 @@ def record(properties: Json) -> Json:
     }
 
 
-def ref(name: str) -> Json:
+def _ref(name: str) -> _Json:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def of(name: str) -> Json:
-    return {"application/json": {"schema": ref(name)}}
+def _of(name: str) -> _Json:
+    return {"application/json": {"schema": _ref(name)}}

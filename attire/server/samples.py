@@ -15,8 +15,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from attire.data.pictures import SIDE
 
-COLUMNS = 10
-NAMES = "names"  # the PNG's text chunk: a JSON list, from left to right and top to bottom
+_COLUMNS = 10
+_NAMES = "names"  # the PNG's text chunk: a JSON list, from left to right and top to bottom
 
 
 def read_samples() -> list[tuple[str, NDArray[np.uint8]]]:
@@ -25,24 +25,24 @@ def read_samples() -> list[tuple[str, NDArray[np.uint8]]]:
     if not path.is_file():
         return []
     with Image.open(io.BytesIO(path.read_bytes()), formats=("PNG",)) as sheet:
-        pixels, names = np.asarray(sheet), json.loads(sheet.info[NAMES])
-    return list(zip(names, cells(pixels), strict=False))
+        pixels, names = np.asarray(sheet), json.loads(sheet.info[_NAMES])
+    return list(zip(names, _cells(pixels), strict=False))
 
 
-def cells(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _cells(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A sheet (rows * 28, columns * 28) as images (rows * columns, 28, 28)."""
     rows, columns = (side // SIDE for side in pixels.shape)
     return pixels.reshape(rows, SIDE, columns, SIDE).swapaxes(1, 2).reshape(-1, SIDE, SIDE)
 
 
-def sheet_png(names: Sequence[str], images: NDArray[np.uint8]) -> bytes:
+def _sheet_png(names: Sequence[str], images: NDArray[np.uint8]) -> bytes:
     """The PNG that `read_samples` reads, of images (n, 28, 28); the last row is filled up with black."""
-    rows = -(-len(images) // COLUMNS)
-    full = np.zeros((rows * COLUMNS, SIDE, SIDE), np.uint8)
+    rows = -(-len(images) // _COLUMNS)
+    full = np.zeros((rows * _COLUMNS, SIDE, SIDE), np.uint8)
     full[: len(images)] = images
-    pixels = full.reshape(rows, COLUMNS, SIDE, SIDE).swapaxes(1, 2).reshape(rows * SIDE, COLUMNS * SIDE)
+    pixels = full.reshape(rows, _COLUMNS, SIDE, SIDE).swapaxes(1, 2).reshape(rows * SIDE, _COLUMNS * SIDE)
     info, out = PngInfo(), io.BytesIO()
-    info.add_text(NAMES, json.dumps(list(names)))
+    info.add_text(_NAMES, json.dumps(list(names)))
     Image.fromarray(pixels).save(out, "PNG", pnginfo=info, optimize=True)
     return out.getvalue()
 

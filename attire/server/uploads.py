@@ -57,7 +57,7 @@ def check_headers(request: Request, media_types: tuple[str, ...], most: int) -> 
         raise Problem(415, "content-encoding", "send it without Content-Encoding", {"Accept-Encoding": "identity"})
     length = headers.get("content-length", "0")
     if length.isascii() and length.isdigit() and int(length[:20]) > most:
-        raise too_large(most)
+        raise _too_large(most)
 
 
 @asynccontextmanager
@@ -78,7 +78,7 @@ async def whole_body(request: Request, limits: BodyLimits, arrivals: Arrivals) -
                         raise ClientGone
                     part, more = message.get("body", b""), message.get("more_body", False)
                     if size + len(part) > limits.most:
-                        raise too_large(limits.most)
+                        raise _too_large(limits.most)
                     arrivals.take(len(part))
                     size += len(part)
                     parts.append(part)
@@ -91,7 +91,7 @@ async def whole_body(request: Request, limits: BodyLimits, arrivals: Arrivals) -
         arrivals.held -= size
 
 
-def too_large(most: int) -> Problem:
+def _too_large(most: int) -> Problem:
     return Problem(413, "body-too-large", f"the body may have {most:,} bytes at most")
 
 
@@ -106,7 +106,7 @@ def parse_batch(body: bytes, most: int) -> list[bytes | Problem]:
     Raises Problem for any other document.
     """
     try:
-        found = json.loads(body, parse_constant=refuse_constant)
+        found = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise Problem(400, "json", "the body is not JSON") from None
     if not isinstance(found, dict) or set(found) != {"images"} or not isinstance(found["images"], list):
@@ -116,15 +116,15 @@ def parse_batch(body: bytes, most: int) -> list[bytes | Problem]:
         raise Problem(422, "batch-size", f"expected 1 to {most} images, found {len(images):,}")
     if not all(isinstance(image, str) for image in images):
         raise Problem(422, "batch", "expected every image as a string of base64")
-    return [decode_base64(image) for image in images]
+    return [_decode_base64(image) for image in images]
 
 
-def decode_base64(text: str) -> bytes | Problem:
+def _decode_base64(text: str) -> bytes | Problem:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         return Problem(422, "base64", "not base64")
 
 
-def refuse_constant(name: str) -> NoReturn:
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(name)

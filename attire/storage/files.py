@@ -23,8 +23,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-ANOTHER = "name a folder for the cache in ATTIRE_CACHE"
-reading_umask = threading.Lock()
+_ANOTHER = "name a folder for the cache in ATTIRE_CACHE"
+_reading_umask = threading.Lock()
 PART = ".attire."  # how the names of temporary files begin; they end in .part
 
 
@@ -32,9 +32,9 @@ def cache_dir() -> Path:
     """`$ATTIRE_CACHE`, else the platform's user cache folder; made on first use."""
     try:
         path = Path(os.environ.get("ATTIRE_CACHE") or platformdirs.user_cache_dir("attire", appauthor=False))
-        return make_dir(path.expanduser().absolute(), ANOTHER)
+        return make_dir(path.expanduser().absolute(), _ANOTHER)
     except RuntimeError as error:
-        raise AttireError("cache folder", "nothing says where your home is", do=ANOTHER) from error
+        raise AttireError("cache folder", "nothing says where your home is", do=_ANOTHER) from error
 
 
 def make_dir(path: Path, do: str = "") -> Path:
@@ -68,7 +68,7 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     make_dir(path.parent)
     sweep(path.parent)
     try:
-        handle, part = temporary(path)
+        handle, part = _temporary(path)
         try:
             with os.fdopen(handle, "wb") as file:
                 yield file
@@ -79,14 +79,14 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
                     part.replace(path)
             if not fcntl:
                 part.replace(path)
-            sync_dir(path.parent)
+            _sync_dir(path.parent)
         finally:
             part.unlink(missing_ok=True)  # before a full disk is told with what is free without it
     except OSError as error:
         raise cannot("write", path, error) from error
 
 
-def temporary(path: Path) -> tuple[int, Path]:
+def _temporary(path: Path) -> tuple[int, Path]:
     """A new file beside `path`, open for writing, on which this process holds a lock: `sweep` leaves it alone."""
     while True:
         handle, name = tempfile.mkstemp(prefix=f"{PART}{path.name[:80]}.", suffix=".part", dir=path.parent)
@@ -104,7 +104,7 @@ def sweep(folder: Path) -> None:
     if fcntl is None:
         return
     for part in folder.glob(f"{PART}*.part"):
-        with suppress(OSError), handle_of(part) as handle:  # somebody's who is still writing, or swept by another
+        with suppress(OSError), _handle_of(part) as handle:  # somebody's who is still writing, or swept by another
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if part.is_dir():
                 shutil.rmtree(part, ignore_errors=True)
@@ -113,7 +113,7 @@ def sweep(folder: Path) -> None:
 
 
 @contextmanager
-def handle_of(path: Path) -> Iterator[int]:
+def _handle_of(path: Path) -> Iterator[int]:
     """The number of an open file or folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -129,7 +129,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield part
         part.chmod(0o777 & ~umask())
         part.replace(path)
-        sync_dir(part.parent)
+        _sync_dir(part.parent)
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def scratch(path: Path) -> Iterator[Path]:
     try:
         part = Path(tempfile.mkdtemp(prefix=f"{PART}{path.name[:80]}.", suffix=".part", dir=parent))
         try:
-            with locked(part):
+            with _locked(part):
                 yield part
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -149,12 +149,12 @@ def scratch(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(part: Path) -> Iterator[None]:
+def _locked(part: Path) -> Iterator[None]:
     """A temporary folder that `sweep` leaves alone."""
     if fcntl is None:
         yield
         return
-    with handle_of(part) as handle:
+    with _handle_of(part) as handle:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -165,7 +165,7 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
         file.write(data)
 
 
-class DigestWriter:
+class _DigestWriter:
     """A file to write into that cannot seek, so that every byte passes through the digest once and in order."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -183,10 +183,10 @@ class DigestWriter:
 
 
 @contextmanager
-def sealed(path: Path) -> Iterator[DigestWriter]:
+def sealed(path: Path) -> Iterator[_DigestWriter]:
     """As `atomic`, for a file that ends with the SHA-256 of all that was written into it."""
     with atomic(path) as file:
-        writer = DigestWriter(file)
+        writer = _DigestWriter(file)
         yield writer
         file.write(writer.digest())
 
@@ -256,17 +256,17 @@ def release(array: Any) -> None:
         array.madvise(mmap.MADV_DONTNEED)
 
 
-def sync_dir(path: Path) -> None:
+def _sync_dir(path: Path) -> None:
     """A rename is durable only once its folder is."""
     if os.name != "posix":
         return
-    with handle_of(path) as handle:
+    with _handle_of(path) as handle:
         os.fsync(handle)
 
 
 def umask() -> int:
     """It can only be read by setting it, which threads must not do at the same time."""
-    with reading_umask:
+    with _reading_umask:
         mask = os.umask(0o022)
         os.umask(mask)
     return mask
@@ -281,23 +281,23 @@ def room_left(path: Path, error: OSError) -> str:
     """Where the disk is full, what is left of it; else nothing."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return ""
-    return f"make room: {human_size(free_bytes(path.parent))} are free there"
+    return f"make room: {human_size(_free_bytes(path.parent))} are free there"
 
 
-def nearest(folder: Path) -> Path:
+def _nearest(folder: Path) -> Path:
     """The folder, or the lowest one above it that is there already."""
     return next((place for place in (folder, *folder.parents) if place.exists()), Path("/"))
 
 
-def free_bytes(folder: Path) -> int:
+def _free_bytes(folder: Path) -> int:
     """What may still be written in the file system of a folder, which need not be there yet."""
-    return shutil.disk_usage(nearest(folder)).free
+    return shutil.disk_usage(_nearest(folder)).free
 
 
 def check_writable(folder: Path) -> None:
     """Raise AttireError, before long work is begun, where nothing can be written into a folder, which need not be
     there yet. It is tried, with a file that where the system can has no name: rights alone do not tell."""
-    there = nearest(folder)
+    there = _nearest(folder)
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
@@ -307,7 +307,7 @@ def check_writable(folder: Path) -> None:
 
 def check_room(folder: Path, needed: int, what: str, do: str = "make room") -> None:
     """Raise AttireError, before long work is begun, where its result would not fit on the disk."""
-    if (free := free_bytes(folder)) < needed:
+    if (free := _free_bytes(folder)) < needed:
         size = f"{human_size(needed)} needed, {human_size(free)} free"
         raise AttireError(folder, f"not enough room for {what}", size, do)
 

@@ -9,7 +9,7 @@ from attire.errors import AttireError
 from attire.storage.files import cannot
 
 # From the formats' own specifications; the first match counts.
-MAGICS = (
+_MAGICS = (
     (b"\x1f\x8b", "gzip-compressed data"),
     (b"PK\x03\x04", "a zip archive"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Excel or Word file"),
@@ -30,7 +30,7 @@ MAGICS = (
     (b"\xff\xfe", "UTF-16 text"),
     (b"\xfe\xff", "UTF-16 text"),
 )
-HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"mif1", b"msf1"}
+_HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"mif1", b"msf1"}
 
 
 def name_format(head: bytes) -> str:
@@ -38,10 +38,10 @@ def name_format(head: bytes) -> str:
     if head.startswith(b"PK\x03\x04") and (b"[Content_Types].xml" in head or b"xl/" in head):
         return "an Excel workbook"
     if head[4:8] == b"ftyp":
-        return "a HEIC picture" if head[8:12] in HEIF_BRANDS else "an AVIF picture or a video"
+        return "a HEIC picture" if head[8:12] in _HEIF_BRANDS else "an AVIF picture or a video"
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "a WebP picture"
-    for magic, name in MAGICS:
+    for magic, name in _MAGICS:
         if head.startswith(magic):
             return name
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:512].lower()

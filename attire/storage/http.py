@@ -17,14 +17,14 @@ from attire.storage.files import cache_dir, cannot, human_size, make_dir, sha256
 
 # (name, bytes so far, bytes in all - an upper bound where the server does not say)
 ProgressCallback = Callable[[str, int, int], None]
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 # Three dead hosts in a row cost less than 10 s, whether they swallow the look-up, the connection or the request.
-CONNECT_SECONDS = 3.0  # name look-up and TCP together
-STALL_SECONDS = 3.0  # without a byte; a transfer that stalls is continued, so that this may be short
-FRUITLESS = 3  # attempts that bring less than GAIN before a host is given up
-GAIN = 1_000_000
-BLOCK = 1 << 18
+_CONNECT_SECONDS = 3.0  # name look-up and TCP together
+_STALL_SECONDS = 3.0  # without a byte; a transfer that stalls is continued, so that this may be short
+_FRUITLESS = 3  # attempts that bring less than GAIN before a host is given up
+_GAIN = 1_000_000
+_BLOCK = 1 << 18
 _sound: set[tuple[Path, int, int]] = set()  # (path, bytes, mtime_ns) that this process has verified
 
 
@@ -32,7 +32,7 @@ class MirrorError(Exception):
     """Why one place did not serve, in a few words; the caller goes on to the next."""
 
 
-def download(url: str, limit: int, take: Callable[[Path], T], progress: ProgressCallback | None = None) -> T:
+def download(url: str, limit: int, take: Callable[[Path], _T], progress: ProgressCallback | None = None) -> _T:
     """Fetch `url`, at most `limit` bytes, and return what `take` makes of the file, which is then deleted.
 
     What has arrived is kept in `<cache>/downloads/` when the connection breaks or the user stops, and is continued
@@ -42,11 +42,11 @@ def download(url: str, limit: int, take: Callable[[Path], T], progress: Progress
     probe(url)
     part = make_dir(cache_dir() / "downloads") / f"{sha256(url.encode())[:8]}-{url.rsplit('/', 1)[-1]}.part"
     continued = part.exists()
-    fruitless, have = 0, size(part)
-    while not pull(url, part, limit, progress):
-        fruitless += size(part) < have + GAIN
-        have = size(part)
-        if fruitless == FRUITLESS:
+    fruitless, have = 0, _size(part)
+    while not _pull(url, part, limit, progress):
+        fruitless += _size(part) < have + _GAIN
+        have = _size(part)
+        if fruitless == _FRUITLESS:
             raise MirrorError(f"the connection keeps breaking, {human_size(have)} arrived")
     try:
         result = take(part)
@@ -59,21 +59,21 @@ def download(url: str, limit: int, take: Callable[[Path], T], progress: Progress
     return result
 
 
-def pull(url: str, part: Path, limit: int, progress: ProgressCallback | None) -> bool:
+def _pull(url: str, part: Path, limit: int, progress: ProgressCallback | None) -> bool:
     """Continue `part` until the server has no more; False where the connection broke before that."""
-    if size(part) > limit:
+    if _size(part) > limit:
         part.unlink()
-    response = answer(url, size(part))
+    response = _answer(url, _size(part))
     if response is None:
         return True
     with response:
-        done = size(part) if response.status == 206 else 0
+        done = _size(part) if response.status == 206 else 0
         total = None if response.length is None else done + response.length
         if total is not None and total > limit:
             raise MirrorError(f"offers {human_size(total)}, at most {human_size(limit)} expected")
         try:
             with part.open("ab" if done else "wb") as file:
-                for block in blocks(response):
+                for block in _blocks(response):
                     done += len(block)
                     if done > limit:
                         break
@@ -88,30 +88,30 @@ def pull(url: str, part: Path, limit: int, progress: ProgressCallback | None) ->
     return total is None or done >= total
 
 
-def answer(url: str, have: int) -> Any:
+def _answer(url: str, have: int) -> Any:
     """The open response, which begins at byte `have` (status 206) or at 0; None where nothing is left to fetch."""
     request = urllib.request.Request(url, headers={"User-Agent": "attire"})
     if have:
         request.add_header("Range", f"bytes={have}-")
     try:
-        response = urllib.request.urlopen(request, timeout=STALL_SECONDS)
+        response = urllib.request.urlopen(request, timeout=_STALL_SECONDS)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code != 416 or not have:
             raise MirrorError(f"HTTP {error.code}") from error
-        return None if error.headers.get("Content-Range") == f"bytes */{have}" else answer(url, 0)
+        return None if error.headers.get("Content-Range") == f"bytes */{have}" else _answer(url, 0)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise MirrorError(reason(error)) from error
     if response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
         response.close()
-        return answer(url, 0)
+        return _answer(url, 0)
     return response
 
 
-def blocks(response: Any) -> Iterator[bytes]:
+def _blocks(response: Any) -> Iterator[bytes]:
     """Until the end or a break: the declared length, or `take`, tells them apart."""
     try:
-        while block := response.read1(BLOCK):
+        while block := response.read1(_BLOCK):
             yield block
     except (OSError, http.client.HTTPException, ValueError):
         return
@@ -130,16 +130,16 @@ def probe(url: str) -> None:
 
     def connect() -> None:
         try:
-            socket.create_connection(address, CONNECT_SECONDS).close()
+            socket.create_connection(address, _CONNECT_SECONDS).close()
             outcome.append(None)
         except OSError as error:
             outcome.append(error)
 
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
-    thread.join(CONNECT_SECONDS)
+    thread.join(_CONNECT_SECONDS)
     if not outcome:
-        raise MirrorError(f"no answer in {CONNECT_SECONDS:g} s")
+        raise MirrorError(f"no answer in {_CONNECT_SECONDS:g} s")
     if outcome[0] is not None:
         raise MirrorError(reason(outcome[0])) from outcome[0]
 
@@ -160,7 +160,7 @@ def reason(error: object) -> str:
     return one_line(getattr(error, "strerror", None) or str(error) or type(error).__name__)[:80]
 
 
-def size(path: Path) -> int:
+def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 

@@ -17,7 +17,7 @@ from attire.errors import one_line
 from attire.storage.files import cache_dir, make_dir
 from attire.storage.http import MirrorError
 
-SECONDS = 900.0  # 64 MB at 70 kB/s
+_SECONDS = 900.0  # 64 MB at 70 kB/s
 
 
 @contextmanager
@@ -26,17 +26,17 @@ def apt_package(name: str) -> Iterator[Path]:
 
     Where the system has no package lists (as in container images), lists of our own are fetched first.
     """
-    with scratch() as folder:
+    with _scratch() as folder:
         for sub in ("lists/partial", "cache/archives/partial"):
             (folder / sub).mkdir(parents=True)
         quick = ["apt-get", "-q", "-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=10"]
         own = [*quick, "-o", f"Dir::State::Lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache"]
         try:
-            call([*quick, "download", name], folder)
+            _call([*quick, "download", name], folder)
         except MirrorError:
-            call([*own, "update"], folder)
-            call([*own, "download", name], folder)
-        yield only(folder, "*.deb")
+            _call([*own, "update"], folder)
+            _call([*own, "download", name], folder)
+        yield _only(folder, "*.deb")
 
 
 @contextmanager
@@ -46,39 +46,39 @@ def pip_sdist(name: str, version: str, digest: str) -> Iterator[Path]:
     pip builds a source archive's metadata, which runs its `setup.py`: the hash is therefore given to pip, which then
     refuses any other archive before it looks inside.
     """
-    with scratch() as folder:
+    with _scratch() as folder:
         (folder / "pinned.txt").write_text(f"{name}=={version} --hash=sha256:{digest}\n")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
         command += ["--no-deps", "--no-binary", name, "--require-hashes", "--retries", "1", "--timeout", "10"]
-        call([*command, "--dest", str(folder), "--requirement", "pinned.txt"], folder)
-        yield only(folder, "*.tar.gz")
+        _call([*command, "--dest", str(folder), "--requirement", "pinned.txt"], folder)
+        yield _only(folder, "*.tar.gz")
 
 
 @contextmanager
-def scratch() -> Iterator[Path]:
+def _scratch() -> Iterator[Path]:
     """A temporary folder in the cache, since the system's may be small."""
     with tempfile.TemporaryDirectory(prefix="tmp-", dir=make_dir(cache_dir() / "downloads")) as name:
         yield Path(name)
 
 
-def only(folder: Path, pattern: str) -> Path:
+def _only(folder: Path, pattern: str) -> Path:
     found = list(folder.glob(pattern))
     if len(found) != 1:
         raise MirrorError(f"delivered {len(found)} files, expected 1")
     return found[0]
 
 
-def call(command: list[str], folder: Path) -> bytes:
+def _call(command: list[str], folder: Path) -> bytes:
     """Run a program in `folder` and return its output; MirrorError, with its own words, where it fails."""
     if shutil.which(command[0]) is None:
         raise MirrorError(f"no {Path(command[0]).name} here")
     environment = os.environ | {"LC_ALL": "C", "PYTHONWARNINGS": "ignore"}
     try:
         done = subprocess.run(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS
         )
     except subprocess.TimeoutExpired as error:
-        raise MirrorError(f"not done after {SECONDS:g} s") from error
+        raise MirrorError(f"not done after {_SECONDS:g} s") from error
     except OSError as error:
         raise MirrorError(f"cannot run {command[0]}: {error.strerror}") from error
     if done.returncode:
@@ -95,7 +95,7 @@ def deb_files(path: Path, limits: Mapping[str, int]) -> dict[str, bytes]:
     """
     found = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(data_tar(path))) as archive:
+        with tarfile.open(fileobj=io.BytesIO(_data_tar(path))) as archive:
             for name, limit in limits.items():
                 member = archive.getmember(f"./{name}")
                 content = archive.extractfile(member)
@@ -107,7 +107,7 @@ def deb_files(path: Path, limits: Mapping[str, int]) -> dict[str, bytes]:
     return found
 
 
-def data_tar(path: Path) -> bytes:
+def _data_tar(path: Path) -> bytes:
     """The archive of a .deb's files, itself the `data.tar.*` member of an `ar` archive."""
     with path.open("rb") as file:
         if file.read(8) != b"!<arch>\n":
@@ -115,7 +115,7 @@ def data_tar(path: Path) -> bytes:
         while len(header := file.read(60)) == 60:  # name 16, time 12, owner 6, group 6, mode 8, size 10, end 2
             length = int(header[48:58])
             if header.startswith(b"data.tar.zst"):  # Ubuntu's; Python reads zstd from 3.14 on
-                return call(["dpkg-deb", "--fsys-tarfile", str(path)], path.parent)
+                return _call(["dpkg-deb", "--fsys-tarfile", str(path)], path.parent)
             if header.startswith(b"data.tar"):
                 data = file.read(length)
                 if len(data) < length:

@@ -13,7 +13,7 @@ from pathlib import Path
 from attire.errors import AttireError, Stopped
 from attire.storage import files
 
-LOCK, PID = ".lock", ".pid"  # in a run's folder while a process works on it
+_LOCK, _PID = ".lock", ".pid"  # in a run's folder while a process works on it
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def made_folder(run_dir: str | Path | None) -> Iterator[Path]:
                 raise
             except Exception:
                 if not any(folder.rglob("*.ckpt")):
-                    clear(folder)
+                    _clear(folder)
                 raise
     finally:
         for path in missing:
@@ -44,9 +44,9 @@ def free_folder(run_dir: str | Path | None) -> Path:
     folder = Path("runs") / str(max(taken, default=0) + 1) if run_dir is None else Path(run_dir)
     if folder.exists() and not folder.is_dir():
         raise AttireError(folder, "expected a folder, found a file", do="give --out another name")
-    if folder.is_dir() and not all(map(is_leftover, folder.iterdir())):
-        if (folder / LOCK).exists():
-            with hold(folder):  # who is at work there comes before what lies there
+    if folder.is_dir() and not all(map(_is_leftover, folder.iterdir())):
+        if (folder / _LOCK).exists():
+            with _hold(folder):  # who is at work there comes before what lies there
                 pass
         do = "give --out another name"
         if any((folder / name).exists() for name in ("checkpoints", "series.json")):
@@ -56,12 +56,12 @@ def free_folder(run_dir: str | Path | None) -> Path:
     return folder
 
 
-def is_leftover(path: Path) -> bool:
+def _is_leftover(path: Path) -> bool:
     """What a process leaves that was killed before it had written the config of a new run."""
-    return path.name in (LOCK, PID) or path.match(f"{files.PART}*.part")
+    return path.name in (_LOCK, _PID) or path.match(f"{files.PART}*.part")
 
 
-def clear(folder: Path) -> None:
+def _clear(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -75,8 +75,8 @@ def claim(folder: Path) -> Iterator[Path]:
 
     Ctrl-C becomes `Stopped`, and its subject this folder: of a series stopped in one of its runs, the series.
     """
-    pid = folder / PID
-    with hold(folder):
+    pid = folder / _PID
+    with _hold(folder):
         files.write_text(pid, f"{os.getpid()}\n")
         try:
             yield folder
@@ -89,13 +89,13 @@ def claim(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def _hold(folder: Path) -> Iterator[None]:
     """Hold a folder's lock. Raises AttireError that names who has it; who is just leaving is waited for."""
     with ExitStack() as held:
         try:
-            held.enter_context(files.lock(folder / LOCK, wait=0.2))
+            held.enter_context(files.lock(folder / _LOCK, wait=0.2))
         except TimeoutError as error:
-            pid = folder / PID
+            pid = folder / _PID
             holder = pid.read_text().strip() if pid.exists() else "unknown"
             raise AttireError(folder, f"another attire (process {holder}) is training into it") from error
         yield

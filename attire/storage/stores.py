@@ -18,8 +18,8 @@ from urllib.request import url2pathname
 from attire.errors import AttireError, UsageError, one_line
 from attire.storage import files
 
-SCHEMES = ("s3", "gs", "az", "http", "https", "file")
-PATIENCE = 15  # seconds that Google's client tries again; its own default is 15 minutes
+_SCHEMES = ("s3", "gs", "az", "http", "https", "file")
+_PATIENCE = 15  # seconds that Google's client tries again; its own default is 15 minutes
 
 
 class StoreError(AttireError):
@@ -109,8 +109,8 @@ def is_url(text: object) -> bool:
 def scheme_of(url: str) -> str:
     """Raises UsageError for one that is not known."""
     scheme = url.partition("://")[0].lower()
-    if scheme not in SCHEMES:
-        known = ", ".join(f"{name}://" for name in SCHEMES)
+    if scheme not in _SCHEMES:
+        known = ", ".join(f"{name}://" for name in _SCHEMES)
         raise UsageError(url, f"{scheme}:// is not known", do=f"expected {known} or a path")
     return scheme
 
@@ -137,17 +137,17 @@ def place(where: str | Path) -> StorageLocation:
     bucket = path_in.partition("/")[0]
     if not bucket:
         raise UsageError(text, "names no bucket", do=f"expected {scheme}://bucket/key")
-    with faults(text), built(text):
+    with faults(text), _built(text):
         if scheme == "gs":
             anonymous, path_in = path_in.startswith("anonymous@"), path_in.removeprefix("anonymous@")
-            system = fs.GcsFileSystem(anonymous=anonymous, retry_time_limit=timedelta(seconds=PATIENCE))
+            system = fs.GcsFileSystem(anonymous=anonymous, retry_time_limit=timedelta(seconds=_PATIENCE))
         else:
-            system = s3(bucket) if scheme == "s3" else azure(text)
+            system = _s3(bucket) if scheme == "s3" else _azure(text)
     return StorageLocation(text.rstrip("/"), system, path_in)
 
 
 @contextmanager
-def built(url: str) -> Iterator[None]:
+def _built(url: str) -> Iterator[None]:
     """Not every build of pyarrow knows every store."""
     try:
         yield
@@ -155,7 +155,7 @@ def built(url: str) -> Iterator[None]:
         raise AttireError(url, "this pyarrow was built without that store", do="install another build of it") from error
 
 
-def s3(bucket: str) -> Any:
+def _s3(bucket: str) -> Any:
     """Amazon's, or what AWS_ENDPOINT_URL names; pyarrow reads credentials as Amazon's tools do, but not that."""
     from pyarrow import fs
 
@@ -167,7 +167,7 @@ def s3(bucket: str) -> Any:
     return fs.S3FileSystem(region=region, endpoint_override=endpoint, allow_delayed_open=True)
 
 
-def azure(url: str) -> Any:
+def _azure(url: str) -> Any:
     from pyarrow import fs
 
     account = os.environ.get("AZURE_STORAGE_ACCOUNT")
@@ -190,10 +190,10 @@ def faults(url: str) -> Iterator[None]:
             raise files.cannot(
                 "use it", Path(url), error if isinstance(error, OSError) else OSError(str(error))
             ) from error
-        raise StoreError(url, "the store did not serve it", told(error)) from error
+        raise StoreError(url, "the store did not serve it", _told(error)) from error
 
 
-def told(error: Exception) -> str:
+def _told(error: Exception) -> str:
     """The few words that matter of a store's answer."""
     found = re.search(r"AWS Error (\w+)[^:]*: (?:curlCode: \d+, )?([^;(]*)", str(error))
     return one_line(f"{found[1]}: {found[2]}" if found else str(error)).strip()[:120]

@@ -18,17 +18,17 @@ from attire.storage import files
 from attire.storage.http import MirrorError, download, reason
 from attire.storage.stores import StorageLocation, StoreError, faults, file_path, is_url, place, scheme_of
 
-BLOCK = 4 * 2**20  # bytes a read: a store answers each with a request of its own
-LARGEST = 1 << 40  # bytes of one file over HTTP
-HTTP_SECONDS = 10.0  # for the head of an answer
-RECORD = "OBJECTS.json"
-OFTEN = 256  # objects between two writings of the record
+_BLOCK = 4 * 2**20  # bytes a read: a store answers each with a request of its own
+_LARGEST = 1 << 40  # bytes of one file over HTTP
+_HTTP_SECONDS = 10.0  # for the head of an answer
+_RECORD = "OBJECTS.json"
+_OFTEN = 256  # objects between two writings of the record
 
-ProgressCallback = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
-Lines = dict[str, dict[str, Any]]  # of the record: by the path below the URL, "" for a single object
+_ProgressCallback = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
+_Lines = dict[str, dict[str, Any]]  # of the record: by the path below the URL, "" for a single object
 
 
-def local(source: str | Path, progress: ProgressCallback | None = None) -> Path:
+def local(source: str | Path, progress: _ProgressCallback | None = None) -> Path:
     """Where `source` is read from: itself, or for a URL its copy, the same tree under the same name.
 
     A copy is made once, goes on where it was stopped, and is made again when the store names another version of the
@@ -40,33 +40,33 @@ def local(source: str | Path, progress: ProgressCallback | None = None) -> Path:
     url = str(source)
     if scheme_of(url) == "file":
         return file_path(url)
-    folder = copies_folder() / files.sha256(url.encode())[:16]
+    folder = _copies_folder() / files.sha256(url.encode())[:16]
     with files.lock(folder.with_suffix(".lock")):
-        return mirrored(url, folder, progress or (lambda what, done, total: None))
+        return _mirrored(url, folder, progress or (lambda what, done, total: None))
 
 
-def bring(*sources: str | Path | None, progress: ProgressCallback) -> None:
+def bring(*sources: str | Path | None, progress: _ProgressCallback) -> None:
     """Copy what is named by URLs while somebody is told how far it is; whoever reads it later finds it there."""
     for source in sources:
         if source is not None and is_url(source):
             local(source, progress)
 
 
-def copies_folder() -> Path:
+def _copies_folder() -> Path:
     return files.cache_dir() / "objects"
 
 
-def mirrored(url: str, folder: Path, progress: ProgressCallback) -> Path:
+def _mirrored(url: str, folder: Path, progress: _ProgressCallback) -> Path:
     """The copy, made to agree with the store; whoever calls holds the lock."""
-    target, known = folder / base_name(url), recorded(folder, url)
+    target, known = folder / _base_name(url), _recorded(folder, url)
     try:
         found = listed(url)
     except StoreError as error:
-        if not known or not all(is_sound(target, name, line) for name, line in known.items()):
+        if not known or not all(_is_sound(target, name, line) for name, line in known.items()):
             raise
         warnings.warn(f"{error}; the copy that was made before is used", AttireWarning, stacklevel=4)
         return target
-    kept = {name: known[name] for name, one in found.items() if keeps(known.get(name), one, target, name)}
+    kept = {name: known[name] for name, one in found.items() if _keeps(known.get(name), one, target, name)}
     missing = [name for name in found if name not in kept]
     need = sum(found[name].size for name in missing)
     files.check_room(folder, need, "a copy of it", "make room, or name another disk's folder in ATTIRE_CACHE")
@@ -75,15 +75,15 @@ def mirrored(url: str, folder: Path, progress: ProgressCallback) -> Path:
     try:
         for count, name in enumerate(missing, 1):
             path, part = (
-                below(target, name),
+                _below(target, name),
                 folder / f"{files.sha256(f'{name} {found[name].version}'.encode())[:16]}.part",
             )
             kept[name] = found[name].copy(path, part, progress)
-            if count % OFTEN == 0:
-                record(folder, url, kept)
+            if count % _OFTEN == 0:
+                _record(folder, url, kept)
     finally:
         if kept != known:
-            record(folder, url, kept)
+            _record(folder, url, kept)
     for part in folder.glob("*.part"):  # of versions that are no more
         part.unlink()
     return target
@@ -101,11 +101,11 @@ class StoredObject:
     def url(self) -> str:
         return self.place.url
 
-    def copy(self, target: Path, part: Path, progress: ProgressCallback) -> dict[str, Any]:
+    def copy(self, target: Path, part: Path, progress: _ProgressCallback) -> dict[str, Any]:
         """Stream it into `part`, going on where that ends, then into its place; its line for the record."""
         files.make_dir(target.parent)
         with self.place.open() as source:
-            etag = marks(source).get("ETag", "")
+            etag = _marks(source).get("ETag", "")
             done = part.stat().st_size if part.exists() else 0
             done = done if done <= self.size else 0
             try:
@@ -113,7 +113,7 @@ class StoredObject:
                     out.seek(done)
                     with faults(self.url):
                         source.seek(done)
-                    while block := read(source, self.url):
+                    while block := _read(source, self.url):
                         out.write(block)
                         done += len(block)
                         progress(target.name, done, self.size)
@@ -129,9 +129,9 @@ class StoredObject:
         return line
 
 
-def read(source: Any, url: str) -> bytes:
+def _read(source: Any, url: str) -> bytes:
     with faults(url):
-        block: bytes = source.read(BLOCK)
+        block: bytes = source.read(_BLOCK)
     return block
 
 
@@ -143,18 +143,18 @@ class HttpFile:
     size: int
     version: str
 
-    def copy(self, target: Path, part: Path, progress: ProgressCallback) -> dict[str, Any]:
+    def copy(self, target: Path, part: Path, progress: _ProgressCallback) -> dict[str, Any]:
         """By `download`, which keeps unfinished files itself."""
 
         def take(arrived: Path) -> dict[str, Any]:
             with arrived.open("rb") as source, files.atomic(target) as out:
-                while block := source.read(BLOCK):
+                while block := source.read(_BLOCK):
                     out.write(block)
             size = target.stat().st_size
             return {"size": size, "version": self.version, "etag": "", "sha256": files.sha256_file(target)}
 
         try:
-            return download(self.url, self.size or LARGEST, take, progress)
+            return download(self.url, self.size or _LARGEST, take, progress)
         except MirrorError as error:
             raise StoreError(self.url, f"{error}") from error
 
@@ -167,14 +167,14 @@ def listed(url: str) -> dict[str, StoredObject] | dict[str, HttpFile]:
     from pyarrow import fs
 
     if scheme_of(url) in ("http", "https"):
-        return {"": head(url)}
-    bare, pattern = without_pattern(url)
+        return {"": _head(url)}
+    bare, pattern = _without_pattern(url)
     at = place(bare)
     with faults(bare):
         info = at.filesystem.get_file_info(at.path)
         if info.is_file and not pattern:
             with at.filesystem.open_input_file(at.path) as file:
-                return {"": StoredObject(at, info.size, f"{info.size} {marks(file).get('ETag') or info.mtime_ns}")}
+                return {"": StoredObject(at, info.size, f"{info.size} {_marks(file).get('ETag') or info.mtime_ns}")}
         inside = at.filesystem.get_file_info(fs.FileSelector(at.path, recursive=not pattern, allow_not_found=True))
     found = {}
     for each in sorted((each for each in inside if each.is_file), key=lambda each: str(each.path)):
@@ -187,7 +187,7 @@ def listed(url: str) -> dict[str, StoredObject] | dict[str, HttpFile]:
     return found
 
 
-def without_pattern(url: str) -> tuple[str, str]:
+def _without_pattern(url: str) -> tuple[str, str]:
     """The URL and "", or the folder and the pattern that is its last part."""
     bare, pattern = url.rstrip("/"), ""
     if glob.has_magic(url.partition("://")[2]):
@@ -197,20 +197,20 @@ def without_pattern(url: str) -> tuple[str, str]:
     return bare, pattern
 
 
-def marks(file: Any) -> dict[str, str]:
+def _marks(file: Any) -> dict[str, str]:
     """What the store says of an open object: ETag and others."""
-    return {plain(key): plain(value) for key, value in (file.metadata() or {}).items()}
+    return {_plain(key): _plain(value) for key, value in (file.metadata() or {}).items()}
 
 
-def plain(value: Any) -> str:
+def _plain(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def head(url: str) -> HttpFile:
+def _head(url: str) -> HttpFile:
     """What a server says of a file before it sends it."""
     request = urllib.request.Request(url, headers={"User-Agent": "attire"}, method="HEAD")
     try:
-        with urllib.request.urlopen(request, timeout=HTTP_SECONDS) as answer:
+        with urllib.request.urlopen(request, timeout=_HTTP_SECONDS) as answer:
             size, said = int(answer.headers.get("Content-Length") or 0), answer.headers
     except urllib.error.HTTPError as error:
         error.close()
@@ -225,32 +225,32 @@ def head(url: str) -> HttpFile:
     return HttpFile(url, size, f"{size} {mark}" if mark or size else "")
 
 
-def keeps(line: dict[str, Any] | None, one: StoredObject | HttpFile, target: Path, name: str) -> bool:
+def _keeps(line: dict[str, Any] | None, one: StoredObject | HttpFile, target: Path, name: str) -> bool:
     """Whether the copy is of this version and sound."""
     if line is None or line.get("version") != one.version:
         return False
-    if is_sound(target, name, line):
+    if _is_sound(target, name, line):
         return True
     warnings.warn(f"{one.url}: its copy in the cache is damaged and made again", AttireWarning, stacklevel=6)
     return False
 
 
-def is_sound(target: Path, name: str, line: dict[str, Any]) -> bool:
-    path = below(target, name)
+def _is_sound(target: Path, name: str, line: dict[str, Any]) -> bool:
+    path = _below(target, name)
     return path.is_file() and files.sha256_file(path) == line.get("sha256")
 
 
-def below(target: Path, name: str) -> Path:
+def _below(target: Path, name: str) -> Path:
     """The file of an object in the copy; refuses a key that would lie elsewhere."""
     if name and (any(part in ("", ".", "..") for part in name.split("/")) or "\\" in name or "\0" in name):
         raise AttireError(target.name, "an object's name cannot be a file's", name[:80])
     return target / name if name else target
 
 
-def recorded(folder: Path, url: str) -> Lines:
+def _recorded(folder: Path, url: str) -> _Lines:
     """Lines of the record; none where there is none that is sound."""
     try:
-        value = files.read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+        value = files.read_json(folder / _RECORD) if (folder / _RECORD).exists() else {}
     except AttireError:
         return {}
     lines = value.get("objects")
@@ -259,20 +259,20 @@ def recorded(folder: Path, url: str) -> Lines:
     return {name: line for name, line in lines.items() if isinstance(line, dict)}
 
 
-def record(folder: Path, url: str, lines: Lines) -> None:
-    files.write_json(folder / RECORD, {"schema": 1, "url": url, "objects": lines})
+def _record(folder: Path, url: str, lines: _Lines) -> None:
+    files.write_json(folder / _RECORD, {"schema": 1, "url": url, "objects": lines})
 
 
-def base_name(url: str) -> str:
+def _base_name(url: str) -> str:
     """The last part of a URL's path as a file's name; of a pattern its folder's."""
-    bare = url if scheme_of(url).startswith("http") else without_pattern(url)[0]
+    bare = url if scheme_of(url).startswith("http") else _without_pattern(url)[0]
     parts = [part for part in urlsplit(bare).path.split("/") if part] or [urlsplit(bare).netloc]
     return re.sub(r"[^\w.+ -]", "_", parts[-1]).lstrip(".")[:120] or "object"
 
 
 def copies() -> Iterator[tuple[str, str, int]]:
     """(key, URL, bytes) of each copy."""
-    for path in sorted(copies_folder().glob(f"*/{RECORD}")):
+    for path in sorted(_copies_folder().glob(f"*/{_RECORD}")):
         try:
             value = files.read_json(path)
             yield path.parent.name, str(value["url"]), sum(int(line["size"]) for line in value["objects"].values())
@@ -283,7 +283,7 @@ def copies() -> Iterator[tuple[str, str, int]]:
 def delete_copies() -> int:
     """Remove them all, unfinished ones too; returns the bytes freed."""
     freed = 0
-    for folder in sorted(path for path in copies_folder().glob("*") if path.is_dir()):
+    for folder in sorted(path for path in _copies_folder().glob("*") if path.is_dir()):
         with files.lock(folder.with_suffix(".lock")):
             for path in sorted(folder.rglob("*"), reverse=True):  # what a folder holds comes before it
                 freed += path.stat().st_size if path.is_file() else 0

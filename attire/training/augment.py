@@ -10,8 +10,8 @@ from torch import Tensor
 
 from attire.recipes import Recipe
 
-ERASED = (0.02, 0.25)  # share of the map, uniform; the paper goes to 0.4 on pictures of 32 px
-ASPECT = (0.3, 3.3)  # height over width, uniform in the logarithm
+_ERASED = (0.02, 0.25)  # share of the map, uniform; the paper goes to 0.4 on pictures of 32 px
+_ASPECT = (0.3, 3.3)  # height over width, uniform in the logarithm
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ def augment(x: Tensor, target: Target, recipe: Recipe, epoch: int, step: int) ->
     rng = np.random.default_rng([recipe.seed, epoch, step, 1])
     maps = x.view(len(x), *recipe.map_shape)
     if recipe.jitter:
-        jitter(maps, recipe.jitter, rng)
+        _jitter(maps, recipe.jitter, rng)
     if recipe.random_erasing:
-        erase(maps, recipe.random_erasing, rng)
+        _erase(maps, recipe.random_erasing, rng)
     if len(x) < 2 or rng.random() >= recipe.cutmix:
         return x, target
-    return x, cutmix(maps, target, rng)
+    return x, _cutmix(maps, target, rng)
 
 
-def jitter(maps: Tensor, probability: float, rng: np.random.Generator) -> None:
+def _jitter(maps: Tensor, probability: float, rng: np.random.Generator) -> None:
     """Each of (b, C, H, W) with this probability moved by one place, up or down and left or right or not, in place.
 
     A convolution's map of a moved picture is its map, moved: a place of block2 is 4 px of the picture that VGG16 sees,
@@ -69,17 +69,17 @@ def jitter(maps: Tensor, probability: float, rng: np.random.Generator) -> None:
         maps[rows] = wide[:, :, 1 - down : 1 - down + height, 1 - right : 1 - right + width]
 
 
-def erase(maps: Tensor, probability: float, rng: np.random.Generator) -> None:
+def _erase(maps: Tensor, probability: float, rng: np.random.Generator) -> None:
     """Random erasing (Zhong et al. 2017): a rectangle of (b, C, H, W) becomes 0 with this probability, in place."""
     count, side = len(maps), maps.shape[-1]
-    area = rng.uniform(*ERASED, count) * side * side
-    aspect = np.exp(rng.uniform(np.log(ASPECT[0]), np.log(ASPECT[1]), count))
+    area = rng.uniform(*_ERASED, count) * side * side
+    aspect = np.exp(rng.uniform(np.log(_ASPECT[0]), np.log(_ASPECT[1]), count))
     heights, widths = np.sqrt(area * aspect), np.sqrt(area / aspect)
-    mask = boxes(heights, widths, side, rng) & (rng.random(count) < probability)[:, None, None]
+    mask = _boxes(heights, widths, side, rng) & (rng.random(count) < probability)[:, None, None]
     maps.masked_fill_(torch.from_numpy(mask)[:, None].to(maps.device), 0)
 
 
-def boxes(
+def _boxes(
     heights: NDArray[np.float64], widths: NDArray[np.float64], side: int, rng: np.random.Generator
 ) -> NDArray[np.bool_]:
     """(b, side, side): true inside one rectangle each, rounded to at least one cell, at a uniform place."""
@@ -92,11 +92,11 @@ def boxes(
     return inside[0][:, :, None] & inside[1][:, None, :]
 
 
-def cutmix(maps: Tensor, target: Target, rng: np.random.Generator) -> Target:
+def _cutmix(maps: Tensor, target: Target, rng: np.random.Generator) -> Target:
     """CutMix (Yun et al. 2019, alpha 1): one rectangle of each map is another row's, in place."""
     order = torch.from_numpy(rng.permutation(len(maps))).to(maps.device)
     length = np.array([np.sqrt(1 - rng.random()) * maps.shape[-1]])
-    mask = torch.from_numpy(boxes(length, length, maps.shape[-1], rng)[0])
+    mask = torch.from_numpy(_boxes(length, length, maps.shape[-1], rng)[0])
     rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
     top, bottom, left, right = (int(v) for v in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
     maps[:, :, top:bottom, left:right] = maps[order, :, top:bottom, left:right]

@@ -23,8 +23,8 @@ from attire.progress import Epoch
 from attire.storage import files
 
 CHECKPOINT_SECONDS = 300.0  # inside a long epoch; every epoch ends with one anyway
-SCHEMA = 1
-WRONG_VALUES = (ValueError, KeyError, TypeError, AttributeError)  # of JSON that is not what was written
+_SCHEMA = 1
+_WRONG_VALUES = (ValueError, KeyError, TypeError, AttributeError)  # of JSON that is not what was written
 KEPT_CHECKPOINTS = 2  # the newest, and the one to fall back on
 
 
@@ -72,7 +72,7 @@ def save_checkpoint(
     if not distributed.leads():
         return
     told = {name: value for name, value in asdict(state).items() if name != "resumed"}
-    about = files.canonical_json({**told, "schema": SCHEMA})
+    about = files.canonical_json({**told, "schema": _SCHEMA})
     path = folder / f"epoch-{state.epoch:03d}-step-{state.step:06d}.ckpt"
     with files.sealed(path) as file, zipfile.ZipFile(cast(IO[bytes], file), "w") as archive:
         archive.writestr(zipfile.ZipInfo("about.json"), about)  # which has no time stamp: equal states, equal bytes
@@ -84,11 +84,11 @@ def save_checkpoint(
 
 def forget_old(folder: Path) -> None:
     """Remove all checkpoints but those that are kept."""
-    for old in checkpoints(folder)[KEPT_CHECKPOINTS:]:
+    for old in _checkpoints(folder)[KEPT_CHECKPOINTS:]:
         old.unlink()
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def _checkpoints(folder: Path) -> list[Path]:
     """Newest first, by the epoch and step in the name."""
     return sorted((p for p in folder.glob("*.ckpt") if re.fullmatch(r"epoch-\d+-step-\d+\.ckpt", p.name)), reverse=True)
 
@@ -97,9 +97,9 @@ def resume(
     classifier: nn.Module, optimiser: torch.optim.Adam, folder: Path, average: AveragedModel | None = None
 ) -> State:
     """Restore the newest sound checkpoint; a damaged one is passed over with a warning. A fresh state without any."""
-    for path in checkpoints(folder):
+    for path in _checkpoints(folder):
         try:
-            state, tensors = read_checkpoint(path)
+            state, tensors = _read_checkpoint(path)
         except AttireError as error:
             warnings.warn(f"{error}; going on from the one before", AttireWarning, stacklevel=3)
             continue
@@ -107,20 +107,20 @@ def resume(
             do = f"resume with as many: torchrun --nproc-per-node {state.ranks} -m attire train --resume RUN"
             do = do if state.ranks > 1 else "resume without torchrun: attire train --resume RUN"
             raise AttireError(path, f"a checkpoint of {state.ranks} processes, found {distributed.count()}", do=do)
-        restore(classifier, optimiser, tensors, path, average)
+        _restore(classifier, optimiser, tensors, path, average)
         return state
     return State(ranks=distributed.count())
 
 
-def read_checkpoint(path: Path) -> tuple[State, dict[str, Tensor]]:
+def _read_checkpoint(path: Path) -> tuple[State, dict[str, Tensor]]:
     """The parts of a checkpoint. Raises AttireError where a byte is not what was written."""
     try:
         if not files.is_sound(path):
             raise AttireError(path, "not a whole Attire checkpoint: its digest does not match")
         with zipfile.ZipFile(path) as archive:
             values = json.loads(archive.read("about.json"))
-            if values.pop("schema") != SCHEMA:
-                raise AttireError(path, f"a checkpoint of another schema version than {SCHEMA}")
+            if values.pop("schema") != _SCHEMA:
+                raise AttireError(path, f"a checkpoint of another schema version than {_SCHEMA}")
             tensors = {}
             for name in archive.namelist()[1:]:
                 with archive.open(name) as member:
@@ -130,11 +130,11 @@ def read_checkpoint(path: Path) -> tuple[State, dict[str, Tensor]]:
         return State(**{**values, "resumed": True}), tensors
     except OSError as error:
         raise files.cannot("read", path, error) from error
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, TokenError, *WRONG_VALUES) as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, TokenError, *_WRONG_VALUES) as error:
         raise AttireError(path, "not an Attire checkpoint", str(error)[:80]) from error
 
 
-def restore(
+def _restore(
     classifier: nn.Module,
     optimiser: torch.optim.Adam,
     tensors: dict[str, Tensor],
@@ -155,7 +155,7 @@ def restore(
             )
         if kind == "adam":
             index, _, moment = rest.partition(".")
-            moments.setdefault(int(index), {})[moment] = laid_out(value, parameters[int(index)])
+            moments.setdefault(int(index), {})[moment] = _laid_out(value, parameters[int(index)])
     if missing := sorted(set(wanted) - set(tensors)):
         raise AttireError(path, f"{missing[0]} is missing", do="resume with the run's own recipe")
     for kind, module in (("classifier.", classifier), ("average.", average)):
@@ -163,18 +163,18 @@ def restore(
             own = {name.removeprefix(kind): tensors[name] for name in wanted if name.startswith(kind)}
             module.load_state_dict(own)
     optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
-    random = {name: own_state(value) for name, value in tensors.items() if name.startswith("random.")}
+    random = {name: _own_state(value) for name, value in tensors.items() if name.startswith("random.")}
     torch.set_rng_state(random["random.cpu"])
     if "random.cuda" in random:
         torch.cuda.set_rng_state(random["random.cuda"])
 
 
-def own_state(value: Tensor) -> Tensor:
+def _own_state(value: Tensor) -> Tensor:
     """Of random states, one a process, this process's."""
     return value[distributed.rank()].clone() if value.ndim > 1 else value
 
 
-def laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
     """A moment with its channels where the parameter has them: fused Adam goes through both as they lie in memory."""
     return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
 

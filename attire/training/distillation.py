@@ -20,8 +20,8 @@ from attire.progress import Progress
 from attire.recipes import Recipe
 from attire.storage import files
 
-FILE = "teacher.npy"  # in the run's folder: probabilities (V, N, K) float32, then the SHA-256 of the file before it
-SPLIT = ("split_seed", "val_size", "stratify")  # what decides which rows are validation
+_FILE = "teacher.npy"  # in the run's folder: probabilities (V, N, K) float32, then the SHA-256 of the file before it
+_SPLIT = ("split_seed", "val_size", "stratify")  # what decides which rows are validation
 
 
 @dataclass(frozen=True)
@@ -65,27 +65,27 @@ def targets(
     was named or has other classes than the data, or where the numbers are no longer those that were recorded.
     """
     data = splits.data
-    path, shape = folder / FILE, (len(views), len(data), len(data.classes))
-    if (found := kept(path, shape)) is None:
-        taught = members(teacher, splits, recipe)
-        asked = dict.fromkeys(shown(view) for view in views if view != STRANGE)
-        told = {view: answers(taught, data, view, progress) for view in asked}
+    path, shape = folder / _FILE, (len(views), len(data), len(data.classes))
+    if (found := _kept(path, shape)) is None:
+        taught = _members(teacher, splits, recipe)
+        asked = dict.fromkeys(_shown(view) for view in views if view != STRANGE)
+        told = {view: _answers(taught, data, view, progress) for view in asked}
         told[STRANGE] = np.full(shape[1:], 1 / shape[2], np.float32)
-        found = np.stack([told[shown(view)] for view in views])
+        found = np.stack([told[_shown(view)] for view in views])
         with files.sealed(path) as file:
             np.lib.format.write_array(cast(IO[bytes], file), found, allow_pickle=False)
     digest = files.sha256(found.tobytes())
     if recorded and recorded.get("targets") != digest:
         raise AttireError(path, "lost, and made again it is not what the run began with", do="start a new run")
-    return soften(found, recipe.distill_temperature), {**teacher.to_json(), "targets": digest}
+    return _soften(found, recipe.distill_temperature), {**teacher.to_json(), "targets": digest}
 
 
-def shown(view: str) -> str:
+def _shown(view: str) -> str:
     """The view of the picture that this one was drawn from; of others the view itself."""
     return {DRAWN: "plain", mirrored(DRAWN): "flip"}.get(view, view)
 
 
-def kept(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
+def _kept(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
     """What `targets` wrote; None where there is nothing sound of this shape, and it is then computed again."""
     if not path.exists() or not files.is_sound(path):
         return None
@@ -96,7 +96,7 @@ def kept(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
     return found if found.shape == shape and found.dtype == np.float32 else None
 
 
-def members(teacher: Teacher, splits: Splits, recipe: Recipe) -> list[Classifier]:
+def _members(teacher: Teacher, splits: Splits, recipe: Recipe) -> list[Classifier]:
     found, data = [], splits.data
     for folder, digest in zip(map(Path, teacher.bundles), teacher.digests, strict=True):
         if (now := files.sha256_file(find_bundle(folder) / ABOUT)) != digest:
@@ -105,18 +105,18 @@ def members(teacher: Teacher, splits: Splits, recipe: Recipe) -> list[Classifier
         member = load_bundle(folder)
         if member.classes != data.classes:
             raise AttireError(folder, f"its classes are not those of {data.source}", do="choose another teacher")
-        check_split(folder, member.facts, splits, recipe)
+        _check_split(folder, member.facts, splits, recipe)
         found.append(member)
     return found
 
 
-def check_split(folder: Path, facts: Mapping[str, Any], splits: Splits, recipe: Recipe) -> None:
+def _check_split(folder: Path, facts: Mapping[str, Any], splits: Splits, recipe: Recipe) -> None:
     """A teacher that trained on the student's validation or test rows hands their labels on: a warning.
 
     Told by what decides the division: the recipe's fields, the data set that test rows come from, and their number.
     """
     taught, own = facts.get("recipe", {}), recipe.to_json()
-    told = [f"{name} {taught.get(name)} there, {own[name]} here" for name in SPLIT if taught.get(name) != own[name]]
+    told = [f"{name} {taught.get(name)} there, {own[name]} here" for name in _SPLIT if taught.get(name) != own[name]]
     tested = (facts.get("test_digest"), facts.get("test", {}).get("n"))
     if tested != (splits.test_data.image_digest, len(splits.test_rows)):
         told.append("tested on other images")
@@ -125,13 +125,13 @@ def check_split(folder: Path, facts: Mapping[str, Any], splits: Splits, recipe: 
         warnings.warn(f"{what}; what they measure may be too good", AttireWarning, stacklevel=2)
 
 
-def answers(members: Sequence[Classifier], data: ImageDataset, view: str, progress: Progress) -> NDArray[np.float32]:
+def _answers(members: Sequence[Classifier], data: ImageDataset, view: str, progress: Progress) -> NDArray[np.float32]:
     """Mean of the members' calibrated probabilities (N, K) of all images in this view."""
     found = [cached_probabilities(member, data, (view,), progress=progress) for member in members]
     return np.asarray(np.mean(found, axis=0), np.float32)
 
 
-def soften(probabilities: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
+def _soften(probabilities: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
     """softmax(ln p / T) over the last axis."""
     raised = probabilities ** np.float32(1 / temperature)
     return np.asarray(raised / raised.sum(-1, keepdims=True), np.float32)

@@ -49,14 +49,14 @@ from attire.features.backbones import CHOSEN, choose_backbone, frozen_backbone
 from attire.features.sources import TunedSource
 from attire.training.outcome import SCORED_ROWS, Outcome, SplitLogits
 
-CALIBRATION_ROWS = 2048  # whose moments batch normalisation starts from
-BOUNDS = ("accuracy_low", "accuracy_high")
-BESIDE = 12 * 2**20  # bytes of a run besides checkpoints and weights: report, tables, neighbours
+_CALIBRATION_ROWS = 2048  # whose moments batch normalisation starts from
+_BOUNDS = ("accuracy_low", "accuracy_high")
+_BESIDE = 12 * 2**20  # bytes of a run besides checkpoints and weights: report, tables, neighbours
 
 
-Source = CachedSource | OnTheFlySource
-Answering = Callable[[RowIndices, int], NDArray[np.float32]]  # rows and a view's number to probabilities (n, K)
-Sources = tuple[Source, Source]  # of the training data and of the test data; one and the same after a split
+_Source = CachedSource | OnTheFlySource
+_Answering = Callable[[RowIndices, int], NDArray[np.float32]]  # rows and a view's number to probabilities (n, K)
+_Sources = tuple[_Source, _Source]  # of the training data and of the test data; one and the same after a split
 
 
 class Experiment:
@@ -74,7 +74,7 @@ class Experiment:
         self.taught: dict[str, Any] | None = None  # the teacher of the run, for data.json
         distributed.after_first(lambda: url_copies.bring(source.data, source.test, progress=progress.advance))
         self.splits = distributed.after_first(lambda: source.load(recipe))
-        progress.note("Data", describe_data(self.splits))
+        progress.note("Data", _describe_data(self.splits))
         self.train, self.val = validation_rows(self.splits.data, self.splits.train_rows, recipe)
         self.weights = distributed.after_first(lambda: pretrained.vgg16_weights(progress=progress.advance))
         progress.note("Weights", "VGG16 ImageNet, 13 convolutions   verified")
@@ -100,7 +100,7 @@ class Experiment:
         checkpoint = (4 if recipe.ema else 3) * weights
         held = sum(path.stat().st_size for path in folder.rglob("*.ckpt"))
         need = (runs * KEPT_CHECKPOINTS + 1) * checkpoint - held
-        need += weights + frozen_bytes(recipe.freeze_to) + BESIDE
+        need += weights + _frozen_bytes(recipe.freeze_to) + _BESIDE
         files.check_room(folder, need, "checkpoints and bundle", "make room, or give --out a folder on another disk")
         one_picture = 2 * cache.PIXEL_BYTES * recipe.image_size**2
         need = max(WINDOW + heads.training_bytes(recipe, classes), one_picture)
@@ -147,7 +147,7 @@ class Experiment:
         found = [self.extract(data, *wanted) for wanted in self.wanted()]
         return found if test is data else [*found, *(self.extract(test, *wanted) for wanted in self.wanted_of_test())]
 
-    def cached(self) -> Sources:
+    def cached(self) -> _Sources:
         """Features of every row, extracted once; of the test data only the views that an answer averages."""
         trained = self.train_features()
         trained.standardise = self.measured(trained)
@@ -187,10 +187,10 @@ class Experiment:
         """What scales the training rows to mean 0 and deviation 1, where the recipe wants it."""
         if not self.recipe.standardise:
             return Standardiser()
-        parts = np.array_split(self.train, blocks_of(len(self.train)))
+        parts = np.array_split(self.train, _blocks_of(len(self.train)))
         return fit_standardiser(torch.from_numpy(source.views[0].gather(rows)) for rows in parts)
 
-    def on_the_fly(self) -> Sources:
+    def on_the_fly(self) -> _Sources:
         """No cache: every epoch sends every picture through the backbone again."""
         backbone, size = distributed.after_first(self.load_backbone), self.recipe.image_size
 
@@ -206,7 +206,7 @@ class Experiment:
         return trained, tested
 
     def fit(
-        self, source: Source, folder: Path, soft: NDArray[np.float32] | None = None
+        self, source: _Source, folder: Path, soft: NDArray[np.float32] | None = None
     ) -> tuple[nn.Sequential, list[Epoch]]:
         """A new classifier from the seed, trained; the global random state is left as it was. soft: see `training`."""
         labels = self.splits.data.labels
@@ -218,13 +218,13 @@ class Experiment:
             history = loop.fit(head, source, labels, *rows, recipe, checkpoints, self.report_epoch, soft)
         return head, history
 
-    def new_head(self, source: Source) -> nn.Sequential:
+    def new_head(self, source: _Source) -> nn.Sequential:
         """The classifier, and in front of it the blocks that are trained, if any; from torch's random state."""
         head = self.architecture.build(len(self.splits.data.classes))
         if self.recipe.finetune_blocks:
             tuned = heads.tuned_head(self.weights, self.recipe, head)
             if self.recipe.batch_norm:
-                heads.calibrate(tuned, source.batches(self.train[:CALIBRATION_ROWS], 256, None))
+                heads.calibrate(tuned, source.batches(self.train[:_CALIBRATION_ROWS], 256, None))
             head = tuned
         return head.to(self.device).to(memory_format=torch.channels_last)
 
@@ -239,7 +239,7 @@ class Experiment:
         if not done:
             self.progress.epoch(state.history[-1])
 
-    def answers(self, head: nn.Sequential, sources: Sources) -> SplitLogits:
+    def answers(self, head: nn.Sequential, sources: _Sources) -> SplitLogits:
         """The test set is read here, once, by the weights that training ended with; each process answers its share."""
         logits = partial(self.logits, head)
         return SplitLogits(
@@ -248,7 +248,7 @@ class Experiment:
             test=logits(sources[1], self.splits.test_rows),
         )
 
-    def evaluate(self, head: nn.Sequential, sources: Sources, answers: SplitLogits) -> Outcome:
+    def evaluate(self, head: nn.Sequential, sources: _Sources, answers: SplitLogits) -> Outcome:
         """Every figure of what the head answered, and what a bundle holds besides the network."""
         labels, classes = self.splits.data.labels, self.splits.data.classes
         temperature, val = 1.0, None
@@ -284,7 +284,7 @@ class Experiment:
         drawn = np.random.default_rng(self.recipe.split_seed).permutation(self.train)
         return np.sort(drawn[:SCORED_ROWS])
 
-    def skew(self, head: nn.Sequential, source: Source) -> Skew | None:
+    def skew(self, head: nn.Sequential, source: _Source) -> Skew | None:
         """What is lost where the backbone is not the fp32 one that bundles predict with; None where it is.
 
         Raises AttireError where that is more than can be borne, before anything is written.
@@ -302,12 +302,12 @@ class Experiment:
         found.check(self.spec.backend)
         return found
 
-    def logits(self, head: nn.Module, source: Source, rows: RowIndices) -> NDArray[np.float32]:
+    def logits(self, head: nn.Module, source: _Source, rows: RowIndices) -> NDArray[np.float32]:
         """(n, K), the mean over the views that an answer averages: what the temperature is fitted to."""
         numbers = [source.names.index(name) for name in self.architecture.views]
         return np.asarray(shared_logits(head, source, rows, 1024, numbers).numpy())
 
-    def neighbours(self, head: nn.Sequential, source: Source) -> Neighbours:
+    def neighbours(self, head: nn.Sequential, source: _Source) -> Neighbours:
         """Some of the training rows, as the trained head sees them."""
         data, hidden = self.splits.data, heads.last_hidden(head.eval())
         rows = choose_neighbour_rows(self.train, data.labels, self.recipe.split_seed)
@@ -320,7 +320,7 @@ class Experiment:
         return inference_neighbours.fit(torch.cat(parts), data.images[rows], data.labels[rows])
 
     def sure(
-        self, head: nn.Module, source: Source, temperature: float, rows: RowIndices, view: int
+        self, head: nn.Module, source: _Source, temperature: float, rows: RowIndices, view: int
     ) -> NDArray[np.float32]:
         """Calibrated probabilities (n, K) of these rows in this view, averaged with the mirrored one as answers are."""
         names = source.names
@@ -328,7 +328,7 @@ class Experiment:
         found = predict_logits(head, source, rows, 1024, both[: self.architecture.tta])
         return np.asarray(calibration.softmax(found.numpy(), temperature), np.float32)
 
-    def ood_detector(self, source: "Source | TunedSource", answers: Answering) -> OODDetector | None:
+    def ood_detector(self, source: "_Source | TunedSource", answers: _Answering) -> OODDetector | None:
         """From training rows alone; its threshold from validation rows, or from a part of the training rows."""
         rows = out_of_distribution.share_rows(self.train, self.val, self.recipe.split_seed)
         names, held = self.training_views(), ("plain", DRAWN)
@@ -377,7 +377,7 @@ class Experiment:
         facts = {
             "name": result.title,
             "recipe": self.recipe.to_json(),
-            "test": {key: result.test.to_json()[key] for key in ("n", "correct", "accuracy", *BOUNDS)},
+            "test": {key: result.test.to_json()[key] for key in ("n", "correct", "accuracy", *_BOUNDS)},
             "test_digest": self.splits.test_data.image_digest,
             "backbone": self.digest,
         }
@@ -404,17 +404,17 @@ def validation_rows(data: ImageDataset, rows: RowIndices, recipe: Recipe) -> tup
     return rows[rest], rows[part]
 
 
-def describe_data(splits: Splits) -> str:
+def _describe_data(splits: Splits) -> str:
     name = splits.data.source
     name = "Fashion-MNIST" if name == OFFICIAL else one_line(name)
     return f"{name}, {len(splits.train_rows):,} + {len(splits.test_rows):,} images   verified"
 
 
-def frozen_bytes(freeze_to: str) -> int:
+def _frozen_bytes(freeze_to: str) -> int:
     """What the backbone takes in a bundle, in 32 bits."""
     end = ENDS[freeze_to]
     return 4 * sum(prod(shape) for name, shape in SHAPES.items() if int(name.split(".")[1]) < end)
 
 
-def blocks_of(rows: int) -> int:
+def _blocks_of(rows: int) -> int:
     return -(-rows // 2048)

@@ -21,7 +21,7 @@ from attire.recipes import Recipe
 from attire.storage import files
 from attire.training.checkpoints import State, digests
 
-STOPS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_STOPS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def check_first_loss(loss: float, classes: int) -> None:
@@ -83,7 +83,7 @@ def stop_requests() -> Iterator[list[int]]:
     asked: list[int] = []
     previous: dict[signal.Signals, Any] = {}
     try:
-        for number in STOPS:
+        for number in _STOPS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 previous[number] = signal.signal(number, lambda number, frame: asked.append(number))
     except ValueError:  # not the main thread

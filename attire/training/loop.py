@@ -40,10 +40,10 @@ from attire.training.guards import (
     weights_digest,
 )
 
-WARM_UP = 0.1  # share of the steps of a cosine schedule that rise to the full learning rate
+_WARM_UP = 0.1  # share of the steps of a cosine schedule that rise to the full learning rate
 
 
-Report = Callable[[State, int, int], None]  # (state, rows done in this epoch, rows in an epoch)
+_Report = Callable[[State, int, int], None]  # (state, rows done in this epoch, rows in an epoch)
 
 
 def fit(
@@ -54,7 +54,7 @@ def fit(
     val: RowIndices,
     recipe: Recipe,
     folder: Path,
-    report: Report = lambda state, done, total: None,
+    report: _Report = lambda state, done, total: None,
     soft: NDArray[np.float32] | None = None,
 ) -> list[Epoch]:
     """Train `classifier` on the rows `train` of `source`, measuring it on the rows `val` after each epoch.
@@ -69,7 +69,7 @@ def fit(
     them, its loss the mean over all its rows; after each epoch their weights are the same bits, which is checked.
     """
     distributed.spread(classifier.state_dict().values())
-    optimiser, average = make_optimiser(classifier, recipe), make_average(classifier, recipe)
+    optimiser, average = _make_optimiser(classifier, recipe), _make_average(classifier, recipe)
     if distributed.count() > 1:
         torch.manual_seed(distributed.own_seed(recipe.seed))  # each process drops other hidden values
     state = resume(classifier, optimiser, folder, average)
@@ -81,14 +81,16 @@ def fit(
             first = state.epoch in (0, recipe.head_epochs) and not state.resumed
             before = digests(classifier) if first else {}
             targets = torch.from_numpy(labels)
-            run_epoch(classifier, optimiser, source, targets, train, recipe, state, folder, stop, report, average, soft)
+            _run_epoch(
+                classifier, optimiser, source, targets, train, recipe, state, folder, stop, report, average, soft
+            )
             if before:
                 check_all_changed(before, classifier)
             if distributed.count() > 1:
                 do = "one of them computes otherwise: give all the same PyTorch and the same kind of processor"
                 distributed.agree(weights_digest(classifier), f"the weights after epoch {state.epoch + 1}", do)
-            with products(next(classifier.parameters()).device, recipe):
-                end_epoch(measured(classifier, average), source, targets, val, state, len(train))
+            with _products(next(classifier.parameters()).device, recipe):
+                _end_epoch(_measured(classifier, average), source, targets, val, state, len(train))
             save_checkpoint(classifier, optimiser, state, folder, average)
             if distributed.leads():
                 write_history(folder.parent / "history.csv", state.history)
@@ -96,14 +98,14 @@ def fit(
     if distributed.leads():
         forget_old(folder)  # also one that a run before could not remove
     check_loss_fell(state.history)
-    if measured(classifier, average) is not classifier:
-        classifier.load_state_dict(measured(classifier, average).state_dict())
+    if _measured(classifier, average) is not classifier:
+        classifier.load_state_dict(_measured(classifier, average).state_dict())
     optimiser.zero_grad(set_to_none=True)
     classifier.eval()
     return state.history
 
 
-def run_epoch(
+def _run_epoch(
     classifier: nn.Sequential,
     optimiser: torch.optim.Adam,
     source: FeatureSource,
@@ -113,13 +115,13 @@ def run_epoch(
     state: State,
     folder: Path,
     stop: list[int],
-    report: Report,
+    report: _Report,
     average: AveragedModel | None = None,
     soft: NDArray[np.float32] | None = None,
 ) -> None:
     """The steps of one epoch that are still to do, each followed by a look at the clock and at `stop`."""
     heads.set_phase(classifier, state.epoch < recipe.head_epochs)
-    order, mirrored = epoch_order(train, recipe, state.epoch, getattr(source, "stretch", None))
+    order, mirrored = _epoch_order(train, recipe, state.epoch, getattr(source, "stretch", None))
     steps = math.ceil(len(train) / recipe.batch_size)
     position = min(state.step * recipe.batch_size, len(order))  # the last batch may have been a smaller one
     plan = distributed.shares(len(order), position, recipe.batch_size, whole=augment.is_drawn_for_batches(recipe))
@@ -127,14 +129,14 @@ def run_epoch(
     views, left, device = None if mirrored is None else mirrored[read], len(read), next(classifier.parameters()).device
     start, saved = time.perf_counter() - state.seconds, time.perf_counter()
     for x, share in zip(source.batches(order[read], distributed.most_read(plan), views), plan, strict=False):
-        set_learning_rate(optimiser, recipe, state.epoch * steps + state.step, steps)
+        _set_learning_rate(optimiser, recipe, state.epoch * steps + state.step, steps)
         left -= len(x)
         taught = answers(soft, order, mirrored, share.read, device)
         given = augment.Target(targets[order[share.read]].to(device), soft=taught)
         if recipe.outlier_exposure and mirrored is not None:
             given = replace(given, none=torch.from_numpy(mirrored[share.read] == recipe.training_views - 1).to(device))
         x, target = augment.augment(x.to(device), given, recipe, state.epoch, state.step)
-        loss = train_step(classifier, optimiser, x[share.own], target.part(share.own), recipe, share.rows)
+        loss = _train_step(classifier, optimiser, x[share.own], target.part(share.own), recipe, share.rows)
         if average is not None and state.epoch >= recipe.head_epochs:
             average.update_parameters(classifier)
         if state.epoch == state.step == 0:
@@ -153,7 +155,7 @@ def run_epoch(
         raise AttireError("training", f"an epoch saw {len(train) - left:,} rows, expected {len(train):,}")
 
 
-def make_optimiser(classifier: nn.Module, recipe: Recipe) -> torch.optim.Adam:
+def _make_optimiser(classifier: nn.Module, recipe: Recipe) -> torch.optim.Adam:
     """Adam over what is trained only; AdamW's decoupled decay where the recipe asks for decay."""
     parameters = heads.parameter_groups(classifier, recipe.layer_decay)
     if recipe.weight_decay:
@@ -161,7 +163,7 @@ def make_optimiser(classifier: nn.Module, recipe: Recipe) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=recipe.lr, fused=True)
 
 
-def make_average(classifier: nn.Module, recipe: Recipe) -> AveragedModel | None:
+def _make_average(classifier: nn.Module, recipe: Recipe) -> AveragedModel | None:
     """The exponential moving average of weights and batch statistics, where the recipe asks for one."""
     if not recipe.ema:
         return None
@@ -169,19 +171,19 @@ def make_average(classifier: nn.Module, recipe: Recipe) -> AveragedModel | None:
     return AveragedModel(classifier, multi_avg_fn=moving, use_buffers=True)
 
 
-def measured(classifier: nn.Sequential, average: AveragedModel | None) -> nn.Sequential:
+def _measured(classifier: nn.Sequential, average: AveragedModel | None) -> nn.Sequential:
     """What validation sees and what ships: the average, once it holds something."""
     if average is None or not int(average.n_averaged):
         return classifier
     return cast(nn.Sequential, average.module)
 
 
-def products(device: torch.device, recipe: Recipe) -> torch.autocast:
+def _products(device: torch.device, recipe: Recipe) -> torch.autocast:
     """In which products are of the recipe's precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
 
-def train_step(
+def _train_step(
     classifier: nn.Module,
     optimiser: torch.optim.Adam,
     x: Tensor,
@@ -194,9 +196,9 @@ def train_step(
     rows: of the whole batch, where x is this process's share of it, which may be empty. Returns the batch's loss.
     """
     optimiser.zero_grad(set_to_none=True)
-    with products(x.device, recipe):
+    with _products(x.device, recipe):
         logits = classifier(x)
-    loss = loss_of(logits.float(), target, recipe) if len(x) else logits.float().sum()  # the mean of nothing is NaN
+    loss = _loss_of(logits.float(), target, recipe) if len(x) else logits.float().sum()  # the mean of nothing is NaN
     if rows is not None and len(x) != rows:
         loss = loss * (len(x) / rows)
     torch.autograd.backward(loss)
@@ -208,7 +210,7 @@ def train_step(
     return loss.item()
 
 
-def loss_of(logits: Tensor, target: augment.Target, recipe: Recipe) -> Tensor:
+def _loss_of(logits: Tensor, target: augment.Target, recipe: Recipe) -> Tensor:
     """Cross-entropy by the labels; with a teacher, `distil` of it by the teacher's answers (Hinton et al. 2015).
 
     There both sides are softened by one temperature. The paper's factor T^2 is part of `distil`, so that the loss of
@@ -217,7 +219,7 @@ def loss_of(logits: Tensor, target: augment.Target, recipe: Recipe) -> Tensor:
     if target.none is not None:
         alike = -F.log_softmax(logits[target.none], 1).mean(1).sum()
         known = logits[~target.none]
-        rest = loss_of(known, replace(target.part(~target.none), none=None), recipe) if len(known) else known.sum()
+        rest = _loss_of(known, replace(target.part(~target.none), none=None), recipe) if len(known) else known.sum()
         return (len(known) * rest + alike) / len(logits)
     smoothing = recipe.label_smoothing
     loss = F.cross_entropy(logits, target.labels, label_smoothing=smoothing)
@@ -230,7 +232,7 @@ def loss_of(logits: Tensor, target: augment.Target, recipe: Recipe) -> Tensor:
     return (1 - recipe.distill_weight) * loss + recipe.distill_weight * taught
 
 
-def epoch_order(
+def _epoch_order(
     train: RowIndices, recipe: Recipe, epoch: int, stretch: tuple[int, int] | None = None
 ) -> tuple[RowIndices, Views | None]:
     """A permutation of the training rows, and the view of each, from the seed and the epoch alone.
@@ -238,22 +240,22 @@ def epoch_order(
     stretch: for a source that reads rows from the disk, see `shuffled_stretches`.
     """
     rng = np.random.default_rng([recipe.seed, epoch])
-    order = shuffled_stretches(train, rng, *stretch) if stretch else rng.permutation(train)
+    order = _shuffled_stretches(train, rng, *stretch) if stretch else rng.permutation(train)
     if not np.array_equal(np.sort(order), np.sort(train)):
         raise AttireError("training", "an epoch's order does not hold each row once")
     if recipe.shifts or recipe.synthetic_drawings or recipe.outlier_exposure:
-        return order, drawn_views(rng, recipe, len(order))
+        return order, _drawn_views(rng, recipe, len(order))
     return order, rng.random(len(order)) < 0.5 if recipe.flips else None
 
 
-def drawn_views(rng: np.random.Generator, recipe: Recipe, count: int) -> Views:
+def _drawn_views(rng: np.random.Generator, recipe: Recipe, count: int) -> Views:
     """The numbers of `count` views. Beside drawn and strange ones each of the pictures' own counts twice: with as many
     of each, 24 epochs came to 95.0 % of validation rows, where 15 of `fast` come to 95.6 % (docs/log.md)."""
     views, own = recipe.training_views, (1 + recipe.flips) * (1 + recipe.shifts)
     return rng.integers(0, views + (own if recipe.synthetic_drawings or recipe.outlier_exposure else 0), count) % views
 
 
-def shuffled_stretches(train: RowIndices, rng: np.random.Generator, length: int, window: int) -> RowIndices:
+def _shuffled_stretches(train: RowIndices, rng: np.random.Generator, length: int, window: int) -> RowIndices:
     """A permutation that a disk can follow: stretches of `length` neighbours, drawn from anywhere, `window` rows of
     them at a time, and within those the rows in any order."""
     rows = np.sort(train)
@@ -262,27 +264,27 @@ def shuffled_stretches(train: RowIndices, rng: np.random.Generator, length: int,
     return np.concatenate([rng.permutation(drawn[i : i + window]) for i in range(0, len(drawn), window)])
 
 
-def set_learning_rate(optimiser: torch.optim.Adam, recipe: Recipe, step: int, steps: int) -> None:
+def _set_learning_rate(optimiser: torch.optim.Adam, recipe: Recipe, step: int, steps: int) -> None:
     """The schedule runs over the epochs after the probe, which has the full rate; steps: in an epoch."""
     probe = recipe.head_epochs * steps
     factor = 1.0
     if step >= probe:
-        factor = learning_rate_factor(recipe.schedule, step - probe, recipe.epochs * steps - probe)
+        factor = _learning_rate_factor(recipe.schedule, step - probe, recipe.epochs * steps - probe)
     for group in optimiser.param_groups:
         group["lr"] = recipe.lr * group["scale"] * factor
 
 
-def learning_rate_factor(schedule: str, step: int, total: int) -> float:
+def _learning_rate_factor(schedule: str, step: int, total: int) -> float:
     """Constant, or a linear warm-up followed by half a cosine (Loshchilov and Hutter, 2017)."""
     if schedule == "constant":
         return 1.0
-    warm = max(1, round(WARM_UP * total))
+    warm = max(1, round(_WARM_UP * total))
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
-def end_epoch(
+def _end_epoch(
     classifier: nn.Sequential, source: FeatureSource, targets: Tensor, val: RowIndices, state: State, rows: int
 ) -> None:
     val_loss = val_accuracy = None

@@ -11,7 +11,7 @@ from attire import recipes
 from attire.data.loading import DataChoice
 from attire.errors import AttireError, UsageError
 from attire.evaluation import run_result
-from attire.evaluation.metrics import Interval
+from attire.evaluation.intervals import Interval
 from attire.features.cache import ShardExtractor
 from attire.inference.classifier import Classifier, load_bundle
 from attire.model import devices, distributed
@@ -24,7 +24,7 @@ from attire.training.experiment import Experiment
 
 
 @dataclass(frozen=True)
-class Run:
+class _Run:
     """A finished run: its folder, what it found, and the bundle that ships."""
 
     folder: Path
@@ -42,7 +42,7 @@ class Run:
         return load_bundle(self.bundle)
 
 
-class Machines(Protocol):
+class _Machines(Protocol):
     """Machines that a run is carried out on; `cluster.Cluster` is the one kind there is."""
 
     @property
@@ -53,7 +53,7 @@ class Machines(Protocol):
         """Call `resume` with this run's folder in each of the processes that train it together."""
 
 
-class Stored(NamedTuple):
+class _Stored(NamedTuple):
     """What `config.json` of a run says."""
 
     recipe: Recipe
@@ -80,8 +80,8 @@ def train(
     log: str | None = None,
     teacher: Sequence[str | Path] | Mapping[str, Any] | Teacher | None = None,
     progress: Progress | None = None,
-    cluster: Machines | None = None,
-) -> Run:
+    cluster: _Machines | None = None,
+) -> _Run:
     """Train a classifier and evaluate it once on the test set.
 
     data: None for the official set, else a CSV, IDX or Parquet file, a folder or a URL of these; run_dir: a new or
@@ -114,35 +114,35 @@ def train(
     with distributed.joined(), new_folder(run_dir) as folder:
         if distributed.leads():
             files.write_json(folder / "config.json", config)
-        with logging(None if cluster else log, folder, watch) as watching:
+        with _logging(None if cluster else log, folder, watch) as watching:
             if not cluster:
-                return carry_out(folder, chosen, source, device, cache, claimed, watching, taught)
-            begin(folder, chosen, source, device, watching, cluster.extract_shards).extract_all()
-    return finished_on(cluster, folder, watch)
+                return _carry_out(folder, chosen, source, device, cache, claimed, watching, taught)
+            _begin(folder, chosen, source, device, watching, cluster.extract_shards).extract_all()
+    return _finished_on(cluster, folder, watch)
 
 
-def resume(run_dir: str | Path, progress: Progress | None = None, cluster: Machines | None = None) -> Run:
+def resume(run_dir: str | Path, progress: Progress | None = None, cluster: _Machines | None = None) -> _Run:
     """Go on with a run that was stopped, from its own `config.json` and newest checkpoint."""
     folder = Path(run_dir)
     if not (folder / "config.json").exists():
         raise AttireError(folder, "no run to resume: it holds no config.json", do="start one with: attire train")
-    known = read_config(folder)
+    known = _read_config(folder)
     told = (known.recipe, known.source, known.device)
     log, watch = None if cluster else known.log, progress or NoProgress()
-    with distributed.joined(), claimed_folder(folder), logging(log, folder, watch) as watching:
+    with distributed.joined(), claimed_folder(folder), _logging(log, folder, watch) as watching:
         if not cluster:
-            return carry_out(folder, *told, known.cache, known.claimed, watching, known.teacher)
-        begin(folder, *told, watching, cluster.extract_shards).extract_all()
-    return finished_on(cluster, folder, watch)
+            return _carry_out(folder, *told, known.cache, known.claimed, watching, known.teacher)
+        _begin(folder, *told, watching, cluster.extract_shards).extract_all()
+    return _finished_on(cluster, folder, watch)
 
 
-def finished_on(cluster: Machines, folder: Path, progress: Progress) -> Run:
+def _finished_on(cluster: _Machines, folder: Path, progress: Progress) -> _Run:
     """A run whose features are in the cache, carried out by processes that hold its folder themselves."""
     cluster.resume(folder, progress)
-    return Run(folder, run_result.load_result(folder))
+    return _Run(folder, run_result.load_result(folder))
 
 
-def read_config(folder: Path) -> Stored:
+def _read_config(folder: Path) -> _Stored:
     config = files.read_json(folder / "config.json")
     try:
         recipe = recipes.from_json(config["recipe"], str(folder / "config.json"))
@@ -150,7 +150,7 @@ def read_config(folder: Path) -> Stored:
         source = DataChoice(**{**values, "classes": tuple(values["classes"]) if values["classes"] else None})
         taught = teaching.choose(config.get("teacher"))
         told = (config["device"], config["cache"], config["claimed"], config.get("log"))
-        return Stored(recipe, source, *told, taught)
+        return _Stored(recipe, source, *told, taught)
     except (KeyError, TypeError) as error:
         raise AttireError(folder / "config.json", "not the config of a run", str(error)[:80]) from error
 
@@ -166,7 +166,7 @@ def claimed_folder(folder: Path) -> AbstractContextManager[Path]:
 
 
 @contextmanager
-def logging(log: str | None, folder: Path, progress: Progress) -> Iterator[Progress]:
+def _logging(log: str | None, folder: Path, progress: Progress) -> Iterator[Progress]:
     """`progress`, or one that also writes TensorBoard's files; of several processes the first alone is watched."""
     if log is None or not distributed.leads():
         yield progress if distributed.leads() else NoProgress()
@@ -182,7 +182,7 @@ def logging(log: str | None, folder: Path, progress: Progress) -> Iterator[Progr
         board.writer.close()
 
 
-def carry_out(
+def _carry_out(
     folder: Path,
     recipe: Recipe,
     source: DataChoice,
@@ -191,10 +191,10 @@ def carry_out(
     claimed: float,
     progress: Progress,
     teacher: Teacher | None = None,
-) -> Run:
+) -> _Run:
     """The stages, in order. Each leaves on disk what the next start of the same run will not do again."""
     began = time.perf_counter()
-    stage = begin(folder, recipe, source, device, progress)
+    stage = _begin(folder, recipe, source, device, progress)
     sources = stage.cached() if cache else stage.on_the_fly()
     soft = None
     if teacher:
@@ -219,10 +219,10 @@ def carry_out(
 
     distributed.shared(finish)
     progress.close()
-    return Run(folder, done[0] if done else run_result.load_result(folder))
+    return _Run(folder, done[0] if done else run_result.load_result(folder))
 
 
-def begin(
+def _begin(
     folder: Path,
     recipe: Recipe,
     source: DataChoice,

@@ -82,21 +82,21 @@ def train_seeds(count: int, recipe: Recipe, *, run_dir: str | Path | None = None
     if count < 2:
         raise UsageError("--seeds", f"expected 2 or more, found {count}")
     progress = arguments.pop("progress", None)
-    about = {"schema": 1, "kind": "seeds", "count": count, "recipe": recipe.to_json(), "arguments": plain(arguments)}
+    about = {"schema": 1, "kind": "seeds", "count": count, "recipe": recipe.to_json(), "arguments": _plain(arguments)}
     with distributed.joined(), new_folder(run_dir) as folder:
         if distributed.leads():
             files.write_json(folder / "series.json", about)
-        return seeds_in(folder, count, recipe, arguments, progress)
+        return _seeds_in(folder, count, recipe, arguments, progress)
 
 
-def seeds_in(
+def _seeds_in(
     folder: Path, count: int, recipe: Recipe, arguments: Mapping[str, Any], progress: Progress | None
 ) -> Seeds:
     runs = tuple(folder / f"seed-{recipe.seed + i}" for i in range(count))
     for i, run in enumerate(runs):
         if progress:
             progress.note("Seed", f"{recipe.seed + i}   ({i + 1} of {count})")
-        there = distributed.shared(partial(begun, run))
+        there = distributed.shared(partial(_begun, run))
         if there == "finished":
             continue
         if there == "begun":
@@ -109,7 +109,7 @@ def seeds_in(
     return found
 
 
-def begun(run: Path) -> str:
+def _begun(run: Path) -> str:
     """How far a run of the series is: finished, begun or new."""
     if (run / "report.html").exists() and (run / "model" / "model.json").exists():
         return "finished"
@@ -143,10 +143,10 @@ def cross_validate(
     with distributed.joined(), new_folder(run_dir) as folder:
         if distributed.leads():
             files.write_json(folder / "series.json", {**config, "kind": "folds", "claimed": claimed})
-        return folds_in(folder, folds, recipe, choice, device, claimed, progress or NoProgress())
+        return _folds_in(folder, folds, recipe, choice, device, claimed, progress or NoProgress())
 
 
-def folds_in(
+def _folds_in(
     folder: Path, folds: int, recipe: Recipe, choice: DataChoice, device: str, claimed: float, progress: Progress
 ) -> Folds:
     began = time.perf_counter()
@@ -158,10 +158,10 @@ def folds_in(
     everything = stage.splits.train_rows
     probabilities = np.empty((len(everything), len(data.classes)), np.float32)
     histories = []
-    for k, out in enumerate(fold_members(data.labels[everything], folds, recipe, data.source)):
+    for k, out in enumerate(_fold_members(data.labels[everything], folds, recipe, data.source)):
         progress.note("Fold", f"{k + 1} of {folds}")
         stage.train, stage.val = validation_rows(data, np.delete(everything, out), recipe)
-        part, history = one_fold(stage, source, everything[out], folder / f"fold-{k + 1}")
+        part, history = _one_fold(stage, source, everything[out], folder / f"fold-{k + 1}")
         probabilities[out] = part
         histories.append(history)
     seconds = run_result.spent(began, extracted, sum(e.seconds for history in histories for e in history))
@@ -170,27 +170,27 @@ def folds_in(
         title=f"Attire {recipe.name}, {folds}-fold cross-validation on {rows.source}",
         recipe=recipe.name,
         seed=recipe.seed,
-        command=repeat_command(folds, recipe, choice),
+        command=_repeat_command(folds, recipe, choice),
         test=evaluate(probabilities, rows.labels, rows.classes),
         predictions=run_result.predictions(rows.labels, probabilities, rows.images),
-        history=mean_history(histories),
+        history=_mean_history(histories),
         seconds=seconds,
         config={"schema": 1, "folds": folds, "recipe": recipe.to_json(), "data": asdict(choice)},
         environment=stage.environment(),
         data={"name": rows.source, "rows": {"out of fold": len(rows)}, "test": rows.describe()},
         claimed=claimed,
     )
-    distributed.shared(partial(write_folds, folder, result))
+    distributed.shared(partial(_write_folds, folder, result))
     progress.close()
     return Folds(folder, result)
 
 
-def write_folds(folder: Path, result: RunResult) -> None:
+def _write_folds(folder: Path, result: RunResult) -> None:
     save_result(folder, result)
     write_report(folder, result)
 
 
-def fold_members(labels: NDArray[np.int64], folds: int, recipe: Recipe, name: str) -> list[NDArray[np.int64]]:
+def _fold_members(labels: NDArray[np.int64], folds: int, recipe: Recipe, name: str) -> list[NDArray[np.int64]]:
     """Positions into `labels` of each fold; together they are every row once."""
     from sklearn.model_selection import KFold, StratifiedKFold
 
@@ -202,13 +202,13 @@ def fold_members(labels: NDArray[np.int64], folds: int, recipe: Recipe, name: st
     return [out for _, out in kind(folds, shuffle=True, random_state=recipe.split_seed).split(labels, labels)]
 
 
-def one_fold(
+def _one_fold(
     stage: Experiment, source: CachedSource, out: dataset.RowIndices, folder: Path
 ) -> tuple[NDArray[np.float32], list[Epoch]]:
     """Calibrated probabilities (n, K) of the rows that this fold leaves out; kept, so that no fold is done twice."""
     kept = folder / "probabilities.npy"
     expected = (len(out), len(stage.splits.data.classes))
-    if (before := probabilities_in(kept, expected)) is not None and (folder / "history.csv").exists():
+    if (before := _probabilities_in(kept, expected)) is not None and (folder / "history.csv").exists():
         return before, [Epoch(**row) for row in run_result.read_history(folder / "history.csv")]
     source.standardise = stage.measured(source)
     head, history = stage.fit(source, folder)
@@ -224,7 +224,7 @@ def one_fold(
     return found, history
 
 
-def probabilities_in(path: Path, shape: tuple[int, int]) -> NDArray[np.float32] | None:
+def _probabilities_in(path: Path, shape: tuple[int, int]) -> NDArray[np.float32] | None:
     """What `one_fold` kept; None where there is nothing sound, and the fold is then done again."""
     try:
         found: NDArray[np.float32] = np.load(path, allow_pickle=False)
@@ -233,7 +233,7 @@ def probabilities_in(path: Path, shape: tuple[int, int]) -> NDArray[np.float32] 
     return found if found.shape == shape and np.isfinite(found).all() else None
 
 
-def mean_history(histories: Sequence[Sequence[Epoch]]) -> list[dict[str, Any]]:
+def _mean_history(histories: Sequence[Sequence[Epoch]]) -> list[dict[str, Any]]:
     """The folds' curves averaged; seconds are summed."""
     lines = []
     for epochs in zip(*histories, strict=True):
@@ -245,7 +245,7 @@ def mean_history(histories: Sequence[Sequence[Epoch]]) -> list[dict[str, Any]]:
     return lines
 
 
-def repeat_command(folds: int, recipe: Recipe, choice: DataChoice) -> str:
+def _repeat_command(folds: int, recipe: Recipe, choice: DataChoice) -> str:
     parts = ["attire", "train", "--recipe", recipe.name, "--folds", str(folds), "--seed", str(recipe.seed)]
     for flag, value in (("--data", choice.data), ("--test", choice.test)):
         parts += [flag, value] if value else []
@@ -264,19 +264,19 @@ def resume_series(folder: str | Path, progress: Progress | None = None) -> Seeds
     try:
         recipe = recipes.from_json(about["recipe"], str(folder / "series.json"))
         if about["kind"] == "seeds":
-            go_on = partial(seeds_in, folder, about["count"], recipe, about["arguments"], progress)
+            go_on = partial(_seeds_in, folder, about["count"], recipe, about["arguments"], progress)
         else:
             values = dict(about["data"])
             choice = DataChoice(**{**values, "classes": tuple(values["classes"]) if values["classes"] else None})
             told = (about["folds"], recipe, choice, about["device"], about["claimed"])
-            go_on = partial(folds_in, folder, *told, progress or NoProgress())
+            go_on = partial(_folds_in, folder, *told, progress or NoProgress())
     except (KeyError, TypeError) as error:
         raise AttireError(folder / "series.json", "not a series of runs", str(error)[:80]) from error
     with distributed.joined(), claimed_folder(folder):
         return go_on()
 
 
-def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The same, fit for JSON."""
     told = {key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()}
     found = distillation.choose(told.pop("teacher", None))

@@ -13,9 +13,9 @@ from attire.evaluation.intervals import Interval, paired_difference
 from attire.features.logits import predict_logits
 from attire.features.sources import FeatureSource
 
-ROWS = 5000  # at most
-PIXELS = 25_000_000  # of pictures, which the fp32 backbone sees once: 500 of 224 px, two minutes on 2 cores
-ALLOWED = -0.003  # of accuracy: a loss that is smaller, or that could be none, is borne
+_ROWS = 5000  # at most
+_PIXELS = 25_000_000  # of pictures, which the fp32 backbone sees once: 500 of 224 px, two minutes on 2 cores
+_ALLOWED = -0.003  # of accuracy: a loss that is smaller, or that could be none, is borne
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Skew:
 
     def check(self, backend: str) -> None:
         """Raises AttireError where what would be served is worse than what was trained."""
-        if self.change.value < ALLOWED and self.change.high < 0:
+        if self.change.value < _ALLOWED and self.change.high < 0:
             raise AttireError(
                 f"train/serve skew of {backend}",
                 f"a bundle predicts in fp32, where this classifier changes by {self.change.points()}, "
@@ -48,7 +48,7 @@ class Skew:
 
 def sample_rows(rows: RowIndices, size: int, seed: int) -> RowIndices:
     """As many of these rows as can be looked at again at this size, drawn from the seed, in ascending order."""
-    count = min(len(rows), ROWS, max(100, PIXELS // size**2))
+    count = min(len(rows), _ROWS, max(100, _PIXELS // size**2))
     return np.sort(np.random.default_rng(seed).permutation(rows)[:count])
 
 

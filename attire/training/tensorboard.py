@@ -6,7 +6,7 @@ from typing import Any
 from attire.errors import AttireError
 from attire.progress import Epoch, Progress
 
-NAMES = {"train_loss": "loss/train", "val_loss": "loss/validation", "val_accuracy": "accuracy/validation"}
+_NAMES = {"train_loss": "loss/train", "val_loss": "loss/validation", "val_accuracy": "accuracy/validation"}
 
 
 class Board:
@@ -17,7 +17,7 @@ class Board:
     """
 
     def __init__(self, inner: Progress, folder: Path) -> None:
-        self.inner, self.writer = inner, open_writer(folder)
+        self.inner, self.writer = inner, _open_writer(folder)
 
     def note(self, name: str, text: str) -> None:
         self.inner.note(name, text)
@@ -27,7 +27,7 @@ class Board:
 
     def epoch(self, line: Epoch) -> None:
         self.inner.epoch(line)
-        for field, name in NAMES.items():
+        for field, name in _NAMES.items():
             if (value := getattr(line, field)) is not None:
                 self.writer.add_scalar(name, value, line.epoch)
         self.writer.add_scalar("seconds/epoch", line.seconds, line.epoch)
@@ -44,7 +44,7 @@ class Board:
         self.inner.close()
 
 
-def open_writer(folder: Path) -> Any:
+def _open_writer(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attire import plan
-from attire.recipes import CLASSIC, FAST
+from attire.recipes import _CLASSIC, FAST
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "scale.md"
@@ -33,7 +33,10 @@ def points() -> Iterator[tuple[str, float, float]]:
         flop = plan.flop_per_image(freeze_to, size)
         told = f"cpu2, extraction, {freeze_to}, {size} px, bf16, {line['rows']:,} images"
         yield told, line["seconds"]["median"], plan.extraction_seconds(line["rows"], flop, device, "bf16")
-    for name, recipe in (("head epoch, fast, 60,000 x 4,096", FAST), ("head epoch, classic, 48,000 x 25,088", CLASSIC)):
+    for name, recipe in (
+        ("head epoch, fast, 60,000 x 4,096", FAST),
+        ("head epoch, classic, 48,000 x 25,088", _CLASSIC),
+    ):
         line = found[name]
         predicted = plan.epoch_seconds(line["rows"], plan.layers(recipe), recipe.batch_size, device)
         yield f"cpu2, epoch, {recipe.name}, {line['rows']:,} rows", line["seconds"]["median"], predicted

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attire.analysis.audit import Audit, accuracies, audit, together, write_audit
+from attire.analysis.audit import _accuracies, _Audit, _together, audit, write_audit
 from attire.analysis.duplicates import NearPairs
 from attire.data.dataset import ImageDataset
 from attire.data.loading import write_csv
@@ -41,11 +41,11 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def found(planted: Path) -> Audit:
+def found(planted: Path) -> _Audit:
     return audit(planted)
 
 
-def test_what_was_planted_is_counted(found: Audit) -> None:
+def test_what_was_planted_is_counted(found: _Audit) -> None:
     counts = found.counts()
     assert counts["images"] == {"train": 60, "test": 20}
     assert counts["exact_duplicates"] == {"train": 1, "test": 0, "train and test": 1}
@@ -54,7 +54,7 @@ def test_what_was_planted_is_counted(found: Audit) -> None:
     assert (counts["blank"], counts["inverted"]) == (1, 0)
 
 
-def test_every_list_is_a_file(found: Audit, tmp_path: Path) -> None:
+def test_every_list_is_a_file(found: _Audit, tmp_path: Path) -> None:
     page = write_audit(found, tmp_path / "out")
     exact = [(r["group"], r["part"], r["row"]) for r in rows_of(tmp_path / "out/exact_duplicates.csv")]
     assert exact == [("0", "train", "4"), ("0", "train", "9"), ("1", "train", "11"), ("1", "test", "2")]
@@ -74,14 +74,14 @@ def test_every_list_is_a_file(found: Audit, tmp_path: Path) -> None:
 
 def test_near_copies_share_a_fold() -> None:
     near = NearPairs(np.array([0, 3]), np.array([3, 5]), np.zeros(2))
-    assert together(np.array([0, 1, 1, 3, 4, 5, 5]), near).tolist() == [0, 1, 1, 0, 4, 0, 0]
+    assert _together(np.array([0, 1, 1, 3, 4, 5, 5]), near).tolist() == [0, 1, 1, 0, 4, 0, 0]
 
 
-def test_accuracy_with_and_without(found: Audit) -> None:
+def test_accuracy_with_and_without(found: _Audit) -> None:
     """Ten of twenty right, the exact copy and the near one among them."""
     right = np.zeros(20, np.bool_)
     right[:10] = True
-    told = {name: (round(x.value * x.n), x.n) for name, x in accuracies(found.findings, 60, right)}
+    told = {name: (round(x.value * x.n), x.n) for name, x in _accuracies(found.findings, 60, right)}
     assert told["all"] == (10, 20)
     assert told["without exact copies"] == (9, 19)
     assert told["without exact and near copies"] == (8, 18)

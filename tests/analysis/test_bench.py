@@ -10,26 +10,26 @@ import numpy as np
 import pytest
 
 from attire.analysis import bench
-from attire.analysis.bench import Bench, Measured, time_calls, write_bench
+from attire.analysis.bench import _Bench, _Measured, _time_calls, write_bench
 from attire.data.dataset import ImageDataset
 from attire.data.loading import write_csv
 from attire.evaluation.intervals import wilson
 from tests.command import attire
 
 
-def measured(name: str, *speeds: float) -> Measured:
-    return Measured(name, "bundle", "fp32", 10**7, 100, 2.0, 3.5, 32, speeds, 2**28, 2**29, wilson(9, 10))
+def measured(name: str, *speeds: float) -> _Measured:
+    return _Measured(name, "bundle", "fp32", 10**7, 100, 2.0, 3.5, 32, speeds, 2**28, 2**29, wilson(9, 10))
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    found = Bench((measured("a", 100, 50, 200), measured("b", 150, 100, 200)), {})
+    found = _Bench((measured("a", 100, 50, 200), measured("b", 150, 100, 200)), {})
     assert found.ratio(found.candidates[1]) == (1.5, 1.0, 2.0)
     assert found.ratio(found.candidates[0]) == (1, 1, 1)
     assert found.candidates[1].speed == 150
 
 
 def test_the_files(tmp_path: Path) -> None:
-    picture = write_bench(Bench((measured("a", 1, 2, 3), measured("b", 2, 4, 6)), {"cores": 2}), tmp_path)
+    picture = write_bench(_Bench((measured("a", 1, 2, 3), measured("b", 2, 4, 6)), {"cores": 2}), tmp_path)
     assert picture.read_bytes().startswith(b"\x89PNG")
     told = json.loads((tmp_path / "bench.json").read_text())
     assert [row["ratio"][0] for row in told["candidates"]] == [1, 2]
@@ -45,17 +45,17 @@ def test_few_images_make_any_batch(synthetic: ImageDataset, monkeypatch: pytest.
             return np.zeros((len(images), 10))
 
     monkeypatch.setattr(bench, "_opened", Model())
-    monkeypatch.setattr(bench, "SECONDS", 0)
+    monkeypatch.setattr(bench, "_SECONDS", 0)
     for batch in (1, 32, 60, 256):
-        assert len(time_calls(synthetic.images, batch)) == 3
+        assert len(_time_calls(synthetic.images, batch)) == 3
     assert asked == [1] * 3 + [32] * 3 + [60] * 3 + [256] * 3
 
 
 def test_the_command_measures_a_bundle_and_an_export(
     bundle: Path, synthetic: ImageDataset, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "BATCHES", (1, 8))
-    monkeypatch.setattr(bench, "ROUNDS", 1)
+    monkeypatch.setattr(bench, "_BATCHES", (1, 8))
+    monkeypatch.setattr(bench, "_ROUNDS", 1)
     write_csv(synthetic, "test.csv")
     from attire.export.export import export
 
@@ -88,7 +88,7 @@ def test_the_peak_is_the_process_s_own_and_not_that_of_who_started_it() -> None:
     run = "from attire.analysis.bench import peak_memory; a = peak_memory(); b = b'1' * 2**27; print(a, peak_memory())"
     done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
-    assert ballast.nbytes == 2**29 <= bench.peak_memory()
+    assert ballast.nbytes == 2**29 <= bench._peak_memory()
     assert before > 2**24
     assert before + 2**26 < after < before + 2**28
 
@@ -96,5 +96,5 @@ def test_the_peak_is_the_process_s_own_and_not_that_of_who_started_it() -> None:
 def test_a_bundle_s_size_leaves_out_the_training_images(tmp_path: Path) -> None:
     for name, size in (("model.safetensors", 70), ("model.json", 7), ("neighbours.safetensors", 1000)):
         (tmp_path / name).write_bytes(bytes(size))
-    assert bench.size_of(tmp_path) == 77
-    assert bench.size_of(tmp_path / "model.json") == 7
+    assert bench._size_of(tmp_path) == 77
+    assert bench._size_of(tmp_path / "model.json") == 7

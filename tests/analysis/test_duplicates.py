@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from attire.analysis import duplicates
-from attire.analysis.duplicates import Images, candidates, first_of, groups_of, near_pairs
+from attire.analysis.duplicates import Images, _candidates, first_of, groups_of, near_pairs
 from tests.conftest import blocks_and_noise
 
 
@@ -44,7 +44,7 @@ def test_faint_differences_are_near_and_strong_ones_are_not() -> None:
     strong = (images[1] + 0.2 * noise).clip(0, 255).astype(np.uint8)
     found = near_pairs(np.stack([*images, faint, strong]), np.arange(52))
     assert list(zip(found.first.tolist(), found.second.tolist(), strict=True)) == [(0, 50)]
-    assert 0 < found.distance[0] < duplicates.NEAR
+    assert 0 < found.distance[0] < duplicates._NEAR
 
 
 def test_the_most_alike_come_first_and_only_the_rows_asked_for() -> None:
@@ -60,7 +60,7 @@ def test_the_most_alike_come_first_and_only_the_rows_asked_for() -> None:
 
 def test_one_image_has_no_neighbours() -> None:
     assert len(near_pairs(garments(1), np.arange(1))) == 0
-    assert candidates(np.zeros((0, 3), np.float32), lambda *_: None).shape == (0, 2)
+    assert _candidates(np.zeros((0, 3), np.float32), lambda *_: None).shape == (0, 2)
 
 
 def test_noise_has_no_doubles() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attire.analysis import label_errors
 from attire.analysis.label_errors import (
-    FOLDS,
+    _FOLDS,
     assign_folds,
     odd_images,
     probabilities,
@@ -45,8 +45,8 @@ def test_folds_are_even_in_each_class_and_equal_images_stay_together() -> None:
     folds = assign_folds(LABELS, first)
     assert folds[30] == folds[450] == folds[7]
     for label in range(10):
-        counts = np.bincount(assign_folds(LABELS, np.arange(600))[label == LABELS], minlength=FOLDS)
-        assert counts.tolist() == [12] * FOLDS
+        counts = np.bincount(assign_folds(LABELS, np.arange(600))[label == LABELS], minlength=_FOLDS)
+        assert counts.tolist() == [12] * _FOLDS
 
 
 def test_scores_are_out_of_fold() -> None:
@@ -57,20 +57,20 @@ def test_scores_are_out_of_fold() -> None:
 
 
 def test_scores_equal_a_ridge_regression_on_the_other_folds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(label_errors, "PANEL", 7)
+    monkeypatch.setattr(label_errors, "_PANEL", 7)
     rows, folds = features_of(LABELS), assign_folds(LABELS, np.arange(600))
     found = read_features(in_blocks(rows), LABELS, folds, 10)
     x = fit_standardiser(iter([rows]))(rows.clone()).double()
     targets = torch.eye(10, dtype=torch.float64)[LABELS]
     rest = torch.from_numpy(folds != 2)
     prior = targets[rest].mean(0)
-    gram = x[rest].T @ x[rest] + label_errors.PENALTY * torch.eye(24, dtype=torch.float64)
+    gram = x[rest].T @ x[rest] + label_errors._PENALTY * torch.eye(24, dtype=torch.float64)
     expected = x[~rest] @ torch.linalg.solve(gram, x[rest].T @ targets[rest]) + prior
     assert np.abs(found.scores[folds == 2] - expected.numpy()).max() < 1e-5
 
 
 def test_planted_errors_are_the_first_suspects(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(label_errors, "PENALTY", 1.0)
+    monkeypatch.setattr(label_errors, "_PENALTY", 1.0)
     wrong = np.array([5, 123, 377, 590])
     labels = LABELS.copy()
     labels[wrong] = (labels[wrong] + 3) % 10

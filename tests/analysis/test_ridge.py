@@ -18,7 +18,7 @@ def table() -> tuple[np.ndarray, np.ndarray]:
 
 def test_scores_are_those_of_scikit_learns_ridge(table: tuple[np.ndarray, np.ndarray]) -> None:
     x, y = table
-    found = ridge.ridge_scores(x[:60], y[:60], x[60:], 3)
+    found = ridge._ridge_scores(x[:60], y[:60], x[60:], 3)
     wide = torch.from_numpy(x).float()
     deviation, mean = torch.std_mean(wide[:60], 0)
     scaled = ((wide - mean) / (deviation + 0.05 * deviation.mean() + 1e-6)).numpy()
@@ -30,9 +30,9 @@ def test_scores_are_those_of_scikit_learns_ridge(table: tuple[np.ndarray, np.nda
 
 def test_columns_may_be_taken_in_blocks(table: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
     x, _ = table
-    whole = ridge.products(x[:60], x[60:])
-    monkeypatch.setattr(ridge, "COLUMNS", 15)
-    halves = ridge.products(x[:60], x[60:])
+    whole = ridge._products(x[:60], x[60:])
+    monkeypatch.setattr(ridge, "_COLUMNS", 15)
+    halves = ridge._products(x[:60], x[60:])
     assert torch.allclose(whole[0], halves[0], atol=0.05)  # each block is softened by its own mean deviation
     assert torch.allclose(whole[1], halves[1], atol=0.05)
 
@@ -40,7 +40,7 @@ def test_columns_may_be_taken_in_blocks(table: tuple[np.ndarray, np.ndarray], mo
 def test_the_penalty_that_gets_most_right_is_chosen(table: tuple[np.ndarray, np.ndarray]) -> None:
     x, y = table
     right, penalty = ridge.best_ridge(x[:60], y[:60], x[60:], y[60:], 3)
-    scores = ridge.ridge_scores(x[:60], y[:60], x[60:], 3)
+    scores = ridge._ridge_scores(x[:60], y[:60], x[60:], 3)
     counts = {p: int((s.argmax(1).numpy() == y[60:]).sum()) for p, s in scores.items()}
     assert right == max(counts.values()) == counts[penalty]
     assert right > 15  # ten of thirty by chance
@@ -49,4 +49,4 @@ def test_the_penalty_that_gets_most_right_is_chosen(table: tuple[np.ndarray, np.
 def test_constant_features_do_no_harm(table: tuple[np.ndarray, np.ndarray]) -> None:
     x, y = table
     x[:, 5:10] = 7
-    assert all(torch.isfinite(s).all() for s in ridge.ridge_scores(x[:60], y[:60], x[60:], 3).values())
+    assert all(torch.isfinite(s).all() for s in ridge._ridge_scores(x[:60], y[:60], x[60:], 3).values())

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from attire.analysis import sweep
-from attire.analysis.sweep import Cell, Sweep
+from attire.analysis.sweep import _Cell, _Sweep
 from attire.data.dataset import ImageDataset
 from attire.errors import AttireError, Stopped, UsageError
 from attire.features import cache
@@ -21,11 +21,11 @@ SMALL = {"sizes": (16, 20), "boundaries": ("block2", "block3"), "rows": 30, "val
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "PASS_SECONDS", 0.001)
+    monkeypatch.setattr(sweep, "_PASS_SECONDS", 0.001)
 
 
-def cell(name: str, size: int, correct: int, speed: float, background: str = "black") -> Cell:
-    return Cell(name, size, 0, background, 100, 0.1, correct, 1000, speed)
+def cell(name: str, size: int, correct: int, speed: float, background: str = "black") -> _Cell:
+    return _Cell(name, size, 0, background, 100, 0.1, correct, 1000, speed)
 
 
 def test_every_size_boundary_and_pooling_gets_a_line(small_csv: Path, weights: Path, tmp_path: Path) -> None:
@@ -49,17 +49,17 @@ def test_a_tap_gives_the_features_that_training_at_that_boundary_uses(weights: P
     pictures = vgg.preprocess(synthetic.images[:5], 20)
     deep = vgg.Backbone(vgg.vgg16(weights, "block3", 0, nn.Sequential()), torch.device("cpu"), "fp32")
     with torch.inference_mode():
-        both = sweep.TapBackbone(deep, [("block2", 2), ("block3", 2)])(pictures)
+        both = sweep._TapBackbone(deep, [("block2", 2), ("block3", 2)])(pictures)
         for name, part in (("block2", both[:, :512]), ("block3", both[:, 512:])):
             alone = vgg.Backbone(vgg.vgg16(weights, name, 2, nn.Sequential()), torch.device("cpu"), "fp32")(pictures)
             assert torch.allclose(part, alone, rtol=1e-4, atol=1e-4), name
 
 
 def test_the_test_rows_are_never_drawn(synthetic: ImageDataset) -> None:
-    data, fit = sweep.draw(synthetic, 30, 20)
+    data, fit = sweep._draw(synthetic, 30, 20)
     assert (len(data), fit) == (50, 30)
     assert len(np.unique(data.images, axis=0)) == 50
-    few, fit = sweep.draw(synthetic, 4000, 3000)
+    few, fit = sweep._draw(synthetic, 4000, 3000)
     assert len(few) <= 60
     assert fit > len(few) - fit > 0
 
@@ -67,16 +67,16 @@ def test_the_test_rows_are_never_drawn(synthetic: ImageDataset) -> None:
 def test_a_stopped_sweep_goes_on_and_scores_no_size_twice(
     small_csv: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score = sweep.Bench.score
+    score = sweep._Bench.score
     sizes: list[object] = []
 
-    def stopping(self: sweep.Bench, size: int, background: str) -> list[Cell]:
+    def stopping(self: sweep._Bench, size: int, background: str) -> list[_Cell]:
         if size == 20 and not sizes.count("resumed"):
             raise KeyboardInterrupt
         sizes.append(size)
         return score(self, size, background)
 
-    monkeypatch.setattr(sweep.Bench, "score", stopping)
+    monkeypatch.setattr(sweep._Bench, "score", stopping)
     with pytest.raises(Stopped):
         sweep.sweep(small_csv, **SMALL, out=tmp_path / "s")  # type: ignore[arg-type]
     sizes.append("resumed")
@@ -99,16 +99,16 @@ def test_a_folder_of_another_sweep_is_refused(small_csv: Path, weights: Path, tm
 def test_the_front_holds_what_nothing_faster_matches() -> None:
     cells = (cell("block2", 32, 900, 500), cell("block3", 32, 940, 400), cell("block4", 64, 930, 100))
     slow_best = cell("block3", 224, 945, 10)
-    found = Sweep(Path(), (*cells, slow_best), 10, 1000)
+    found = _Sweep(Path(), (*cells, slow_best), 10, 1000)
     assert found.front == [cells[0], cells[1], slow_best]
 
 
 def test_the_fastest_within_a_standard_error_is_proposed() -> None:
     near, best, far = cell("block3", 32, 940, 400), cell("block3", 64, 945, 90), cell("block2", 32, 930, 900)
-    found = Sweep(Path(), (best, near, far), 10, 1000)
+    found = _Sweep(Path(), (best, near, far), 10, 1000)
     assert found.proposed == near  # one standard error of 94.5 % on 1,000 rows is 0.7 points
     assert found.command() == "attire train --freeze-to block3 --image-size 32 --pool 0"
-    white = Sweep(Path(), (best, near, far, cell("block3", 32, 990, 900, "white")), 10, 1000)
+    white = _Sweep(Path(), (best, near, far, cell("block3", 32, 990, 900, "white")), 10, 1000)
     assert white.proposed == near  # training has no white background to offer
 
 

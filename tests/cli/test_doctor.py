@@ -20,7 +20,7 @@ from attire.storage.http import MirrorError
 from tests.command import attire
 
 
-def named(found: list[doctor.Finding], name: str) -> doctor.Finding:
+def named(found: list[doctor._Finding], name: str) -> doctor._Finding:
     return next(finding for finding in found if finding.name == name)
 
 
@@ -77,22 +77,22 @@ def test_lines_for_people_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_package_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ["click>=8", "flux-capacitor>=1.21", 'hoverboard>=2; extra == "toys"']
     monkeypatch.setattr(metadata, "requires", lambda name: wanted)
-    found = doctor.versions()
+    found = doctor._versions()
     assert (found.state, found.told) == ("failed", "missing: flux-capacitor")
     assert found.facts["extras"] == {"toys": ["hoverboard"]}
     monkeypatch.setattr(metadata, "requires", lambda name: ["click>=8", wanted[2]])
-    assert doctor.versions().told.endswith("; extras not installed: toys")
+    assert doctor._versions().told.endswith("; extras not installed: toys")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root may write anywhere")
 def test_a_cache_that_cannot_be_written_fails(cache: Path) -> None:
     cache.mkdir(mode=0o500)
-    assert doctor.guarded("Cache", doctor.cache).state == "failed"
+    assert doctor._guarded("Cache", doctor._cache).state == "failed"
 
 
 def test_a_cache_in_place_of_a_file_fails(cache: Path) -> None:
     cache.write_text("")
-    found = doctor.guarded("Cache", doctor.cache)
+    found = doctor._guarded("Cache", doctor._cache)
     assert found.state == "failed"
     assert "cannot make the folder" in found.told
 
@@ -102,16 +102,19 @@ def test_a_full_disk_is_noted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     (cache / "features").mkdir(parents=True)
     (cache / "features" / "x").write_bytes(bytes(1000))
-    found = doctor.cache()
+    found = doctor._cache()
     assert (found.state, found.do) == ("note", "attire cache --clear makes room")
     assert found.facts["parts"] == {"features": 1000}
 
 
 def test_damaged_data_and_weights_are_noted_and_left_alone(cache: Path) -> None:
-    for folder, name in (("data/fashion-mnist", next(iter(fashion_mnist.DATA_FILES))), ("weights", weight_name(cache))):
+    for folder, name in (
+        ("data/fashion-mnist", next(iter(fashion_mnist._DATA_FILES))),
+        ("weights", weight_name(cache)),
+    ):
         (cache / folder).mkdir(parents=True)
         (cache / folder / name).write_bytes(b"x")
-    assert [doctor.data().state, doctor.weights().state] == ["note", "note"]
+    assert [doctor._data().state, doctor._weights().state] == ["note", "note"]
     assert len([path for path in cache.rglob("*") if path.is_file()]) == 2
 
 
@@ -142,16 +145,16 @@ def test_runtimes_that_disagree_fail(monkeypatch: pytest.MonkeyPatch) -> None:
             return real(None, "cpu").predict(images[::-1].copy())
 
     monkeypatch.setattr(inference_predict, "open_model", lambda path, device: Shifted())
-    found = doctor.guarded("Model", doctor.shipped)
+    found = doctor._guarded("Model", doctor._shipped)
     assert found.state == "failed"
     assert "answer differently" in found.told
 
 
 def test_what_a_broken_library_raises_is_a_finding() -> None:
-    def broken() -> doctor.Finding:
+    def broken() -> doctor._Finding:
         raise ImportError("libfoo.so.1: cannot open shared object file\nand more")
 
-    found = doctor.guarded("Device", broken)
+    found = doctor._guarded("Device", broken)
     assert (found.state, found.told) == ("failed", "ImportError: libfoo.so.1: cannot open shared object file")
 
 
@@ -161,7 +164,7 @@ def test_mirrors_are_asked_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None
             raise MirrorError("connection refused")
 
     monkeypatch.setattr(doctor, "probe", probe)
-    found = doctor.mirrors(False)
+    found = doctor._mirrors(False)
     hosts = {
         http.host(url)
         for url in (

@@ -15,7 +15,7 @@ from PIL import Image
 
 from attire.analysis import sweep
 from attire.cli import main
-from attire.cli.options import FIELD_HELP
+from attire.cli.options import _FIELD_HELP
 from attire.data import fashion_mnist, loading, table_cache
 from attire.data.dataset import FASHION_CLASSES, ImageDataset
 from attire.data.loading import load_dataset
@@ -57,7 +57,7 @@ def test_every_command_has_help(command: list[str], flag: str) -> None:
 def test_help_lists_every_command_and_every_field_of_a_recipe() -> None:
     assert all(re.search(rf"^  {name} +\w", attire("--help").out, re.M) for name in COMMANDS)
     told = attire("train", "--help").out
-    assert all(f"--{name.replace('_', '-')} " in told or f"--{name}/" in told for name in FIELD_HELP)
+    assert all(f"--{name.replace('_', '-')} " in told or f"--{name}/" in told for name in _FIELD_HELP)
     assert attire("--version").out == f"attire, version {__version__}\n"
 
 
@@ -394,9 +394,9 @@ def test_compare_prints_pairs_or_one_json_object(finished: tuple[Path, Done], he
 
 def test_sweep_prints_its_proposal_or_one_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {"block3": 9.0, "block4": 5.0}
-    two = [sweep.Cell(name, 32, 0, "black", 100, 0.1, 900, 1000, speed) for name, speed in speeds.items()]
+    two = [sweep._Cell(name, 32, 0, "black", 100, 0.1, 900, 1000, speed) for name, speed in speeds.items()]
     calls: list[Any] = []
-    monkeypatch.setattr(sweep, "sweep", taken(calls, sweep.Sweep(Path("there"), tuple(two), 30, 1000)))
+    monkeypatch.setattr(sweep, "sweep", taken(calls, sweep._Sweep(Path("there"), tuple(two), 30, 1000)))
     command = "attire train --freeze-to block3 --image-size 32 --pool 0"
     told = json.loads(attire("sweep", "--sizes", "16,32", "--boundaries", "block3", "--json").out)
     assert (told["command"], len(told["cells"])) == (command, 2)
@@ -420,8 +420,8 @@ def test_cache_lists_and_deletes(bundle: Path, small_csv: Path, cache: Path, mon
         "objects": {},
     }
     attire("evaluate", bundle, "--data", small_csv)
-    monkeypatch.setattr(table_cache, "LEAST", 0)
-    loading.read_csv(small_csv)
+    monkeypatch.setattr(table_cache, "_LEAST", 0)
+    loading._read_csv(small_csv)
     assert re.search(r"^\w{12} +47\.6 kB  a CSV file or Parquet files, parsed$", attire("cache").out, re.M)
     assert re.match(r"freed \d+\.\d kB\n0 entries, 0 bytes in ", attire("cache", "--clear").out)
     assert not [path for name in ("features", "tables") for path in (cache / name).iterdir()]
@@ -500,6 +500,6 @@ def test_a_fault_of_the_program_itself_is_not_hidden(monkeypatch: pytest.MonkeyP
 
 
 def test_warnings_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    main.show_warning(AttireWarning("a file: 3 things\x1b"), AttireWarning)
-    main.show_warning("old\nwill go", DeprecationWarning, "file.py", 3)
+    main._show_warning(AttireWarning("a file: 3 things\x1b"), AttireWarning)
+    main._show_warning("old\nwill go", DeprecationWarning, "file.py", 3)
     assert capsys.readouterr().err == "warning: a file: 3 things\\x1b\nwarning: DeprecationWarning: old\n"

@@ -94,7 +94,7 @@ def test_fish_completes(line: str, offered: str, program: dict[str, str], here: 
 
 
 def test_completion_prints_each_shell_s_script_and_refuses_others() -> None:
-    for name in shell.SHELLS:
+    for name in shell._SHELLS:
         done = attire("completion", name)
         assert (done.status, done.err) == (0, "")
         assert "_ATTIRE_COMPLETE" in done.out
@@ -124,7 +124,7 @@ def test_every_command_shows_an_example(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_answers_programs(name: str) -> None:
-    assert ("--json" in shell.options(main.cli.commands[name])) == (name not in NO_JSON)
+    assert ("--json" in shell._options(main.cli.commands[name])) == (name not in NO_JSON)
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])
@@ -151,7 +151,7 @@ def test_the_list_of_commands_says_what_each_does_without_cutting_it(
 
 def test_examples_fold_without_losing_a_word() -> None:
     text = "What it does.\n\n\b\nattire predict photos/ 'more/*.png' --format csv     answers for many\nattire x"
-    assert shell.folded(text, 36) == (
+    assert shell._folded(text, 36) == (
         "What it does.\n\n\b\nattire predict photos/ \\\n    'more/*.png' --format csv\n    answers for many\nattire x"
     )
 

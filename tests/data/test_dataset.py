@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from attire.data.dataset import FASHION_CLASSES, ImageDataset, count_shared, split_indices
-from attire.data.loading import load_dataset, load_splits, read_csv, read_idx_folder, read_image_folder, write_csv
+from attire.data.loading import _read_csv, _read_idx_folder, _read_image_folder, load_dataset, load_splits, write_csv
 from attire.errors import AttireError, AttireWarning, UsageError
 
 
@@ -112,7 +112,7 @@ class TestImageDataset:
 class TestFiles:
     def test_csv_round_trip(self, tmp_path: Path) -> None:
         write_csv(dataset(), tmp_path / "mine.csv")
-        found = read_csv(tmp_path / "mine.csv")
+        found = _read_csv(tmp_path / "mine.csv")
         assert same(found, dataset())
         assert found.source == "mine.csv"
         assert found.images.flags.c_contiguous
@@ -132,7 +132,7 @@ class TestFiles:
     def test_csv_with_other_classes(self, tmp_path: Path) -> None:
         names = tuple(f"class {i}" for i in range(12))
         write_csv(dataset(24, classes=names), tmp_path / "mine.csv")
-        assert read_csv(tmp_path / "mine.csv", names).classes == names
+        assert _read_csv(tmp_path / "mine.csv", names).classes == names
         line = r"label is 10, expected .* 0 to 9 \(line 12\); name the classes with --classes when they are not these$"
         with pytest.raises(AttireError, match=line):
             load_dataset(tmp_path / "mine.csv")
@@ -158,7 +158,7 @@ class TestFiles:
     def test_idx_folder(self, tmp_path: Path) -> None:
         write_idx(tmp_path, "train", dataset(40))
         with pytest.raises(AttireError, match=r": no t10k-images-idx3-ubyte \(or .gz\)$"):
-            read_idx_folder(tmp_path, "test")
+            _read_idx_folder(tmp_path, "test")
         assert same(load_dataset(tmp_path, part="test"), dataset(40))
         write_idx(tmp_path, "t10k", dataset(20, seed=1), gz=True)
         assert same(load_dataset(tmp_path), dataset(40))
@@ -176,7 +176,7 @@ class TestFiles:
         assert (found.classes, found.source) == (names, "mine")
         assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
         assert np.array_equal(found.images[3], dataset(6).images[1])
-        assert read_image_folder(tmp_path / "mine", ["shoe", "bag"]).labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert _read_image_folder(tmp_path / "mine", ["shoe", "bag"]).labels.tolist() == [0, 0, 0, 1, 1, 1]
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         with pytest.raises(AttireError, match=r"none: no such file$"):

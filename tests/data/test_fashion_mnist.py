@@ -24,7 +24,7 @@ from attire.model.weights import WEIGHTS_DIGEST, read_weights, tensor_digest, wr
 from attire.storage.http import MirrorError
 from tests.mirror import Mirror, content, serve
 
-FILES = {name: name.encode() * 50 for name in fashion_mnist.DATA_FILES}
+FILES = {name: name.encode() * 50 for name in fashion_mnist._DATA_FILES}
 
 
 @pytest.fixture
@@ -34,12 +34,12 @@ def mirror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Mirror]:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("no_proxy", "*")
     digests = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in FILES.items()}
-    monkeypatch.setattr(fashion_mnist, "DATA_FILES", digests)
-    monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", tmp_path / "debian")
+    monkeypatch.setattr(fashion_mnist, "_DATA_FILES", digests)
+    monkeypatch.setattr(fashion_mnist, "_DEBIAN_FOLDER", tmp_path / "debian")
     for name in ("DEBIAN_MIRRORS", "TORCH_MIRRORS", "SDIST_MIRRORS"):
         monkeypatch.setattr(fashion_mnist, name, ())
-    monkeypatch.setattr(fashion_mnist, "from_apt", unavailable)
-    monkeypatch.setattr(pretrained, "from_pip", unavailable)
+    monkeypatch.setattr(fashion_mnist, "_from_apt", unavailable)
+    monkeypatch.setattr(pretrained, "_from_pip", unavailable)
     with serve() as started:
         monkeypatch.setattr(fashion_mnist, "DATA_MIRRORS", (started.url,))
         started.routes |= {f"/{name}.gz": content(gzip.compress(data)) for name, data in FILES.items()}
@@ -154,7 +154,7 @@ def test_other_data_from_a_folder_is_refused(mirror: Mirror, tmp_path: Path) -> 
 
 
 def test_a_gzip_bomb_stops_at_the_expected_size() -> None:
-    assert len(fashion_mnist.gunzip(gzip.compress(bytes(10_000_000)), 100)) == 101
+    assert len(fashion_mnist._gunzip(gzip.compress(bytes(10_000_000)), 100)) == 101
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def torch_bytes(tensors: dict[str, np.ndarray], path: Path) -> bytes:
 
 
 def offer(mirror: Mirror, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
-    monkeypatch.setattr(pretrained, "TORCH_SHA256", hashlib.sha256(data).hexdigest())
+    monkeypatch.setattr(pretrained, "_TORCH_SHA256", hashlib.sha256(data).hexdigest())
     monkeypatch.setattr(pretrained, "TORCH_MIRRORS", (mirror.url + "vgg16.pth",))
     mirror.routes["/vgg16.pth"] = content(data)
 
@@ -197,7 +197,7 @@ def test_weights_of_torch_hub_come_first(
     offer(mirror, monkeypatch, data)
     folder = tmp_path / "torch/hub/checkpoints"
     folder.mkdir(parents=True)
-    (folder / pretrained.TORCH_FILE).write_bytes(data)
+    (folder / pretrained._TORCH_FILE).write_bytes(data)
     vgg16_weights()
     assert mirror.requests == []
 
@@ -248,7 +248,7 @@ def test_own_weights_are_allowed_with_a_warning(mirror: Mirror, vgg: dict[str, n
 @pytest.mark.real
 def test_the_real_inputs() -> None:
     folder = official_data()
-    for name, (size, _) in fashion_mnist.DATA_FILES.items():
+    for name, (size, _) in fashion_mnist._DATA_FILES.items():
         assert (folder / name).stat().st_size == size
     tensors = read_weights(vgg16_weights())
     assert {name: value.shape for name, value in tensors.items()} == SHAPES

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attire.data.idx import Kind, find_pair, partner, read_idx, read_idx_pair
+from attire.data.idx import _Kind, _read_idx, find_pair, partner, read_idx_pair
 from attire.errors import AttireError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 28, 28), np.uint8)
@@ -20,10 +20,10 @@ def label_bytes(count: int = 5, data: bytes = LABELS.tobytes()) -> bytes:
     return struct.pack(">II", 0x801, count) + data
 
 
-def message(path: Path, content: bytes, kind: Kind | None = None) -> str:
+def message(path: Path, content: bytes, kind: _Kind | None = None) -> str:
     path.write_bytes(content)
     with pytest.raises(AttireError) as caught:
-        read_idx(path, kind)
+        _read_idx(path, kind)
     assert str(caught.value).startswith(f"{path}: ")
     return str(caught.value).removeprefix(f"{path}: ")
 

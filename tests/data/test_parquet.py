@@ -14,7 +14,7 @@ from pyarrow import parquet as pq
 
 from attire.data import parquet, table_cache
 from attire.data.dataset import FASHION_CLASSES, ImageDataset
-from attire.data.loading import load_dataset, load_splits, read_parquet
+from attire.data.loading import _read_parquet, load_dataset, load_splits
 from attire.errors import AttireError, AttireWarning
 from attire.storage.stores import place
 from tests.command import TINY, attire
@@ -35,13 +35,13 @@ def dataset(path: Path, data: ImageDataset, **more: Any) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files whose pictures were decoded."""
     found: list[str] = []
-    real = parquet.tables
+    real = parquet._tables
 
     def tables(parts: Any, coding: Any) -> Iterator[Any]:
         found.extend(str(part) for part in parts)
         return real(parts, coding)
 
-    monkeypatch.setattr(parquet, "tables", tables)
+    monkeypatch.setattr(parquet, "_tables", tables)
     return found
 
 
@@ -62,14 +62,14 @@ def test_fashion_mnist_as_pictures_in_parquet_is_the_idx_files_rows(tmp_path: Pa
 def test_pictures_are_decoded_once(synthetic: ImageDataset, tmp_path: Path, read: list[str]) -> None:
     path = dataset(tmp_path / "mine.parquet", synthetic)
     for _ in range(2):
-        assert len(read_parquet(path)) == 60
+        assert len(_read_parquet(path)) == 60
     assert read == [str(path)]
     copy = next(table_cache.folder().glob("*.table"))
     copy.write_bytes(copy.read_bytes()[:-1])
     with pytest.warns(AttireWarning, match="the copy of Parquet files is damaged and made again"):
-        assert len(read_parquet(path)) == 60
+        assert len(_read_parquet(path)) == 60
     dataset(path, synthetic.subset(range(20)))
-    assert len(read_parquet(path)) == 20
+    assert len(_read_parquet(path)) == 20
 
 
 def test_text_labels_are_the_class_names(synthetic: ImageDataset, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_damaged_page_is_noticed(tmp_path: Path) -> None:
 
 def test_memory_is_bounded_by_batches(synthetic: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = dataset(tmp_path / "a.parquet", synthetic, group=60)
-    monkeypatch.setattr(parquet, "BATCH_BYTES", path.stat().st_size // 10)
+    monkeypatch.setattr(parquet, "_BATCH_BYTES", path.stat().st_size // 10)
     sizes = [len(batch) for batch in parquet.ParquetSource(place(path)).batches()]
     assert sum(sizes) == 60
     assert max(sizes) <= 7

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from attire.data.loading import load_dataset
-from attire.data.photos import Photo, Steps, prepare, strip
+from attire.data.photos import Steps, _Photo, prepare, strip
 from attire.errors import AttireError
 from attire.inference import classifier
 
@@ -35,7 +35,7 @@ def trousers(paper: Any = (255, 255, 255), cloth: Any = (30, 40, 90), mode: str 
 EXPECTED = prepare(encode(trousers())).image.astype(int)
 
 
-def close(photo: Photo, least: float = 0.9) -> bool:
+def close(photo: _Photo, least: float = 0.9) -> bool:
     """Whether this is the shape of the trousers, whatever their shade."""
     return float(np.corrcoef(photo.image.ravel(), EXPECTED.ravel())[0, 1]) >= least
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from attire.data.image_folder import read_folder
-from attire.data.pictures import decode, read_image
+from attire.data.pictures import _decode, read_image
 from attire.errors import AttireError
 
 GREY = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
@@ -99,7 +99,7 @@ def test_exif_orientation_is_applied() -> None:
 
 
 def test_decode_keeps_the_size() -> None:
-    image = decode(encode(Image.new("RGB", (60, 40))))
+    image = _decode(encode(Image.new("RGB", (60, 40))))
     assert (image.size, image.mode) == ((60, 40), "L")
 
 

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from attire.data import csv_table, table_cache
-from attire.data.csv_table import COLUMNS, HEADER, Table, write_table
-from attire.data.idx import read_idx
+from attire.data.csv_table import _COLUMNS, _HEADER, Table, write_table
+from attire.data.idx import _read_idx
 from attire.errors import AttireError, AttireWarning
 
 Found = TypeVar("Found")
@@ -86,13 +86,13 @@ def same(found: Table, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> 
 def strictly(data: bytes) -> list[list[int]] | None:
     """The rows of a CSV file, slowly, by the letter of what docs/data.md promises; None where it is not such a file."""
     lines = re.split(rb"\r\n|\r|\n", data.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n"))
-    if lines[0] != HEADER or len(lines) < 2:
+    if lines[0] != _HEADER or len(lines) < 2:
         return None
     rows = [line.split(b",") for line in lines[1:]]
     if not all(re.fullmatch(rb"[0-9]+", cell) for row in rows for cell in row):
         return None
     numbers = [[int(cell) if len(cell) < 4000 else 256 for cell in row] for row in rows]
-    good = all(len(row) == len(COLUMNS) and row[0] <= 9 and max(row[1:]) <= 255 for row in numbers)
+    good = all(len(row) == len(_COLUMNS) and row[0] <= 9 and max(row[1:]) <= 255 for row in numbers)
     return numbers if good else None
 
 
@@ -122,7 +122,7 @@ def test_whatever_happens_to_a_copy_the_rows_stay_those_of_the_file(
     images, labels = drawn(rows, seed)
     written(path, rows, seed)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        patch.setattr(table_cache, "LEAST", 0)
+        patch.setattr(table_cache, "_LEAST", 0)
         patch.setenv("ATTIRE_CACHE", str(path.parent / "cache"))
         warnings.simplefilter("ignore", AttireWarning)
         assert same(table_cache.read_table(path), images, labels)
@@ -144,7 +144,7 @@ def test_what_is_written_as_idx_is_read(path: Path, rows: int, seed: int, packed
     values = labels.astype(np.uint8) if is_labels else images
     data = as_idx(values)
     path.write_bytes(gzip.compress(data) if packed else data)
-    assert np.array_equal(read_idx(path, "labels" if is_labels else "images"), values)
+    assert np.array_equal(_read_idx(path, "labels" if is_labels else "images"), values)
 
 
 def unpacked(data: bytes) -> bytes | None:
@@ -165,7 +165,7 @@ def test_a_spoilt_idx_is_what_its_header_says_or_refused(
     whole = as_idx(labels.astype(np.uint8) if is_labels else images)
     data = edited(gzip.compress(whole) if packed else whole, edits)
     path.write_bytes(data)
-    plain, found = unpacked(data), found_by(lambda: read_idx(path))
+    plain, found = unpacked(data), found_by(lambda: _read_idx(path))
     if found is None:  # refused: then it is none, or one that is not ours to take
         assert plain is None or as_read(plain) is None
     else:

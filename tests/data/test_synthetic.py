@@ -14,7 +14,7 @@ from attire.features import views as features_views
 from attire.recipes import FAST, Recipe
 from attire.training import loop
 from attire.training.augment import Target
-from attire.training.loop import epoch_order, loss_of
+from attire.training.loop import _epoch_order, _loss_of
 
 Make = Callable[[np.ndarray], np.ndarray]
 
@@ -45,10 +45,10 @@ def test_what_is_drawn_depends_on_the_image_alone(
 
 def test_a_drawing_keeps_the_garments_place_and_a_strange_shape_does_not(garments: np.ndarray) -> None:
     def overlap(found: np.ndarray, whole: np.ndarray) -> float:
-        ours, theirs = whole > synthetic.CLOTH, found > synthetic.CLOTH
+        ours, theirs = whole > synthetic._CLOTH, found > synthetic._CLOTH
         return float(np.median((ours & theirs).sum((1, 2)) / (ours | theirs).sum((1, 2))))
 
-    whole = np.stack([rendered(image.astype(float), image > 8, synthetic.STEPS)[1] for image in garments])
+    whole = np.stack([rendered(image.astype(float), image > 8, synthetic._STEPS)[1] for image in garments])
     assert overlap(synthetic.drawn(garments), whole) > 0.7
     assert overlap(synthetic.strange(garments), whole) < 0.6
 
@@ -83,7 +83,7 @@ def test_views_are_numbered_with_the_strange_one_last(garments: np.ndarray) -> N
     drawn, mirrored = (features_views.seen(garments, name) for name in ours[:2])
     assert np.array_equal(mirrored, drawn[:, :, ::-1])
     assert np.array_equal(features_views.seen(garments, features_views.STRANGE), synthetic.strange(garments))
-    _, views = epoch_order(np.arange(3000), recipe, 0)
+    _, views = _epoch_order(np.arange(3000), recipe, 0)
     assert views is not None
     shares = np.bincount(views, minlength=7) / 3000
     assert np.abs(shares - np.array([2, 2, 2, 2, 1, 1, 1]) / 11).max() < 0.03  # a picture's own views count twice
@@ -92,12 +92,12 @@ def test_views_are_numbered_with_the_strange_one_last(garments: np.ndarray) -> N
 def test_rows_that_are_none_of_the_classes_are_to_be_answered_with_each_alike() -> None:
     logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
     labels, none = torch.arange(6), torch.tensor([False, True, False, False, True, False])
-    found = loss_of(logits, Target(labels, none=none), FAST)
+    found = _loss_of(logits, Target(labels, none=none), FAST)
     known = F.cross_entropy(logits[~none], labels[~none], label_smoothing=FAST.label_smoothing, reduction="sum")
     alike = F.cross_entropy(logits[none], torch.full((2, 10), 0.1), reduction="sum")
     assert torch.allclose(found, (known + alike) / 6)
     for every in (torch.ones(6, dtype=torch.bool), torch.zeros(6, dtype=torch.bool)):
-        assert torch.isfinite(loss_of(logits, Target(labels, none=every), FAST))
+        assert torch.isfinite(_loss_of(logits, Target(labels, none=every), FAST))
     part = Target(labels, none=none).part(slice(1, 3))
     assert part.none is not None
     assert part.none.tolist() == [True, False]
@@ -120,7 +120,7 @@ def test_a_classifier_learns_to_doubt_what_is_strange() -> None:
     optimiser = torch.optim.Adam(net.parameters(), 1e-2)
     recipe = Recipe(precision="fp32", label_smoothing=0.0)
     for _ in range(200):
-        loop.train_step(net, optimiser, x, Target(labels, none=none), recipe)
+        loop._train_step(net, optimiser, x, Target(labels, none=none), recipe)
     sure = net(x).softmax(1).amax(1)
     assert sure[~none].min() > 0.9
     assert sure[none].median() < 0.7

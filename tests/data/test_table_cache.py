@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from attire.data import csv_table, table_cache
-from attire.data.csv_table import PIXEL_COLUMNS, read_frame
+from attire.data.csv_table import _PIXEL_COLUMNS, _read_frame
 from attire.data.dataset import ImageDataset
-from attire.data.loading import read_csv, read_csv_images, write_csv
+from attire.data.loading import _read_csv, read_csv_images, write_csv
 from attire.errors import AttireError, AttireWarning
 
 
 @pytest.fixture(autouse=True)
 def keep_small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_cache, "LEAST", 0)
+    monkeypatch.setattr(table_cache, "_LEAST", 0)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_a_file_is_parsed_once_and_the_copy_holds_the_same_rows(
     small_csv: Path, synthetic: ImageDataset, parsed: list[Path]
 ) -> None:
     for _ in range(2):
-        found = read_csv(small_csv)
+        found = _read_csv(small_csv)
         assert np.array_equal(found.images, synthetic.images)
         assert np.array_equal(found.labels, synthetic.labels)
         assert found.digest == synthetic.digest
@@ -48,36 +48,36 @@ def test_a_file_is_parsed_once_and_the_copy_holds_the_same_rows(
 
 
 def test_a_copy_is_found_whatever_the_file_is_called(small_csv: Path, tmp_path: Path, parsed: list[Path]) -> None:
-    read_csv(small_csv)
-    assert len(read_csv(small_csv.rename(tmp_path / "other.csv"))) == 60
+    _read_csv(small_csv)
+    assert len(_read_csv(small_csv.rename(tmp_path / "other.csv"))) == 60
     assert parsed == [small_csv]
 
 
 def test_a_changed_file_of_the_same_size_and_time_is_not_served_stale(
     small_csv: Path, synthetic: ImageDataset, parsed: list[Path]
 ) -> None:
-    read_csv(small_csv)
+    _read_csv(small_csv)
     before, text = small_csv.stat(), small_csv.read_bytes()
     at = text.rindex(b",") + 1  # the last pixel
     changed = text[:at] + (b"1" if text[at : at + 1] != b"1" else b"2") + text[at + 1 :]
     small_csv.write_bytes(changed)
     os.utime(small_csv, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert small_csv.stat().st_size == before.st_size
-    assert read_csv(small_csv).images[-1, -1, -1] != synthetic.images[-1, -1, -1]
+    assert _read_csv(small_csv).images[-1, -1, -1] != synthetic.images[-1, -1, -1]
     assert len(parsed) == 2
 
 
 def test_a_damaged_copy_is_made_again_with_one_warning(
     small_csv: Path, synthetic: ImageDataset, parsed: list[Path]
 ) -> None:
-    read_csv(small_csv)
+    _read_csv(small_csv)
     (path,) = table_cache.folder().iterdir()
     data = bytearray(path.read_bytes())
     data[1000] ^= 1
     path.write_bytes(data)
     with pytest.warns(AttireWarning, match="damaged and made again"):
-        assert np.array_equal(read_csv(small_csv).images, synthetic.images)
-    assert np.array_equal(read_csv(small_csv).images, synthetic.images)
+        assert np.array_equal(_read_csv(small_csv).images, synthetic.images)
+    assert np.array_equal(_read_csv(small_csv).images, synthetic.images)
     assert len(parsed) == 2
 
 
@@ -87,47 +87,47 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
     cache.mkdir(exist_ok=True)
     (cache / "tables").write_text("a file where the folder should be")
     with pytest.warns(AttireWarning, match="small.csv is parsed anew each time"):
-        assert np.array_equal(read_csv(small_csv).images, synthetic.images)
+        assert np.array_equal(_read_csv(small_csv).images, synthetic.images)
 
 
 def test_what_is_wrong_is_said_as_without_a_copy_and_nothing_is_kept(small_csv: Path) -> None:
     text = small_csv.read_text().splitlines()
     small_csv.write_text("\n".join([*text[:5], text[5] + ",7", *text[6:]]))
     with pytest.raises(AttireError) as caught:
-        read_csv(small_csv)
+        _read_csv(small_csv)
     with pytest.raises(AttireError, match=r"786 values, expected 785 \(line 6\)") as expected:
-        read_frame(small_csv)
+        _read_frame(small_csv)
     assert str(caught.value) == str(expected.value)
     assert not list(table_cache.folder().iterdir())
 
 
 def test_labels_are_checked_against_the_classes_of_each_reading(small_csv: Path) -> None:
-    read_csv(small_csv)
+    _read_csv(small_csv)
     with pytest.raises(AttireError) as caught:
-        read_csv(small_csv, ("a", "b", "c"))
+        _read_csv(small_csv, ("a", "b", "c"))
     with pytest.raises(AttireError, match=r"label is 3, expected a whole number from 0 to 2 \(line 5\)") as expected:
-        read_frame(small_csv, 3)
+        _read_frame(small_csv, 3)
     assert str(caught.value) == str(expected.value)
 
 
 def test_a_file_without_labels_has_a_copy_and_still_no_labels(tmp_path: Path, synthetic: ImageDataset) -> None:
     path = tmp_path / "bare.csv"
-    rows = [",".join(PIXEL_COLUMNS), *(",".join(map(str, image.ravel())) for image in synthetic.images)]
+    rows = [",".join(_PIXEL_COLUMNS), *(",".join(map(str, image.ravel())) for image in synthetic.images)]
     path.write_text("\n".join(rows))
     for _ in range(2):
         assert np.array_equal(read_csv_images(path), synthetic.images)
     with pytest.raises(AttireError, match="no column label"):
-        read_csv(path)
+        _read_csv(path)
 
 
 def test_small_files_are_not_kept(small_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_cache, "LEAST", 2**23)
-    read_csv(small_csv)
+    monkeypatch.setattr(table_cache, "_LEAST", 2**23)
+    _read_csv(small_csv)
     assert not list(table_cache.copies())
 
 
 def test_copies_can_be_deleted_while_one_is_mapped(small_csv: Path, synthetic: ImageDataset) -> None:
-    found = read_csv(small_csv)
+    found = _read_csv(small_csv)
     assert table_cache.delete_copies() == 60 * 792 + 48
     assert not list(table_cache.copies())
     assert np.array_equal(found.images, synthetic.images)
@@ -137,11 +137,11 @@ def test_mapped_images_are_used_without_a_warning(small_csv: Path) -> None:
     from attire.analysis import duplicates
     from attire.model import vgg
 
-    found = read_csv(small_csv)
+    found = _read_csv(small_csv)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert vgg.preprocess(found.images[:3], 32).shape == (3, 3, 32, 32)
-        duplicates.descriptors(found.images)
+        duplicates._descriptors(found.images)
     assert not found.images.flags.writeable
 
 
@@ -153,16 +153,16 @@ def test_pieces_of_any_size_give_the_same_rows_and_line_numbers(
     path = tmp_path / "mine.csv"
     write_csv(synthetic, path)
     lines = path.read_bytes().splitlines()
-    monkeypatch.setattr(csv_table, "TEXT", text)
-    monkeypatch.setattr(csv_table, "HEAD", len(csv_table.HEADER) + 20)
+    monkeypatch.setattr(csv_table, "_TEXT", text)
+    monkeypatch.setattr(csv_table, "_HEAD", len(csv_table._HEADER) + 20)
     path.write_bytes(end.join([*lines, b"", b""]))
-    assert np.array_equal(read_frame(path).iloc[:, 1:].to_numpy(), synthetic.images.reshape(60, 784))
+    assert np.array_equal(_read_frame(path).iloc[:, 1:].to_numpy(), synthetic.images.reshape(60, 784))
     path.write_bytes(end.join([*lines[:50], lines[50] + b"x", *lines[51:]]))
     with pytest.raises(AttireError, match=r"\(line 51\)"):
-        read_frame(path)
+        _read_frame(path)
     path.write_bytes(end.join([*lines[:50], b"", b"", *lines[50:]]))
     with pytest.raises(AttireError, match=r"empty line between rows \(line 51\)"):
-        read_frame(path)
+        _read_frame(path)
     path.write_bytes(end.join([*lines[:60], lines[60][:400]]) + end)
     with pytest.raises(AttireError, match=r"\(line 61\); the file may be cut off there"):
-        read_frame(path)
+        _read_frame(path)

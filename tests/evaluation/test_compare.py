@@ -10,9 +10,9 @@ import pytest
 from attire.data.dataset import ImageDataset
 from attire.data.loading import write_csv
 from attire.errors import AttireError
-from attire.evaluation.compare import compare, disagreements, write_comparison
+from attire.evaluation.compare import _disagreements, compare, write_comparison
 from attire.evaluation.metrics import evaluate
-from attire.evaluation.run_result import RunResult, predictions, save_result, write_digests
+from attire.evaluation.run_result import RunResult, _write_digests, predictions, save_result
 
 
 def finished(data: ImageDataset, right: Any, folder: Path, csv: Path | None = None, **changes: Any) -> RunResult:
@@ -83,7 +83,7 @@ def test_one_run_alone_is_refused(synthetic: ImageDataset, tmp_path: Path) -> No
 def test_a_run_that_does_not_say_its_test_set_is_refused(synthetic: ImageDataset, tmp_path: Path) -> None:
     finished(synthetic, range(40), tmp_path / "a")
     (tmp_path / "a" / "data.json").write_text("{}")
-    write_digests(tmp_path / "a")
+    _write_digests(tmp_path / "a")
     with pytest.raises(AttireError, match="does not say which test set it was"):
         compare([tmp_path / "a", tmp_path / "a"])
 
@@ -91,7 +91,7 @@ def test_a_run_that_does_not_say_its_test_set_is_refused(synthetic: ImageDataset
 def test_disagreements_are_sorted_by_who_is_right(synthetic: ImageDataset, tmp_path: Path) -> None:
     first = finished(synthetic, range(30), tmp_path / "a")
     second = finished(synthetic, range(20, 60), tmp_path / "b")
-    titles, rows = zip(*disagreements(first, second), strict=True)
+    titles, rows = zip(*_disagreements(first, second), strict=True)
     assert [sorted(found.tolist()) for found in rows] == [list(range(20)), list(range(30, 60)), []]
     assert titles[1] == "Only the second is right: 30"
 

@@ -11,19 +11,9 @@ from scipy import stats
 from sklearn import metrics
 
 from attire.errors import AttireError
-from attire.evaluation.calibration import BINS
-from attire.evaluation.metrics import (
-    Claim,
-    Evaluation,
-    Interval,
-    check_claim,
-    evaluate,
-    fit_temperature,
-    mcnemar,
-    paired_difference,
-    softmax,
-    wilson,
-)
+from attire.evaluation.calibration import BINS, fit_temperature, softmax
+from attire.evaluation.intervals import Claim, Interval, check_claim, mcnemar, paired_difference, wilson
+from attire.evaluation.metrics import Evaluation, evaluate
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

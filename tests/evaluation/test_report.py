@@ -16,16 +16,17 @@ from rich.console import Console
 from attire.cli.tables import terminal_summary
 from attire.errors import AttireError
 from attire.evaluation import figures
-from attire.evaluation.metrics import evaluate, softmax
+from attire.evaluation.calibration import softmax
+from attire.evaluation.metrics import evaluate
 from attire.evaluation.model_card import model_card, write_model_card
-from attire.evaluation.report import duration, flat, page, times, write_report
+from attire.evaluation.report import _times, duration, flat, page, write_report
 from attire.evaluation.run_result import (
     RunResult,
-    choose_galleries,
+    _choose_galleries,
+    _write_digests,
     load_result,
     predictions,
     save_result,
-    write_digests,
 )
 
 CLASSES = ("T-shirt/top", "Coat", "Bag, large")
@@ -231,7 +232,7 @@ def test_class_names_in_any_script_survive(tmp_path: Path) -> None:
 def test_galleries_choose_what_they_are_named_for() -> None:
     p = np.array([[0.99, 0.01], [0.6, 0.4], [0.51, 0.49], [0.2, 0.8]])
     found = predictions(np.array([1, 1, 0, 1]), p, np.zeros((4, 28, 28), np.uint8))
-    chosen = choose_galleries(found)
+    chosen = _choose_galleries(found)
     assert chosen["Most confident errors"] == [0, 1]
     assert chosen["Least certain"] == [2, 1, 3, 0]
     assert chosen["A random sample"] == [0, 1, 2, 3]
@@ -274,7 +275,7 @@ def test_wrong_images_are_refused() -> None:
 def test_a_damaged_run_is_refused_by_file(tmp_path: Path, name: str, text: str, message: str) -> None:
     save_result(tmp_path, made())
     (tmp_path / name).write_text(text)
-    write_digests(tmp_path)  # written so, not damaged
+    _write_digests(tmp_path)  # written so, not damaged
     with pytest.raises(AttireError, match=re.escape(message)):
         load_result(tmp_path)
 
@@ -296,9 +297,9 @@ def test_durations_read_the_way_people_say_them(seconds: float, text: str) -> No
 
 
 def test_times_account_for_the_whole() -> None:
-    assert [line[0] for line in times({"extract": 3, "total": 4})] == ["computing features", "the rest", "everything"]
-    assert times({"extract": 3, "total": 4})[1] == ("the rest", "1.0 s", 25)
-    assert times({})[-1] == ("everything", "0.0 s", 0)
+    assert [line[0] for line in _times({"extract": 3, "total": 4})] == ["computing features", "the rest", "everything"]
+    assert _times({"extract": 3, "total": 4})[1] == ("the rest", "1.0 s", 25)
+    assert _times({})[-1] == ("everything", "0.0 s", 0)
 
 
 def test_rows_per_class_take_one_line() -> None:

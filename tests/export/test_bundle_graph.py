@@ -17,7 +17,7 @@ from attire.errors import AttireError
 from attire.export.bundle_graph import write_graph
 from attire.export.export import export
 from attire.inference.classifier import Architecture, Classifier, load_bundle
-from attire.inference.out_of_distribution import OODDetector, fit_classes, nearest, pooled
+from attire.inference.out_of_distribution import OODDetector, _fit_classes, nearest, pooled
 from attire.inference.runtimes import load_export, load_graph
 from attire.model import vgg
 
@@ -30,7 +30,7 @@ pytest.importorskip("onnxscript")
 def rejecting(classifier: Classifier, synthetic: ImageDataset) -> Classifier:
     """Rejects about a half of the synthetic images."""
     x = torch.cat([pooled(part, 128) for part in classifier._features(synthetic.images)])
-    centre, whiten, means = fit_classes(x, torch.from_numpy(synthetic.labels), shrinkage=0.9)  # 60 rows, 128 channels
+    centre, whiten, means = _fit_classes(x, torch.from_numpy(synthetic.labels), shrinkage=0.9)  # 60 rows, 128 channels
     far = nearest(x, centre, whiten, means).sort().values
     classifier.ood_detector = OODDetector(centre, whiten, means, float(far[29] + far[30]) / 2, 60)
     return classifier

@@ -49,7 +49,7 @@ def bundle(small_csv: Path, tiny: Recipe, weights: Path, tmp_path: Path) -> Path
 @pytest.fixture
 def calibrated(synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """int8 is calibrated on the synthetic images: the official ones are not needed here."""
-    monkeypatch.setattr("attire.export.export.calibration", lambda: synthetic.images)
+    monkeypatch.setattr("attire.export.export._calibration", lambda: synthetic.images)
 
 
 @pytest.mark.parametrize("kind", list(SUFFIXES))

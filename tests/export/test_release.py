@@ -11,7 +11,7 @@ from attire.data.dataset import ImageDataset
 from attire.data.loading import load_dataset
 from attire.errors import AttireError
 from attire.export import release
-from attire.export.release import check_release
+from attire.export.release import _check_release
 from attire.inference import bundle_files, predict
 from attire.inference.classifier import load_bundle
 from attire.inference.runtimes import load_graph
@@ -54,16 +54,16 @@ def test_a_released_bundle_is_complete_and_says_what_is_true(
     assert str(run.parent) not in (out / "MODEL_CARD.md").read_text().partition("| Setting |")[0]
     assert classifier.facts["release"]["digests"]["report.html"] == files.sha256_file(out / "report.html")
     assert told["bytes"] == sum(path.stat().st_size for path in out.iterdir())
-    assert check_release(out, synthetic) == []
+    assert _check_release(out, synthetic) == []
     (out / "report.html").write_text("another")
-    assert check_release(out, ImageDataset(synthetic.images, 9 - synthetic.labels, synthetic.classes, "x")) != []
+    assert _check_release(out, ImageDataset(synthetic.images, 9 - synthetic.labels, synthetic.classes, "x")) != []
 
 
 def test_where_teachers_lay_is_nobody_elses_business() -> None:
     told = {"rows": 3, "teacher": {"bundles": ["/home/ann/runs/seed-0/model", "/mnt/b"], "digests": ["1", "2"]}}
-    found = release.without_places(told)
+    found = release._without_places(told)
     assert found == {"rows": 3, "teacher": {"bundles": ["seed-0", "b"], "digests": ["1", "2"]}}
-    assert release.without_places({"teacher": None, "rows": 3}) == {"teacher": None, "rows": 3}
+    assert release._without_places({"teacher": None, "rows": 3}) == {"teacher": None, "rows": 3}
 
 
 def test_what_is_replaced_is_a_bundle_and_samples_stay(
@@ -163,4 +163,4 @@ def test_torch_answers_where_a_device_is_named_or_onnx_runtime_is_not_there(monk
 @pytest.mark.real
 def test_what_ships_scores_what_its_card_says_on_2_000_official_test_images() -> None:
     """By torch and by ONNX Runtime, exactly."""
-    assert check_release(SHIPPED, load_dataset(part="test")) == []
+    assert _check_release(SHIPPED, load_dataset(part="test")) == []

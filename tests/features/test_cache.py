@@ -38,7 +38,7 @@ class CountingBackbone:
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen rows a shard, so that sixty images fill four; a batch a shard."""
-    monkeypatch.setattr(cache, "SHARD_BYTES", 16 * 2 * 2048)
+    monkeypatch.setattr(cache, "_SHARD_BYTES", 16 * 2 * 2048)
 
 
 def run(data: ImageDataset, backbone: CountingBackbone, spec: FeatureSpec = SPEC) -> Features:
@@ -102,7 +102,7 @@ def test_a_damaged_shard_is_set_aside_and_made_again_with_one_warning(
 ) -> None:
     made = run(synthetic, CountingBackbone())
     whole = rows_of(made)
-    damage(cache.shard_path(made.folder, 2))
+    damage(cache._shard_path(made.folder, 2))
     again = CountingBackbone()
     with pytest.warns(AttireWarning, match=r"1 damaged shard set aside as \*\.damaged and made again") as caught:
         found = run(synthetic, again)
@@ -142,7 +142,7 @@ def test_rows_come_in_the_order_asked_for_across_shards(synthetic: ImageDataset)
     assert np.array_equal(found.gather(order), whole[order])
     assert np.array_equal(whole[order], np.concatenate([found.shards[i // 16][None, i % 16] for i in order]))
     assert found.gather(np.empty(0, np.int64)).shape == (0, 2048)
-    path = cache.shard_path(found.folder, 1)
+    path = cache._shard_path(found.folder, 1)
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(AttireError, match=r"shard-00001\.npy: a row is missing: the file was cut off"):
         found.gather(order)
@@ -150,9 +150,9 @@ def test_rows_come_in_the_order_asked_for_across_shards(synthetic: ImageDataset)
 
 def test_the_other_views_are_the_mirrored_and_the_negative_image(synthetic: ImageDataset) -> None:
     backbone = CountingBackbone()
-    flipped = cache.compute(synthetic.images, cache.with_view(SPEC, "flip"), backbone)
+    flipped = cache.compute(synthetic.images, cache._with_view(SPEC, "flip"), backbone)
     assert np.array_equal(flipped, cache.compute(synthetic.images[:, :, ::-1].copy(), SPEC, backbone))
-    negative = cache.compute(synthetic.images, cache.with_view(SPEC, "negative"), backbone)
+    negative = cache.compute(synthetic.images, cache._with_view(SPEC, "negative"), backbone)
     assert np.array_equal(negative, cache.compute(255 - synthetic.images, SPEC, backbone))
     assert not np.array_equal(flipped, negative)
 
@@ -171,7 +171,7 @@ def test_progress_is_told_in_rows(synthetic: ImageDataset) -> None:
 
 
 def test_shards_hold_a_power_of_two_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "SHARD_BYTES", 16 * 2**20)
+    monkeypatch.setattr(cache, "_SHARD_BYTES", 16 * 2**20)
     assert FeatureSpec("block3", 32, 0, "").shard_rows == 2048
     assert FeatureSpec("block5", 224, 7, "").shard_rows == 256
     assert FeatureSpec("block1", 1024, 0, "").shard_rows == 1  # one row is larger than a shard should be
@@ -201,7 +201,7 @@ def test_an_unknown_or_unclear_key_deletes_nothing(key: str, synthetic: ImageDat
 def test_rows_in_order_are_read_across_shards_into_place(tmp_path: Path) -> None:
     table = np.arange(50 * 8, dtype=np.float16).reshape(50, 8)
     for i, start in enumerate(range(0, 50, 16)):
-        np.save(cache.shard_path(tmp_path, i), table[start : start + 16])
+        np.save(cache._shard_path(tmp_path, i), table[start : start + 16])
     stored = cache.Features(tmp_path, 50, 8, 16)
     for rows in ([0, 15, 16, 31, 49], list(range(50)), [40], []):
         out = np.empty((len(rows), 8), np.float16)

@@ -18,7 +18,7 @@ from tests.features.test_cache import SPEC, CountingBackbone, rows_of, run, smal
 @pytest.fixture(params=["folder", "s3"])
 def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StorageLocation:
     root = str(tmp_path / "shared") if request.param == "folder" else request.getfixturevalue("bucket")
-    monkeypatch.setenv(remote_cache.VARIABLE, f"{root}/features/")
+    monkeypatch.setenv(remote_cache._VARIABLE, f"{root}/features/")
     return place(f"{root}/features")
 
 
@@ -65,7 +65,7 @@ def test_a_damaged_shard_is_computed_here(harm: str, entry: StorageLocation, syn
     else:
         entry.write(name, data[:-1] if harm == "cut off" else data[:500] + bytes([data[500] ^ 1]) + data[501:])
     backbone = CountingBackbone()
-    line = rf"^{remote_cache.VARIABLE}: .*{name}: damaged or missing; features are computed here$"
+    line = rf"^{remote_cache._VARIABLE}: .*{name}: damaged or missing; features are computed here$"
     with pytest.warns(AttireWarning, match=line) as told:
         found = run(synthetic, backbone)
     assert (backbone.calls, len(told)) == (1, 1)
@@ -100,7 +100,7 @@ def test_a_push_that_was_stopped_is_finished_later(
         written.append(name)
         real(self, name, data)
 
-    monkeypatch.setattr(remote_cache, "THREADS", 1)
+    monkeypatch.setattr(remote_cache, "_THREADS", 1)
     monkeypatch.setattr(StorageLocation, "write", write)
     with pytest.raises(KeyboardInterrupt):
         run(synthetic, CountingBackbone())
@@ -133,7 +133,7 @@ def test_without_the_store_work_goes_on(synthetic: ImageDataset, monkeypatch: py
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv(remote_cache.VARIABLE, "s3://bucket/features")
+    monkeypatch.setenv(remote_cache._VARIABLE, "s3://bucket/features")
     with pytest.warns(AttireWarning, match="the store did not serve it .*; features are computed here"):
         run(synthetic, CountingBackbone())
     run(synthetic.subset(range(20)), CountingBackbone())  # it is not asked again: here a warning would be an error
@@ -155,13 +155,13 @@ def test_who_may_not_write_goes_on_reading(
 
 
 def test_a_name_that_cannot_be_meant_is_an_error(synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(remote_cache.VARIABLE, "ftp://host/x")
+    monkeypatch.setenv(remote_cache._VARIABLE, "ftp://host/x")
     with pytest.raises(UsageError, match="ftp:// is not known"):
         run(synthetic, CountingBackbone())
 
 
 def test_nothing_is_shared_unless_it_is_asked_for(synthetic: ImageDataset, tmp_path: Path) -> None:
     run(synthetic, CountingBackbone())
-    assert remote_cache.shared_place("key", set()) is None
+    assert remote_cache._shared_place("key", set()) is None
     assert files.cache_dir().parent == tmp_path
     assert not (tmp_path / "shared").exists()

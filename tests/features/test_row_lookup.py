@@ -75,7 +75,7 @@ def test_rows_come_in_any_order_and_into_a_given_array(load: Callable[[], Counti
 
 def test_another_spec_has_features_of_its_own(backbone: Counting, load: Callable[[], Counting]) -> None:
     row_lookup.collect(IMAGES[:9], SPEC, load)
-    row_lookup.collect(IMAGES[:9], feature_cache.with_view(SPEC, "flip"), load)
+    row_lookup.collect(IMAGES[:9], feature_cache._with_view(SPEC, "flip"), load)
     assert backbone.rows == 18
 
 
@@ -107,7 +107,7 @@ def test_a_deleted_entry_is_computed_again(backbone: Counting, load: Callable[[]
 def test_a_damaged_entry_is_computed_again(backbone: Counting, load: Callable[[], Counting]) -> None:
     entry = row_lookup.collect(IMAGES[:9], SPEC, load).parts[0]
     assert isinstance(entry, feature_cache.Features)
-    shard = feature_cache.shard_path(entry.folder, 0)
+    shard = feature_cache._shard_path(entry.folder, 0)
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x99")
     with pytest.warns(AttireWarning, match="1 damaged shard set aside"):
         found = row_lookup.collect(IMAGES[3:9], SPEC, load)
@@ -120,7 +120,7 @@ def test_a_damaged_index_is_passed_over(
     spoil: Callable[[bytes], bytes], backbone: Counting, load: Callable[[], Counting]
 ) -> None:
     row_lookup.collect(IMAGES[:9], SPEC, load)
-    (path,) = row_lookup.index_folder(SPEC).glob("*.rows")
+    (path,) = row_lookup._index_folder(SPEC).glob("*.rows")
     path.write_bytes(spoil(path.read_bytes()))
     assert np.array_equal(rows_of(row_lookup.collect(IMAGES[3:9], SPEC, load)), expected(IMAGES[3:9]))
     assert backbone.rows == 15
@@ -131,5 +131,5 @@ def test_deleted_entries_leave_no_index(load: Callable[[], Counting]) -> None:
     row_lookup.collect(IMAGES[9:], SPEC, load)
     assert row_lookup.delete_stale() == 0
     feature_cache.delete_entry(next(entry.key for entry in feature_cache.cache_entries() if entry.rows == 9))
-    assert row_lookup.delete_stale() == (9 + 1) * row_lookup.DIGEST
-    assert len(list(row_lookup.index_folder(SPEC).glob("*.rows"))) == 1
+    assert row_lookup.delete_stale() == (9 + 1) * row_lookup._DIGEST
+    assert len(list(row_lookup._index_folder(SPEC).glob("*.rows"))) == 1

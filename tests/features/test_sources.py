@@ -28,7 +28,7 @@ def backbone(random_weights: Path) -> vgg.Backbone:
 @pytest.fixture
 def views(synthetic: ImageDataset, backbone: vgg.Backbone) -> list[Features]:
     def made(view: str) -> Features:
-        spec = cache.with_view(SPEC, view)
+        spec = cache._with_view(SPEC, view)
         return cache.extract(synthetic.images, synthetic.image_digest, spec, lambda: backbone)
 
     return [made("plain"), made("flip")]
@@ -42,7 +42,7 @@ def test_rows_from_memory_from_the_map_and_on_the_fly_are_equal(
     views: list[Features], backbone: vgg.Backbone, synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = CachedSource(*views)
-    monkeypatch.setattr(sources, "IN_MEMORY", 0)
+    monkeypatch.setattr(sources, "_IN_MEMORY", 0)
     mapped = CachedSource(*views)
     assert held.table is not None
     assert mapped.table is None
@@ -107,7 +107,7 @@ def test_a_source_beyond_memory_reads_windows_of_stretches_and_gives_the_same_ro
         monkeypatch.setattr(sources, name, value)
     streamed = CachedSource(*views)
     assert streamed.stretch == (4, 12)
-    order, mirrored = loop.epoch_order(np.arange(60), FAST, 0, streamed.stretch)
+    order, mirrored = loop._epoch_order(np.arange(60), FAST, 0, streamed.stretch)
     for mask in (None, mirrored):
         pairs = zip(held.batches(order, 5, mask), streamed.batches(order, 5, mask), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)

@@ -129,7 +129,7 @@ def test_batches_do_not_change_the_answer(
     classifier: Classifier, synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = classifier.logits(synthetic.images)
-    monkeypatch.setattr(module, "BATCH_PIXELS", 7 * 16**2)
+    monkeypatch.setattr(module, "_BATCH_PIXELS", 7 * 16**2)
     assert torch.allclose(classifier.logits(synthetic.images), whole, atol=1e-5)
     assert classifier.logits(synthetic.images[:0]).shape == (0, 10)
 

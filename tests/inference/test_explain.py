@@ -17,14 +17,14 @@ from attire.data.loading import load_dataset, write_csv
 from attire.errors import AttireError, UsageError
 from attire.inference.classifier import Classifier, load_bundle
 from attire.inference.explain import (
-    METHOD,
-    Explanation,
+    _METHOD,
+    _Explanation,
+    _log_odds,
+    _occlusion,
+    _overlay,
+    _squares,
     explain,
     heat_png,
-    log_odds,
-    occlusion,
-    overlay,
-    squares,
     to_json,
 )
 from attire.inference.neighbours import FILE, Neighbour
@@ -55,9 +55,11 @@ def block_of(label: int) -> NDArray[np.bool_]:
     return found
 
 
-def explained(*labels: str) -> Explanation:
+def explained(*labels: str) -> _Explanation:
     near = tuple(Neighbour(label, 0.1, np.zeros((28, 28), np.uint8)) for label in labels)
-    return Explanation("Coat", np.zeros((28, 28), np.float32), METHOD, Prediction("Coat", 1.0, (("Coat", 1.0),)), near)
+    return _Explanation(
+        "Coat", np.zeros((28, 28), np.float32), _METHOD, Prediction("Coat", 1.0, (("Coat", 1.0),)), near
+    )
 
 
 def test_the_heat_of_a_picture_with_one_informative_block_lies_on_the_block(trained: Classifier) -> None:
@@ -77,7 +79,7 @@ def test_heat_is_28_x_28_from_0_to_1_and_the_same_each_time(trained: Classifier,
         assert first.heat.min() >= 0
         assert first.heat.max() == 1
         assert np.array_equal(first.heat, second.heat)
-        assert first.method == METHOD
+        assert first.method == _METHOD
 
 
 def test_a_black_picture_has_no_heat(trained: Classifier) -> None:
@@ -116,28 +118,28 @@ def test_what_is_no_image_is_refused(classifier: Classifier, image: NDArray[np.u
 
 
 def test_every_pixel_is_covered_and_no_square_covers_nothing() -> None:
-    covered = squares()
+    covered = _squares()
     assert covered.any(0).all()
     assert covered.any((1, 2)).all()
 
 
 def test_a_pixel_gets_the_mean_loss_of_the_squares_over_it(classifier: Classifier, synthetic: ImageDataset) -> None:
     image = synthetic.images[3]
-    whole = log_odds(classifier.logits(image[None]), 4).item()
+    whole = _log_odds(classifier.logits(image[None]), 4).item()
     losses = []
-    for square in squares():
+    for square in _squares():
         hidden = image.copy()
         hidden[square] = 0
-        losses.append(whole - log_odds(classifier.logits(hidden[None]), 4).item())
-    means = np.array([[np.mean(np.array(losses)[squares()[:, y, x]]) for x in range(28)] for y in range(28)])
+        losses.append(whole - _log_odds(classifier.logits(hidden[None]), 4).item())
+    means = np.array([[np.mean(np.array(losses)[_squares()[:, y, x]]) for x in range(28)] for y in range(28)])
     wanted = np.maximum(means, 0) / means.max()
-    assert np.allclose(occlusion(classifier, image, 4), wanted, atol=1e-4)
+    assert np.allclose(_occlusion(classifier, image, 4), wanted, atol=1e-4)
 
 
 def test_log_odds_are_those_of_the_softmax() -> None:
     logits = torch.tensor([[1.0, 2, 0.5], [30, -30, 0]])
     p = logits.double().softmax(1)[:, 1]
-    assert torch.allclose(log_odds(logits, 1).double(), (p / (1 - p)).log(), atol=1e-4)
+    assert torch.allclose(_log_odds(logits, 1).double(), (p / (1 - p)).log(), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,7 @@ def test_without_neighbours_the_heat_is_there_all_the_same(classifier: Classifie
 def test_the_overlay_is_lighter_where_it_is_hotter() -> None:
     heat = np.tile(np.linspace(0, 1, 28, dtype=np.float32), (28, 1))
     for level in (0, 255):
-        pixels = np.asarray(overlay(np.full((28, 28), level, np.uint8), heat, 56).convert("L"), int)
+        pixels = np.asarray(_overlay(np.full((28, 28), level, np.uint8), heat, 56).convert("L"), int)
         if not level:
             assert (np.diff(pixels[28]) >= 0).all()
         assert pixels[28, -1] > pixels[28, 0]

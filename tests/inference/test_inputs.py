@@ -55,7 +55,7 @@ def test_order_is_kept_and_errors_stand_in_their_places() -> None:
 
 
 def test_few_pictures_wait_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "AHEAD", 4)
+    monkeypatch.setattr(inputs, "_AHEAD", 4)
     one, taken = picture("a.png"), 0
 
     def endless() -> Any:

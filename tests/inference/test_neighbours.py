@@ -94,7 +94,7 @@ def test_of_many_rows_each_class_keeps_its_share() -> None:
     rows = np.arange(2000, 12_000)  # 4,000, 3,000 and 3,000
     found = choose_neighbour_rows(rows, labels, 0)
     assert np.isin(found, rows).all()
-    assert len(np.unique(found)) == neighbours.ROWS
+    assert len(np.unique(found)) == neighbours._ROWS
     assert np.bincount(labels[found]).tolist() == [2000, 1500, 1500]
     assert np.array_equal(found, choose_neighbour_rows(rows, labels, 0))
     assert not np.array_equal(found, choose_neighbour_rows(rows, labels, 1))
@@ -102,7 +102,7 @@ def test_of_many_rows_each_class_keeps_its_share() -> None:
 
 def test_a_class_of_one_row_stops_nothing() -> None:
     labels = np.repeat([0, 1], [8000, 1])
-    assert len(choose_neighbour_rows(np.arange(8001), labels, 0)) == neighbours.ROWS
+    assert len(choose_neighbour_rows(np.arange(8001), labels, 0)) == neighbours._ROWS
 
 
 def test_a_run_s_bundle_holds_its_training_rows_and_no_others(

@@ -26,9 +26,9 @@ from attire.inference.classifier import Classifier, load_bundle
 from attire.inference.out_of_distribution import (
     PREFIX,
     OODDetector,
-    find_doubt,
-    find_threshold,
-    fit_classes,
+    _find_doubt,
+    _find_threshold,
+    _fit_classes,
     nearest,
     pooled,
     restore,
@@ -75,7 +75,7 @@ def test_a_rounding_below_zero_is_no_nan() -> None:
 
 def test_the_distance_is_mahalanobis_s_to_the_nearest_class() -> None:
     x, labels = clusters()
-    centre, whiten, means = fit_classes(x, labels, shrinkage=0)
+    centre, whiten, means = _fit_classes(x, labels, shrinkage=0)
     class_means = torch.stack([x[labels == k].mean(0) for k in range(3)])
     rest = x - class_means[labels]
     precision = torch.linalg.inv(rest.T @ rest / len(x))
@@ -87,43 +87,43 @@ def test_the_distance_is_mahalanobis_s_to_the_nearest_class() -> None:
 
 def test_a_class_mean_lies_at_no_distance_and_garments_at_about_the_root_of_the_width() -> None:
     x, labels = clusters()
-    fitted = fit_classes(x, labels, shrinkage=0)
+    fitted = _fit_classes(x, labels, shrinkage=0)
     assert nearest(x[labels == 1].mean(0, keepdim=True).float(), *fitted).item() < 0.05
     assert nearest(x.float(), *fitted).square().mean().item() == pytest.approx(4, rel=0.02)
 
 
 def test_a_class_without_a_row_has_no_mean() -> None:
     x, labels = clusters()
-    *_, means = fit_classes(x, labels * 2)  # classes 0, 2 and 4
+    *_, means = _fit_classes(x, labels * 2)  # classes 0, 2 and 4
     assert means.shape == (3, 4)
     assert torch.isfinite(means).all()
 
 
 def test_fewer_rows_than_channels_give_finite_distances() -> None:
     x = torch.from_numpy(np.random.default_rng(0).random((12, 40)))
-    distances = nearest(x.float(), *fit_classes(x, torch.arange(12) % 3))
+    distances = nearest(x.float(), *_fit_classes(x, torch.arange(12) % 3))
     assert torch.isfinite(distances).all()
 
 
 def test_features_that_never_vary_do_not_stop_the_fit() -> None:
-    fitted = fit_classes(torch.ones(20, 3), torch.zeros(20, dtype=torch.long))
+    fitted = _fit_classes(torch.ones(20, 3), torch.zeros(20, dtype=torch.long))
     assert all(torch.isfinite(value).all() for value in fitted)
 
 
 @pytest.mark.parametrize(("rows", "rank"), [(19, 19), (99, 95), (100, 96), (5000, 4751)])
 def test_the_threshold_is_the_distance_of_the_conformal_rank(rows: int, rank: int) -> None:
     shuffled = np.random.default_rng(0).permutation(np.arange(1.0, rows + 1))
-    assert find_threshold(shuffled, 0.05) == rank
+    assert _find_threshold(shuffled, 0.05) == rank
 
 
 @pytest.mark.parametrize("rows", [0, 1, 18])
 def test_too_few_rows_give_no_threshold(rows: int) -> None:
-    assert find_threshold(np.arange(float(rows)), 0.05) is None
+    assert _find_threshold(np.arange(float(rows)), 0.05) is None
 
 
 def test_fresh_rows_exceed_the_threshold_as_often_as_stated() -> None:
     rng = np.random.default_rng(0)
-    shares = [np.mean(rng.random(200) > (find_threshold(rng.random(39), 0.05) or 0)) for _ in range(2000)]
+    shares = [np.mean(rng.random(200) > (_find_threshold(rng.random(39), 0.05) or 0)) for _ in range(2000)]
     assert np.mean(shares) == pytest.approx(0.05, abs=0.004)
 
 
@@ -276,9 +276,9 @@ def test_distance_and_doubt_spread_alike_among_garments() -> None:
     rng = np.random.default_rng(0)
     distances = torch.from_numpy(rng.normal(15, 2, 500)).float()
     sure = torch.from_numpy(np.exp(-rng.exponential(0.1, (500, 1)))).float()
-    doubt = find_doubt(distances, sure)
+    doubt = _find_doubt(distances, sure)
     assert (doubt * sure.amax(1).log()).std().item() == pytest.approx(2, rel=0.1)
-    assert np.isfinite(find_doubt(distances, torch.ones(500, 1)))
+    assert np.isfinite(_find_doubt(distances, torch.ones(500, 1)))
 
 
 @pytest.mark.filterwarnings("ignore:the first loss")  # of a random backbone's features of strange shapes
@@ -386,5 +386,5 @@ def test_digits_and_noise_are_rejected_and_garments_are_not(tmp_path: Path) -> N
 
 
 def test_the_stated_rate_is_the_one_in_the_help() -> None:
-    assert out_of_distribution.FALSE_REJECTS == 0.05
+    assert out_of_distribution._FALSE_REJECTS == 0.05
     assert "5 % of garments" in " ".join(CliRunner().invoke(cli, ["predict", "--help"]).output.split())

@@ -28,7 +28,7 @@ PART = 50
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(parquet_predict, "PART_ROWS", PART)
+    monkeypatch.setattr(parquet_predict, "_PART_ROWS", PART)
     monkeypatch.chdir(tmp_path)
 
 
@@ -43,12 +43,12 @@ def write(path: Path | str, rows: range, bad: tuple[int, ...] = (), **more: Any)
     return write_parquet(Path(path), images, [i % 10 for i in rows], id=ids, **more)
 
 
-def run(where: object, out: object, model: Any = None, **more: Any) -> parquet_predict.Done:
+def run(where: object, out: object, model: Any = None, **more: Any) -> parquet_predict._Done:
     return parquet_predict.predict(str(where), str(out), model or Brightness(), "digest", top=1, **more)
 
 
 def check(table: Any, rows: range, bad: tuple[int, ...] = ()) -> None:
-    assert table.column_names == ["path", "label", "id", *parquet_predict.ANSWERS.names]
+    assert table.column_names == ["path", "label", "id", *parquet_predict._ANSWERS.names]
     assert table["id"].to_pylist() == [f"id-{i}" for i in rows]
     assert table["label"].to_pylist() == [i % 10 for i in rows]
     for i, found in zip(rows, table.to_pylist(), strict=True):
@@ -88,7 +88,7 @@ def test_thousands_of_bad_rows_are_not_told_one_by_one() -> None:
     write("in.parquet", range(150), tuple(range(150)))
     lines = list[str]()
     assert run("in.parquet", "out.parquet", complain=lines.append).errors == 150
-    assert len(lines) == parquet_predict.SHOWN
+    assert len(lines) == parquet_predict._SHOWN
 
 
 def test_parts_of_several_files_need_not_agree_with_theirs(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_parts_of_several_files_need_not_agree_with_theirs(tmp_path: Path) -> No
 def test_no_rows_give_no_rows() -> None:
     write("in.parquet", range(0))
     assert run("in.parquet", "out.parquet").rows == 0
-    assert pq.read_table("out.parquet").column_names == ["path", "label", "id", *parquet_predict.ANSWERS.names]
+    assert pq.read_table("out.parquet").column_names == ["path", "label", "id", *parquet_predict._ANSWERS.names]
 
 
 def test_a_picture_of_null_is_an_error_too() -> None:
@@ -230,7 +230,7 @@ def test_killed_in_the_middle_the_rerun_gives_the_very_same_file(parts: int) -> 
 def test_two_processes_do_not_write_one_result(monkeypatch: pytest.MonkeyPatch) -> None:
     write("in.parquet", range(60))
     with (
-        parquet_predict.claimed(Path("out.parquet.parts").absolute()),
+        parquet_predict._claimed(Path("out.parquet.parts").absolute()),
         pytest.raises(AttireError, match="another process"),
     ):
         run("in.parquet", "out.parquet")

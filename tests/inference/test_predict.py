@@ -20,7 +20,7 @@ from attire.errors import UsageError
 from attire.inference import bundle_files
 from attire.inference import predict as inference_predict
 from attire.inference.inputs import PictureInput
-from attire.inference.predict import speed, split_model
+from attire.inference.predict import _speed, split_model
 from attire.inference.prediction import Prediction
 from tests.command import Done, attire
 
@@ -149,7 +149,7 @@ def test_names_need_not_be_utf_8(brightness: Brightness) -> None:
         picture(name)
     except (OSError, UnicodeEncodeError):
         pytest.skip("this file system wants UTF-8")
-    for form in inference_predict.FORMS:
+    for form in inference_predict._FORMS:
         attire("predict", name, "--format", form).out.encode()
 
 
@@ -195,8 +195,8 @@ def test_a_reader_that_has_gone_is_no_error(bundle: Path) -> None:
 
 
 def test_the_speed_is_told_to_a_terminal_alone(brightness: Brightness, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert speed(1204, 3.1) == "1,204 pictures in 3.1 s, 388/s"
-    assert speed(1, 0.5) == "1 picture in 0.5 s, 2/s"
+    assert _speed(1204, 3.1) == "1,204 pictures in 3.1 s, 388/s"
+    assert _speed(1, 0.5) == "1 picture in 0.5 s, 2/s"
     assert attire("predict", picture("a.png")).err == ""
 
     class Screen(io.StringIO):

@@ -61,7 +61,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Timed:
             return seconds[kind]
 
         monkeypatch.setattr(devices, "has_bf16", lambda: True)
-        monkeypatch.setattr(devices, "seconds_per_layer", measure)
+        monkeypatch.setattr(devices, "_seconds_per_layer", measure)
         return calls
 
     return pretend
@@ -109,9 +109,9 @@ def test_of_several_that_begin_together_one_measures(monkeypatch: pytest.MonkeyP
         measured.append(kind)
         return float(len(measured))
 
-    monkeypatch.setattr(devices, "seconds_per_layer", measure)
+    monkeypatch.setattr(devices, "_seconds_per_layer", measure)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: devices.measured_seconds(("direct", "winograd")), range(4)))
+        found = list(pool.map(lambda _: devices._measured_seconds(("direct", "winograd")), range(4)))
     assert measured == ["direct", "winograd"]
     assert found == 4 * [{"direct": 1.0, "winograd": 2.0}]
 
@@ -135,7 +135,7 @@ def test_a_damaged_note_of_the_measurement_is_made_again(timed: Timed, cache: Pa
 
 @pytest.mark.parametrize("kind", ["direct", "winograd"])
 def test_a_layer_takes_time(kind: str) -> None:
-    assert devices.seconds_per_layer(kind) > 0
+    assert devices._seconds_per_layer(kind) > 0
 
 
 def test_the_environment_says_what_a_figure_depends_on() -> None:
@@ -149,9 +149,9 @@ def test_the_environment_says_what_a_figure_depends_on() -> None:
 def test_processors_without_a_name_are_told_by_family_and_model(tmp_path: Path) -> None:
     info = tmp_path / "cpuinfo"
     info.write_text("processor\t: 0\ncpu family\t: 6\nmodel\t\t: 207\nmodel name\t: Some Processor\n\nprocessor\t: 1\n")
-    assert devices.model_number(info) == " (family 6 model 207)"
+    assert devices._model_number(info) == " (family 6 model 207)"
     info.write_text("processor\t: 0\n")
-    assert devices.model_number(info) == ""
+    assert devices._model_number(info) == ""
 
 
 def test_a_layout_is_measured_once_and_only_where_there_is_work(cache: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_layout_is_measured_once_and_only_where_there_is_work(cache: Path) -> 
     assert not calls
     assert not (cache / "layouts.json").exists()
     found = devices.choose_layout("block1 fp32", forward, 224, 10_000)
-    assert found in devices.layouts(224)
+    assert found in devices._layouts(224)
     assert calls
     calls.clear()
     assert devices.choose_layout("block1 fp32", forward, 224, 1) == found
@@ -173,7 +173,7 @@ def test_a_layout_is_measured_once_and_only_where_there_is_work(cache: Path) -> 
     kept = json.loads((cache / "layouts.json").read_text())
     (here,) = kept
     (cache / "layouts.json").write_text(json.dumps({here: {"block1 fp32 at 224 px": ["sideways", -1]}}))
-    assert devices.choose_layout("block1 fp32", forward, 224, 10_000) in devices.layouts(224)
+    assert devices.choose_layout("block1 fp32", forward, 224, 10_000) in devices._layouts(224)
     assert calls
 
 
@@ -182,4 +182,4 @@ def test_a_layout_that_gives_other_bits_is_never_taken(monkeypatch: pytest.Monke
         return x.flatten(1) + len(x)  # what a kernel does that adds in another order for small batches
 
     x = torch.zeros(16, 3, 4, 4)
-    assert devices.fastest(forward, x, devices.layouts(224)) == microbatches.Layout()
+    assert devices._fastest(forward, x, devices._layouts(224)) == microbatches.Layout()

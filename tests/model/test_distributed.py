@@ -147,8 +147,8 @@ def test_no_row_is_read_twice_and_each_is_validated_once(together: tuple[Path, i
 
 
 def test_each_process_drops_other_values(together: tuple[Path, int]) -> None:
-    path = checkpoints.checkpoints(together[0] / "dropout" / "checkpoints")[0]
-    state, tensors = checkpoints.read_checkpoint(path)
+    path = checkpoints._checkpoints(together[0] / "dropout" / "checkpoints")[0]
+    state, tensors = checkpoints._read_checkpoint(path)
     assert state.ranks == together[1] == len(tensors["random.cpu"])
     assert len({row.numpy().tobytes() for row in tensors["random.cpu"]}) == together[1]
 
@@ -157,7 +157,7 @@ def test_the_first_process_alone_writes(together: tuple[Path, int]) -> None:
     folder = together[0] / "plain"
     lines = (folder / "history.csv").read_text().splitlines()
     assert [row["epoch"] for row in csv.DictReader(lines)] == ["1", "2"]
-    assert len(checkpoints.checkpoints(folder / "checkpoints")) == 2
+    assert len(checkpoints._checkpoints(folder / "checkpoints")) == 2
 
 
 # What goes wrong in one of them.
@@ -184,7 +184,7 @@ def test_of_a_killed_process_the_other_says_so_and_the_run_goes_on_bit_for_bit(
     line = next(line for line in done[1 - who].err.splitlines() if LOST in line)
     assert line.startswith(f"process {1 - who} of 2: {LOST} (")
     assert line.endswith("what ended first says why; then go on with --resume and as many processes")
-    assert [path.name for path in checkpoints.checkpoints(tmp_path / "dropout/checkpoints")] == [
+    assert [path.name for path in checkpoints._checkpoints(tmp_path / "dropout/checkpoints")] == [
         "epoch-001-step-000000.ckpt"
     ]
     assert [process.status for process in ranked.start(2, tmp_path, "dropout")] == [0, 0]
@@ -197,7 +197,7 @@ def test_who_is_told_to_stop_stops_all_at_the_same_step(disturbance: str, undist
     done = ranked.start(2, tmp_path, "dropout", disturbance)
     line = f"{tmp_path / 'dropout'}: stopped in epoch {epoch + 1} after step {step} of {STEPS}"
     assert [(process.status, process.err.splitlines()[-1]) for process in done] == [(130, line)] * 2
-    newest = checkpoints.checkpoints(tmp_path / "dropout/checkpoints")[0]
+    newest = checkpoints._checkpoints(tmp_path / "dropout/checkpoints")[0]
     assert newest.name == f"epoch-{epoch:03d}-step-{step:06d}.ckpt"
     assert [process.status for process in ranked.start(2, tmp_path, "dropout")] == [0, 0]
     assert same(ranked.load(tmp_path / "dropout/rank-1.npz"), undisturbed)
@@ -207,7 +207,7 @@ def test_weights_that_differ_after_an_epoch_are_an_error_in_all(tmp_path: Path) 
     done = ranked.start(2, tmp_path, "plain", "change 1 7")
     said = "training: the weights after epoch 2 differ between processes (0 and 1 of 2); one of them computes otherwise"
     assert [(process.status, said in process.err) for process in done] == [(1, True)] * 2
-    names = [path.name for path in checkpoints.checkpoints(tmp_path / "plain/checkpoints")]
+    names = [path.name for path in checkpoints._checkpoints(tmp_path / "plain/checkpoints")]
     assert names == ["epoch-001-step-000000.ckpt"], "what differs is not kept"
 
 

@@ -57,13 +57,13 @@ def test_untrained_blocks_are_torchvision_s(random_weights: Path, rows: Tensor, 
     whole = vgg.vgg16(random_weights, "block3", 2, head.classifier.eval())
     expected = whole(vgg.preprocess(synthetic.images, 16))
     assert torch.allclose(head(rows), expected, rtol=1e-4, atol=1e-4)
-    assert not heads.norms(head)
+    assert not heads._norms(head)
 
 
 def test_normalisation_is_put_in_without_changing_the_function(random_weights: Path, rows: Tensor) -> None:
     plain, normed = head_of(random_weights, replace(TUNED, batch_norm=False)), head_of(random_weights)
     heads.calibrate(normed, [rows[:40], rows[40:]])
-    assert len(heads.norms(normed)) == 5
+    assert len(heads._norms(normed)) == 5
     expected = plain(rows)
     assert torch.allclose(normed.eval()(rows), expected, rtol=1e-3, atol=1e-3)
     heads.set_phase(normed, False)
@@ -75,7 +75,7 @@ def test_normalisation_folds_away(random_weights: Path, rows: Tensor, synthetic:
     head = head_of(random_weights)
     heads.calibrate(head, [rows])
     with torch.no_grad():
-        for norm in heads.norms(head):
+        for norm in heads._norms(head):
             norm.weight.mul_(1.1), norm.bias.add_(0.1)
     head.eval()
     model = vgg.vgg16(random_weights, "block3", 2, head.classifier)

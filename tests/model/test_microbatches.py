@@ -28,11 +28,11 @@ def double(x: Tensor) -> Tensor:
 def test_all_rows_come_back_in_their_order(n: int) -> None:
     x = torch.randn(n, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(microbatches.side_by_side(double, x), double(x))
-    assert torch.equal(microbatches.in_turn(double, x), double(x))
+    assert torch.equal(microbatches._in_turn(double, x), double(x))
 
 
 def test_batches_are_small_and_as_many_as_keep_every_thread_busy() -> None:
-    assert [microbatches.small_batch(torch.empty(0, 3, size, size)) for size in (32, 64, 224)] == [64, 16, 4]
+    assert [microbatches._small_batch(torch.empty(0, 3, size, size)) for size in (32, 64, 224)] == [64, 16, 4]
     sizes: list[int] = []
 
     def note(x: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def test_batches_are_small_and_as_many_as_keep_every_thread_busy() -> None:
     microbatches.side_by_side(note, torch.empty(33, 1, 224, 224))
     assert sorted(sizes) == [3] * 7 + [4] * 3  # not eight of 4 and one of 1, with a core idle in the last round
     sizes.clear()
-    microbatches.in_turn(note, torch.empty(33, 1, 224, 224))
+    microbatches._in_turn(note, torch.empty(33, 1, 224, 224))
     assert sizes == [4] * 8 + [1]
 
 
@@ -72,8 +72,8 @@ def test_what_fails_in_a_worker_fails_here() -> None:
 
 
 def test_workers_are_started_once_in_each_process() -> None:
-    assert microbatches.workers(2, os.getpid()) is microbatches.workers(2, os.getpid())
-    assert microbatches.workers(2, -1) is not microbatches.workers(2, os.getpid())
+    assert microbatches._workers(2, os.getpid()) is microbatches._workers(2, os.getpid())
+    assert microbatches._workers(2, -1) is not microbatches._workers(2, os.getpid())
 
 
 @pytest.mark.parametrize("how", ["whole", "in turn", "side by side"])

@@ -13,7 +13,7 @@ from torch import nn
 from attire.data.dataset import ImageDataset
 from attire.errors import AttireError, UsageError
 from attire.model import devices, vgg
-from attire.model.openvino import INT8, CompiledBackbone, Int8Backbone, backend, choose_precision
+from attire.model.openvino import INT8, CompiledBackbone, Int8Backbone, _backend, choose_precision
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
@@ -35,7 +35,7 @@ def test_its_features_are_close_to_the_exact_ones_and_it_is_built_once(
     error = ((found - exact).norm() / exact.norm()).item()
     assert found.shape == exact.shape
     assert 0 < error < 0.1
-    monkeypatch.setattr("attire.model.openvino.quantise", lambda *given: pytest.fail("quantised again"))
+    monkeypatch.setattr("attire.model.openvino._quantise", lambda *given: pytest.fail("quantised again"))
     assert torch.equal(Int8Backbone(backbone, "test", 16, synthetic.images)(pictures), found)
     folder = cache / "backends" / f"{INT8}-test"
     assert sorted(path.name for path in folder.iterdir()) == ["MANIFEST.json", "network.bin", "network.xml"]
@@ -51,7 +51,7 @@ def test_a_signal_after_it_does_not_end_the_process(
 ) -> None:
     """OpenVINO left a signal stack behind that it had freed: Ctrl-C in the training that follows was fatal."""
     Int8Backbone(backbone, "test", 16, synthetic.images)
-    stack = devices.SignalStack()
+    stack = devices._SignalStack()
     ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack))
     before = faulthandler.is_enabled()
     assert bool(stack.pointer) == before or stack.flags == 2  # Python's own, or SS_DISABLE
@@ -65,7 +65,7 @@ def test_a_signal_after_it_does_not_end_the_process(
 def test_where_it_is_not_installed_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "nncf", None)
     with pytest.raises(AttireError, match=r"openvino: not installed; pip install 'attire\[openvino\]'"):
-        backend()
+        _backend()
 
 
 def test_without_quantisation_its_features_are_the_exact_ones(backbone: vgg.Backbone, synthetic: ImageDataset) -> None:
@@ -77,7 +77,7 @@ def test_without_quantisation_its_features_are_the_exact_ones(backbone: vgg.Back
 
 
 def test_bf16_is_refused_where_openvino_would_not_compute_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, openvino = backend()
+    _, openvino = _backend()
     able = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     assert choose_precision("auto") == ("bf16" if able else "fp32")
     assert choose_precision("fp32") == "fp32"

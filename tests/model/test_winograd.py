@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attire.blocks import BLOCKS
 from attire.model import vgg, winograd
-from attire.model.winograd import F2, F4, Form
+from attire.model.winograd import _F2, _F4, _Form
 
 SIZES = [(1, 1), (2, 2), (3, 5), (4, 4), (7, 8), (9, 14), (16, 13)]
 
@@ -35,8 +35,8 @@ def layer(weight: Tensor, bias: Tensor) -> nn.Conv2d:
     return convolution.requires_grad_(False)
 
 
-@pytest.mark.parametrize("form", [F2, F4], ids=["2x2", "4x4"])
-def test_the_matrices_satisfy_winograd_s_identity_exactly(form: Form) -> None:
+@pytest.mark.parametrize("form", [_F2, _F4], ids=["2x2", "4x4"])
+def test_the_matrices_satisfy_winograd_s_identity_exactly(form: _Form) -> None:
     """One tile, one channel, small integers, in float64: y = A' [(G g G') * (B' d B)] A."""
     rng = np.random.default_rng(0)
     tile = torch.from_numpy(rng.integers(-9, 9, (form.reach, form.reach)).astype(np.float64))
@@ -46,11 +46,11 @@ def test_the_matrices_satisfy_winograd_s_identity_exactly(form: Form) -> None:
     assert torch.allclose(found, F.conv2d(tile[None, None], kernel[None, None])[0, 0], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("form", [F2, F4], ids=["2x2", "4x4"])
+@pytest.mark.parametrize("form", [_F2, _F4], ids=["2x2", "4x4"])
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_it_is_conv2d(height: int, width: int, form: Form) -> None:
+def test_it_is_conv2d(height: int, width: int, form: _Form) -> None:
     x, weight, bias = problem(5, 7, height, width)
-    found = winograd.conv2d_winograd(x, winograd.transform_weight(weight, form), bias, form)
+    found = winograd._conv2d_winograd(x, winograd._transform_weight(weight, form), bias, form)
     exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
     assert error(found, exact) < 3e-6
 
@@ -60,7 +60,7 @@ def test_its_gradients_are_conv2d_s(height: int, width: int) -> None:
     tensors = [value.requires_grad_() for value in problem(5, 7, height, width)]
     x, weight, bias = tensors
     copies = [value.detach().double().requires_grad_() for value in tensors]
-    found = winograd.conv2d_winograd(x, winograd.transform_weight(weight, dtype=torch.float32), bias)
+    found = winograd._conv2d_winograd(x, winograd._transform_weight(weight, dtype=torch.float32), bias)
     exact = F.conv2d(copies[0], copies[1], copies[2], padding=1)
     weighting = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
     (found * weighting).sum().backward()  # type: ignore[no-untyped-call]
@@ -73,9 +73,9 @@ def test_its_gradients_are_conv2d_s(height: int, width: int) -> None:
 
 def test_frozen_weights_and_a_frozen_input_cost_no_gradient() -> None:
     x, weight, bias = problem(5, 7, 8, 8)
-    factors = winograd.transform_weight(weight)
+    factors = winograd._transform_weight(weight)
     free = bias.requires_grad_()
-    winograd.conv2d_winograd(x, factors, free).sum().backward()  # type: ignore[no-untyped-call]
+    winograd._conv2d_winograd(x, factors, free).sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is None
     assert factors.grad is None
     assert torch.allclose(bias.grad if bias.grad is not None else torch.empty(0), torch.full((7,), 3 * 64.0))

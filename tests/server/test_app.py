@@ -21,7 +21,7 @@ from attire.data.pictures import read_image
 from attire.errors import UsageError
 from attire.inference.prediction import Prediction
 from attire.server import app, guards
-from attire.server.app import Settings, create_app, verdict
+from attire.server.app import _Settings, _verdict, create_app
 from tests.serving import PATIENCE, Fake, Live, head, picture, received, running, statuses
 
 if TYPE_CHECKING:
@@ -395,7 +395,7 @@ def test_an_explanation_is_a_prediction_and_more(live: Live, monkeypatch: pytest
         asked.append((classifier, image.shape, label))
         return {"heat": "data:image/png;base64,aaaa", "method": "by hand", "neighbours": []}
 
-    monkeypatch.setattr(app, "explanation", explanation)
+    monkeypatch.setattr(app, "_explanation", explanation)
     found = live.post(picture(4), "/explain?top=1").json()
     assert (found["label"], found["method"], len(found["ranking"])) == (FASHION_CLASSES[4], "by hand", 1)
     ((classifier, shape, label),) = asked
@@ -405,7 +405,7 @@ def test_an_explanation_is_a_prediction_and_more(live: Live, monkeypatch: pytest
 
 def test_explaining_has_a_queue_of_its_own(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-    monkeypatch.setattr(app, "explanation", lambda *_: {"method": str(gate.wait(PATIENCE))})
+    monkeypatch.setattr(app, "_explanation", lambda *_: {"method": str(gate.wait(PATIENCE))})
     with running(fake, max_explain=1) as live, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(live.post, picture(), "/explain")
         wait_until(lambda: live.service.explaining.waiting == 1)
@@ -416,7 +416,7 @@ def test_explaining_has_a_queue_of_its_own(fake: Fake, monkeypatch: pytest.Monke
 
 
 def test_explaining_works_on_modules_of_its_own_with_the_same_weights(classifier: "Classifier") -> None:
-    own = app.shared_copy(classifier)
+    own = app._shared_copy(classifier)
     pairs = list(zip(own.model.modules(), classifier.model.modules(), strict=True))
     assert all(mine is not theirs for mine, theirs in pairs)
     weights = zip(own.model.parameters(), classifier.model.parameters(), strict=True)
@@ -478,7 +478,7 @@ def test_the_model_s_card_says_what_it_is_and_passes_on_nothing_else(live: Live)
 
 def test_the_page_and_the_report_have_policies_of_their_own(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "<style>p { color: red }</style><script>alert(1)</script>"
-    monkeypatch.setattr(app, "read_page", lambda: app.html(text, guards.policy(text)))
+    monkeypatch.setattr(app, "_read_page", lambda: app._html(text, guards.policy(text)))
     with running(fake, report="<p>report</p>") as live:
         page, report = live.client.get("/"), live.client.get("/report")
         assert page.text == text
@@ -515,11 +515,11 @@ def test_when_draining_it_is_not_ready_and_connections_end(fake: Fake) -> None:
 @pytest.mark.parametrize("settings", [{"max_queue": 0}, {"max_batch": 0}, {"token": "short"}, {"threads": -1}])
 def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        Settings(**settings)
+        _Settings(**settings)
 
 
 def test_small_queues_take_small_batches() -> None:
-    assert (Settings(max_queue=5).most_images, Settings().most_images) == (5, 64)
+    assert (_Settings(max_queue=5).most_images, _Settings().most_images) == (5, 64)
 
 
 @pytest.mark.parametrize(
@@ -529,9 +529,9 @@ def test_small_queues_take_small_batches() -> None:
 def test_the_verdict_says_how_sure_it_is(probability: float, words: str) -> None:
     ranking = (("Trouser", probability), ("Coat", 1 - probability))
     prediction = Prediction("Trouser", probability, ranking)
-    assert verdict(prediction) == words
+    assert _verdict(prediction) == words
     rejected = Prediction("Trouser", probability, ranking, 30.0, True)
-    assert verdict(rejected) == f"none of the two (closest: Trouser {probability:.2f})"
+    assert _verdict(rejected) == f"none of the two (closest: Trouser {probability:.2f})"
 
 
 def test_websockets_are_not_spoken(fake: Fake, live: Live) -> None:
@@ -540,4 +540,4 @@ def test_websockets_are_not_spoken(fake: Fake, live: Live) -> None:
 
 
 def test_an_app_is_plain_asgi(fake: Fake) -> None:
-    assert create_app(fake).state.service.settings == Settings()  # type: ignore[arg-type]
+    assert create_app(fake).state.service.settings == _Settings()  # type: ignore[arg-type]

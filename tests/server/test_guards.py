@@ -104,11 +104,11 @@ def test_a_page_without_scripts_allows_none() -> None:
 
 
 def test_digests_are_of_what_a_browser_reads() -> None:
-    assert guards.digests(["a\r\nb\rc"]) == [digest("a\nb\nc")]
+    assert guards._digests(["a\r\nb\rc"]) == [digest("a\nb\nc")]
 
 
 def test_a_log_line_cannot_be_broken() -> None:
     scope = {"method": "GET", "path": '/a\n{"status": 200}' + "x" * 1000}
-    line = guards.access_line(scope, 404, 0.001)
+    line = guards._access_line(scope, 404, 0.001)
     assert "\n" not in line
     assert len(line) < 400

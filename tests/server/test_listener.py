@@ -139,7 +139,7 @@ def test_who_is_meant_is_what_the_host_header_says_and_nothing_else(
 
 def test_whoever_sends_slowly_keeps_nobody_waiting(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two hundred heads that never end; a request beside them is answered, and they are sent away."""
-    monkeypatch.setattr(listener, "HEAD_SECONDS", 1.0)
+    monkeypatch.setattr(listener, "_HEAD_SECONDS", 1.0)
     with ExitStack() as held:
         slow = [held.enter_context(live.connect(b"GET / HTTP/1.1\r\nX: ")) for _ in range(200)]
         assert statuses(live.raw(head(headers=[LENGTH]) + BODY)) == [200]
@@ -155,7 +155,7 @@ def test_pipelined_requests_are_answered_in_order(live: Live) -> None:
 
 
 def test_headers_that_do_not_end_time_out(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener, "HEAD_SECONDS", 0.1)
+    monkeypatch.setattr(listener, "_HEAD_SECONDS", 0.1)
     answer = live.raw(b"GET / HTTP/1.1\r\nHost: local")
     assert (statuses(answer), problems(answer)) == ([408], ["slow-head"])
     assert live.raw() == b""  # nothing was asked, nothing is said
@@ -164,13 +164,13 @@ def test_headers_that_do_not_end_time_out(live: Live, monkeypatch: pytest.Monkey
 
 
 def test_the_rest_of_a_refused_body_has_a_time_limit(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener, "LINGER_SECONDS", 0.1)
+    monkeypatch.setattr(listener, "_LINGER_SECONDS", 0.1)
     answer = live.raw(head(headers=["Content-Length: 999999999"], close=False), b"x" * 1000)
     assert statuses(answer) == [413]
 
 
 def test_connections_have_a_limit(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener, "CONNECTIONS", 0)
+    monkeypatch.setattr(listener, "_CONNECTIONS", 0)
     with suppress(ConnectionError):
         assert live.raw(head("GET", "/healthz")) == b""
     monkeypatch.undo()
@@ -277,7 +277,7 @@ def test_who_was_taken_is_answered_and_who_comes_later_is_refused() -> None:
         found.listen(16)
         found.settimeout(PATIENCE)
         taken = [socket.create_connection(found.getsockname(), PATIENCE) for _ in range(3)]
-        listener.take_nobody_new(found)
+        listener._take_nobody_new(found)
         with pytest.raises(TimeoutError):  # dropped, not reset: the socket is still open
             socket.create_connection(found.getsockname(), 0.2)
         accepted = [found.accept()[0] for _ in taken]

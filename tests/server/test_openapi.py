@@ -54,7 +54,7 @@ def test_answers_are_what_the_document_says(
 ) -> None:
     near = {"label": "Bag", "distance": 1.5, "image": "data:image/png;base64,aaaa"}
     told = {"heat": near["image"], "method": "by hand", "neighbours": [near]}
-    monkeypatch.setattr(app, "explanation", lambda *_: told)
+    monkeypatch.setattr(app, "_explanation", lambda *_: told)
     kind = "application/json" if "batch" in path else "image/png"
     answer = live.client.post(path, content=body, headers={"Content-Type": kind, **headers})
     assert answer.status_code == status

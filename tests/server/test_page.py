@@ -57,7 +57,7 @@ def visit(
     """Opens the page of a server with these settings; samples are synthetic, and so are explanations."""
     samples = [(f"Sample {i}", image) for i, image in enumerate(synthetic.images[:4])]
     monkeypatch.setattr(app, "read_samples", lambda: samples)
-    monkeypatch.setattr(app, "explanation", explanation)
+    monkeypatch.setattr(app, "_explanation", explanation)
     classifier.facts.update(
         recipe={"name": "tiny", "epochs": 3, "flips": True},
         test={"n": 2000, "correct": 1880, "accuracy": 0.94, "accuracy_low": 0.9287, "accuracy_high": 0.9496},
@@ -209,7 +209,7 @@ def test_why_shows_the_heat_map_and_the_nearest_training_images(
     assert visitor.card().locator(".near figcaption").all_inner_texts() == [f"near {i}\n{i}.25" for i in range(3)]
     why.click()
     assert visitor.card().locator(".why").is_hidden()
-    monkeypatch.setattr(app, "explanation", lambda *given: 1 / 0)
+    monkeypatch.setattr(app, "_explanation", lambda *given: 1 / 0)
     visitor.choose(pictures[1])
     visitor.answer()
     visitor.card().get_by_role("button", name="Why?").click()

@@ -12,10 +12,10 @@ from attire.server import samples
 
 def test_a_sheet_is_read_as_it_was_made(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     images = np.random.default_rng(0).integers(0, 256, (13, 28, 28), np.uint8)
-    data = samples.sheet_png([f"name {i}" for i in range(13)], images)
+    data = samples._sheet_png([f"name {i}" for i in range(13)], images)
     with Image.open(io.BytesIO(data)) as sheet:
         assert (sheet.size, sheet.mode) == ((280, 56), "L")
-        assert (samples.cells(np.asarray(sheet))[:13] == images).all()
+        assert (samples._cells(np.asarray(sheet))[:13] == images).all()
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (1, 1), (3, 200)])

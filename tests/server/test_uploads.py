@@ -16,7 +16,7 @@ def test_a_batch_is_decoded_in_its_order() -> None:
 
 @pytest.mark.parametrize("text", ["aGk", "aGk=\n", "aGk*", "ä", "data:image/png;base64,aGk=", "-_-_"])
 def test_only_plain_base64_is_taken(text: str) -> None:
-    assert isinstance(uploads.decode_base64(text), Problem)
+    assert isinstance(uploads._decode_base64(text), Problem)
 
 
 def test_arrivals_beyond_the_limit_are_refused_and_not_counted() -> None:

@@ -18,7 +18,7 @@ DATA = bytes(range(256)) * 8000  # 2 MB
 def mirror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Mirror]:
     monkeypatch.setenv("ATTIRE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(module, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(module, "_STALL_SECONDS", 0.3)
     with serve() as started:
         yield started
 
@@ -171,7 +171,7 @@ def test_a_hanging_look_up_is_left_soon(mirror: Mirror, monkeypatch: pytest.Monk
         over.wait(10)
         raise OSError
 
-    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr(module, "_CONNECT_SECONDS", 0.05)
     monkeypatch.setattr(socket, "create_connection", hang)
     with pytest.raises(MirrorError, match=r"no answer in 0\.05 s"):
         download(mirror.url + "file", len(DATA), take)

@@ -15,7 +15,7 @@ from attire.features import sources
 from attire.features.cache import FeatureSpec
 from attire.features.sources import CachedSource
 from attire.model import heads
-from attire.recipes import BEST, CLASSIC, Recipe
+from attire.recipes import _BEST, _CLASSIC, Recipe
 from attire.storage import files, memory
 from tests.command import TINY, attire
 
@@ -25,32 +25,32 @@ from tests.command import TINY, attire
     [("2GB", 2 * 10**9), ("1.5 GiB", 3 * 2**29), ("1500mb", 15 * 10**8), ("4096", 4096), (4096, 4096), ("7kB", 7000)],
 )
 def test_a_size_is_read(text: str | int, size: int) -> None:
-    assert memory.size_of(text) == size
+    assert memory._size_of(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "2 apples", "GB", "1e9", "nan", "2TB", "9" * 40, "1.2345GB", "２GB"])
 def test_what_is_no_size_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match="--memory-limit: expected a size such as 2GB"):
-        memory.size_of(text)
+        memory._size_of(text)
 
 
 def test_without_a_limit_nothing_is_planned_smaller() -> None:
-    assert feature_cache.batch_rows(32) == feature_cache.BATCH_PIXELS // 32**2
-    assert memory.for_rows() > sources.IN_MEMORY
+    assert feature_cache.batch_rows(32) == feature_cache._BATCH_PIXELS // 32**2
+    assert memory.for_rows() > sources._IN_MEMORY
     memory.reserve(10**15, "all of it")
-    assert memory.for_rows() > sources.IN_MEMORY
+    assert memory.for_rows() > sources._IN_MEMORY
 
 
 def test_a_limit_holds_inside_its_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "resident", lambda: 600 * 10**6)
+    monkeypatch.setattr(memory, "_resident", lambda: 600 * 10**6)
     with memory.limited("1GB"):
-        assert memory.spare() == 400 * 10**6
+        assert memory._spare() == 400 * 10**6
         assert feature_cache.batch_rows(32) == 200 * 10**6 // feature_cache.PIXEL_BYTES // 32**2
-        monkeypatch.setattr(memory, "resident", lambda: 900 * 10**6)
-        assert memory.spare() == 400 * 10**6  # a plan does not change while it is carried out
+        monkeypatch.setattr(memory, "_resident", lambda: 900 * 10**6)
+        assert memory._spare() == 400 * 10**6  # a plan does not change while it is carried out
         memory.reserve(300 * 10**6, "training")
         assert memory.for_rows() == 100 * 10**6
-    assert memory.spare() == memory.UNLIMITED
+    assert memory._spare() == memory._UNLIMITED
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads proc(5); asks glibc")
@@ -77,7 +77,7 @@ with memory.limited(sys.argv[1] or None):
 
 
 def test_what_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "resident", lambda: 600 * 10**6)
+    monkeypatch.setattr(memory, "_resident", lambda: 600 * 10**6)
     with memory.limited("700MB"), pytest.raises(AttireError) as caught:
         memory.reserve(150 * 10**6, "recipe fast")
     assert str(caught.value) == (
@@ -87,13 +87,13 @@ def test_what_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_process_holds_is_measured() -> None:
-    before = memory.resident()
+    before = memory._resident()
     held = np.ones(2**25, np.uint8)
-    assert memory.resident() - before > 2**24
+    assert memory._resident() - before > 2**24
     assert held.sum() == 2**25
 
 
-@pytest.mark.parametrize("recipe", [CLASSIC, BEST], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [_CLASSIC, _BEST], ids=lambda recipe: recipe.name)
 def test_weights_are_counted_as_they_will_be(recipe: Recipe, random_weights: Path) -> None:
     shape = (recipe.conv, recipe.hidden, 10, recipe.dropout)
     if recipe.finetune_blocks:
@@ -117,7 +117,7 @@ def test_features_that_are_read_as_needed_are_the_same(
         synthetic.images, synthetic.image_digest, FeatureSpec("block2", 16, 0, "x"), lambda: backbone
     )
     held = CachedSource(made)
-    monkeypatch.setattr(memory, "resident", lambda: 0)
+    monkeypatch.setattr(memory, "_resident", lambda: 0)
     with memory.limited(2 * 2 * 60 * 2048 - 2):  # of which half is for rows: a byte less than they take
         read = CachedSource(made)
     assert (held.table is None, read.table is None, read.stretch) == (False, True, None)
@@ -129,7 +129,7 @@ def test_features_that_are_read_as_needed_are_the_same(
 def test_a_run_within_a_limit_is_the_run_without_one(
     small_csv: Path, weights: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "resident", lambda: 0)
+    monkeypatch.setattr(memory, "_resident", lambda: 0)
     for name, more in (("free", []), ("bound", ["--memory-limit", "300MB"])):
         assert attire("train", "--data", small_csv, *TINY, "--out", name, *more, "--json").status == 0
     found = [files.read_json(here / name / "model" / "model.json")["sha256"] for name in ("free", "bound")]
@@ -149,7 +149,7 @@ def test_a_limit_that_is_too_low_is_refused_before_anything_is_computed(
 def test_a_disk_that_is_too_full_for_checkpoints_is_refused_before_anything_is_computed(
     small_csv: Path, weights: Path, here: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "free_bytes", lambda folder: 10**6)
+    monkeypatch.setattr(files, "_free_bytes", lambda folder: 10**6)
     done = attire("train", "--data", small_csv, *TINY, "--out", "run", "--json")
     assert done.status == 1
     assert done.error.startswith("run: not enough room for checkpoints and bundle (")

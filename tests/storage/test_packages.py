@@ -8,7 +8,7 @@ import pytest
 
 from attire.storage import packages
 from attire.storage.http import MirrorError
-from attire.storage.packages import apt_package, call, deb_files, pip_sdist
+from attire.storage.packages import _call, apt_package, deb_files, pip_sdist
 
 APT = """#!/bin/sh
 echo "$@" >> "$LOG"
@@ -82,14 +82,14 @@ def test_zstd_is_left_to_dpkg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_call_tells_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MirrorError, match=r"^no no-such-program here$"):
-        call(["no-such-program"], tmp_path)
+        _call(["no-such-program"], tmp_path)
     with pytest.raises(MirrorError, match=r"^last words$"):
-        call(["sh", "-c", "echo first >&2; echo last words >&2; exit 3"], tmp_path)
+        _call(["sh", "-c", "echo first >&2; echo last words >&2; exit 3"], tmp_path)
     with pytest.raises(MirrorError, match=r"^it failed$"):
-        call(["false"], tmp_path)
-    monkeypatch.setattr(packages, "SECONDS", 0.05)
+        _call(["false"], tmp_path)
+    monkeypatch.setattr(packages, "_SECONDS", 0.05)
     with pytest.raises(MirrorError, match=r"not done after 0\.05 s"):
-        call(["sleep", "5"], tmp_path)
+        _call(["sleep", "5"], tmp_path)
 
 
 def test_apt_gets_lists_of_its_own_where_the_system_has_none(
@@ -136,7 +136,7 @@ def test_pip_is_asked_for_one_pinned_archive(monkeypatch: pytest.MonkeyPatch) ->
         (folder / "some_thing-1.0.tar.gz").touch()
         return b""
 
-    monkeypatch.setattr(packages, "call", pretend)
+    monkeypatch.setattr(packages, "_call", pretend)
     with pip_sdist("some_thing", "1.0", "abc") as path:
         assert path.exists()
     assert not path.exists()

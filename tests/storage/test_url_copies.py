@@ -56,7 +56,7 @@ def test_an_object_is_copied_once_and_again_when_it_changes(bucket: str, counted
 def test_the_record_holds_size_etag_and_digest(bucket: str) -> None:
     place(bucket).write("a.csv", b"hello")
     folder = local(f"{bucket}/a.csv").parent
-    record = json.loads((folder / url_copies.RECORD).read_text())
+    record = json.loads((folder / url_copies._RECORD).read_text())
     assert record["url"] == f"{bucket}/a.csv"
     line = record["objects"][""]
     assert (line["size"], len(line["etag"]) > 30) == (5, True)
@@ -73,7 +73,7 @@ def test_a_damaged_copy_is_made_again(bucket: str, counted: list[str]) -> None:
 
 
 def test_a_copy_goes_on_where_it_stopped(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(url_copies, "BLOCK", 10)
+    monkeypatch.setattr(url_copies, "_BLOCK", 10)
     body = bytes(range(100))
     place(bucket).write("a.bin", body)
     seen: list[int] = []
@@ -137,7 +137,7 @@ def test_what_is_not_there_is_told(bucket: str) -> None:
 @pytest.mark.parametrize("name", ["../x", "a//b", "a/./b", "a\\b"])
 def test_a_key_cannot_lie_outside_the_copy(name: str, tmp_path: Path) -> None:
     with pytest.raises(AttireError, match="cannot be a file's"):
-        url_copies.below(tmp_path, name)
+        url_copies._below(tmp_path, name)
 
 
 def test_a_copy_that_ends_early_is_no_copy(tmp_path: Path) -> None:
@@ -250,4 +250,4 @@ def test_a_run_trains_from_a_store_and_remembers_where_it_was(bucket: str, small
     assert f"a copy of {url}" in listed
     freed = attire("cache", "--clear", "--json")
     assert json.loads(freed.out)["objects"] == {}
-    assert not list(url_copies.copies_folder().iterdir())
+    assert not list(url_copies._copies_folder().iterdir())

@@ -81,7 +81,7 @@ def test_what_is_kept_is_used_and_what_is_damaged_is_made_again(
     chosen = distillation.choose([taught])
     assert chosen is not None
     found, told = answers(chosen, synthetic, tiny, tmp_path)
-    path = tmp_path / distillation.FILE
+    path = tmp_path / distillation._FILE
     data = bytearray(path.read_bytes())
     data[300] ^= 1
     path.write_bytes(data)
@@ -120,7 +120,7 @@ def test_a_teacher_that_may_have_seen_rows_that_measure_is_a_warning(
         AttireWarning, match=r"validation or test rows \(split_seed 42 there, 7 here\); what they measure"
     ):
         answers(chosen, synthetic, replace(tiny, split_seed=7), tmp_path)
-    (tmp_path / distillation.FILE).unlink()
+    (tmp_path / distillation._FILE).unlink()
     with pytest.warns(AttireWarning, match=r"rows \(tested on other images\); what they measure may be too good"):
         distillation.targets(chosen, split(synthetic, 20), VIEWS, tiny, tmp_path, NoProgress())
 
@@ -130,7 +130,7 @@ def test_a_distilled_run_goes_on_bit_for_bit_without_its_teacher(
 ) -> None:
     recipe = replace(tiny, random_erasing=0.5, cutmix=0.5, shifts=1, distill_weight=0.9)
     whole = run.train(small_csv, recipe, run_dir=tmp_path / "whole", teacher=[taught])
-    step, calls = loop.train_step, 0
+    step, calls = loop._train_step, 0
 
     def stopping(*given: Any) -> float:
         nonlocal calls
@@ -140,17 +140,17 @@ def test_a_distilled_run_goes_on_bit_for_bit_without_its_teacher(
         return step(*given)
 
     monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(loop, "train_step", stopping)
+    monkeypatch.setattr(loop, "_train_step", stopping)
     with pytest.raises(Stopped):
         run.train(small_csv, recipe, run_dir=tmp_path / "cut", teacher=[taught])
-    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(loop, "_train_step", step)
     shutil.rmtree(taught)
     again = run.resume(tmp_path / "cut")
     name = "model.safetensors"
     assert (again.bundle / name).read_bytes() == (whole.bundle / name).read_bytes()
     told = files.read_json(tmp_path / "cut/data.json")["teacher"]
     assert told == files.read_json(tmp_path / "whole/data.json")["teacher"]
-    kept = distillation.kept(tmp_path / "cut" / distillation.FILE, (4, 60, 10))
+    kept = distillation._kept(tmp_path / "cut" / distillation._FILE, (4, 60, 10))
     assert kept is not None
     assert told["targets"] == files.sha256(kept.tobytes())
     alone = run.train(small_csv, recipe, run_dir=tmp_path / "alone")

@@ -94,7 +94,7 @@ def test_training_learns_and_writes_its_history(tmp_path: Path) -> None:
 def test_the_average_loss_of_an_epoch_is_over_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """68 rows are four batches of 16 and one of 4: the mean over batches would weigh those four too much."""
     losses = iter([2.0, 2.0, 2.0, 2.0, 6.0])
-    monkeypatch.setattr(loop, "train_step", lambda *given: next(losses))
+    monkeypatch.setattr(loop, "_train_step", lambda *given: next(losses))
     monkeypatch.setattr(guards, "check_all_changed", lambda *given: None)
     head = new_head()
     recipe = replace(RECIPE, epochs=1, flips=False)
@@ -125,15 +125,15 @@ def test_a_run_stopped_twice_goes_on_bit_for_bit(tmp_path: Path) -> None:
 def test_at_an_epoch_s_edge_the_checkpoint_is_enough(tmp_path: Path) -> None:
     whole, _ = train(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    newest, edge = checkpoints.checkpoints(tmp_path / "cut/checkpoints")
-    assert checkpoints.read_checkpoint(edge)[0].epoch == 2
+    newest, edge = checkpoints._checkpoints(tmp_path / "cut/checkpoints")
+    assert checkpoints._read_checkpoint(edge)[0].epoch == 2
     newest.unlink()
     assert same(whole, train(tmp_path / "cut")[0])
 
 
 def test_a_finished_run_trains_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, history = train(tmp_path)
-    monkeypatch.setattr(loop, "train_step", lambda *given: pytest.fail("a step was taken"))
+    monkeypatch.setattr(loop, "_train_step", lambda *given: pytest.fail("a step was taken"))
     again, same_history = train(tmp_path)
     assert same(whole, again)
     assert same_history == history
@@ -158,7 +158,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage: object, tmp_p
     whole, _ = train(tmp_path / "whole")
     with pytest.raises(Stopped):
         train(tmp_path / "cut", stop_at=12)
-    newest, before = checkpoints.checkpoints(tmp_path / "cut/checkpoints")
+    newest, before = checkpoints._checkpoints(tmp_path / "cut/checkpoints")
     assert (newest.name, before.name) == ("epoch-002-step-000002.ckpt", "epoch-002-step-000000.ckpt")
     damage(newest)  # type: ignore[operator]
     with pytest.warns(AttireWarning, match="its digest does not match; going on from the one before") as caught:
@@ -169,7 +169,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage: object, tmp_p
 
 def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
     train(tmp_path, replace(RECIPE, epochs=5))
-    names = [path.name for path in checkpoints.checkpoints(tmp_path / "checkpoints")]
+    names = [path.name for path in checkpoints._checkpoints(tmp_path / "checkpoints")]
     assert names == ["epoch-005-step-000000.ckpt", "epoch-004-step-000000.ckpt"]
     assert sorted(names) == sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
 
@@ -202,7 +202,7 @@ def test_a_checkpoint_of_another_schema_is_refused(tmp_path: Path) -> None:
     with files.sealed(path) as file, zipfile.ZipFile(file, "w") as archive:  # type: ignore[call-overload]
         archive.writestr("about.json", json.dumps({"schema": 2}))
     with pytest.raises(AttireError, match="a checkpoint of another schema version than 1"):
-        checkpoints.read_checkpoint(path)
+        checkpoints._read_checkpoint(path)
 
 
 def test_a_pickle_named_checkpoint_is_refused_and_never_run(tmp_path: Path) -> None:
@@ -210,11 +210,11 @@ def test_a_pickle_named_checkpoint_is_refused_and_never_run(tmp_path: Path) -> N
     payload = b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
     path.write_bytes(payload)
     with pytest.raises(AttireError, match="not a whole Attire checkpoint"):
-        checkpoints.read_checkpoint(path)
+        checkpoints._read_checkpoint(path)
     with files.sealed(path) as file:
         file.write(payload)
     with pytest.raises(AttireError, match="not an Attire checkpoint"):
-        checkpoints.read_checkpoint(path)
+        checkpoints._read_checkpoint(path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -239,14 +239,14 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
 
 
 def test_an_epoch_holds_each_row_once_in_an_order_of_its_own() -> None:
-    first, mirrored = loop.epoch_order(TRAIN, RECIPE, 0)
+    first, mirrored = loop._epoch_order(TRAIN, RECIPE, 0)
     assert sorted(first) == TRAIN.tolist()
     assert mirrored is not None
     assert 0.2 < mirrored.mean() < 0.8
-    assert np.array_equal(first, loop.epoch_order(TRAIN, RECIPE, 0)[0])
-    assert not np.array_equal(first, loop.epoch_order(TRAIN, RECIPE, 1)[0])
-    assert not np.array_equal(first, loop.epoch_order(TRAIN, replace(RECIPE, seed=1), 0)[0])
-    assert loop.epoch_order(TRAIN, replace(RECIPE, flips=False), 0)[1] is None
+    assert np.array_equal(first, loop._epoch_order(TRAIN, RECIPE, 0)[0])
+    assert not np.array_equal(first, loop._epoch_order(TRAIN, RECIPE, 1)[0])
+    assert not np.array_equal(first, loop._epoch_order(TRAIN, replace(RECIPE, seed=1), 0)[0])
+    assert loop._epoch_order(TRAIN, replace(RECIPE, flips=False), 0)[1] is None
 
 
 def test_every_row_passes_once_an_epoch_and_validation_rows_never_train(tmp_path: Path) -> None:
@@ -266,20 +266,20 @@ def test_a_source_that_drops_rows_is_caught(tmp_path: Path) -> None:
 
 
 def test_the_cosine_schedule_warms_up_and_ends_near_nothing() -> None:
-    factors = [loop.learning_rate_factor("cosine", step, 100) for step in range(100)]
+    factors = [loop._learning_rate_factor("cosine", step, 100) for step in range(100)]
     assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert factors[9:] == sorted(factors[9:], reverse=True)
     assert factors[99] < 0.001
-    assert loop.learning_rate_factor("constant", 50, 100) == 1
-    assert loop.learning_rate_factor("cosine", 0, 1) == 1
+    assert loop._learning_rate_factor("constant", 50, 100) == 1
+    assert loop._learning_rate_factor("cosine", 0, 1) == 1
 
 
 def test_adam_gets_the_classifier_s_parameters_and_decay_only_where_asked() -> None:
     head = new_head()
-    plain = loop.make_optimiser(head, replace(RECIPE, weight_decay=0))
+    plain = loop._make_optimiser(head, replace(RECIPE, weight_decay=0))
     assert type(plain) is torch.optim.Adam
     assert [id(p) for p in plain.param_groups[0]["params"]] == [id(p) for p in head.parameters()]
-    decayed = loop.make_optimiser(head, replace(RECIPE, weight_decay=0.1))
+    decayed = loop._make_optimiser(head, replace(RECIPE, weight_decay=0.1))
     assert type(decayed) is torch.optim.AdamW
     assert decayed.param_groups[0]["weight_decay"] == 0.1
 
@@ -338,10 +338,10 @@ def test_without_validation_rows_nothing_is_validated(tmp_path: Path) -> None:
 def test_the_order_of_a_streamed_source_keeps_neighbours_within_a_window() -> None:
     rows = np.random.default_rng(0).permutation(1000)[:700]
     stretch = (10, 100)
-    order, _ = loop.epoch_order(rows, RECIPE, 0, stretch)
+    order, _ = loop._epoch_order(rows, RECIPE, 0, stretch)
     assert np.array_equal(np.sort(order), np.sort(rows))
-    assert np.array_equal(order, loop.epoch_order(rows, RECIPE, 0, stretch)[0])
-    assert not np.array_equal(order, loop.epoch_order(rows, RECIPE, 1, stretch)[0])
+    assert np.array_equal(order, loop._epoch_order(rows, RECIPE, 0, stretch)[0])
+    assert not np.array_equal(order, loop._epoch_order(rows, RECIPE, 1, stretch)[0])
     place = np.searchsorted(np.sort(rows), order)
     for start in range(0, 700, 100):  # ten stretches each, from anywhere, their rows mixed
         window = place[start : start + 100]
@@ -356,15 +356,15 @@ def test_a_teacher_s_answers_are_a_share_of_the_loss() -> None:
     recipe = replace(RECIPE, label_smoothing=0.0, distill_weight=0.7, distill_temperature=2.0)
     hard = F.cross_entropy(logits, labels)
     sure = F.one_hot(labels, 10).float()
-    same = loop.loss_of(logits, Target(labels, soft=sure), replace(recipe, distill_temperature=1.0))
+    same = loop._loss_of(logits, Target(labels, soft=sure), replace(recipe, distill_temperature=1.0))
     assert same.item() == pytest.approx(hard.item())
     soft = (logits / 2).softmax(1)
-    alone = loop.loss_of(logits, Target(labels, soft=soft), replace(recipe, distill_weight=1.0))
+    alone = loop._loss_of(logits, Target(labels, soft=soft), replace(recipe, distill_weight=1.0))
     entropy = -(soft * soft.log()).sum(1).mean()
     assert alone.item() == pytest.approx(entropy.item(), rel=1e-5)  # no loss beyond the teacher's own doubt
-    both = loop.loss_of(logits, Target(labels, soft=soft), recipe)
+    both = loop._loss_of(logits, Target(labels, soft=soft), recipe)
     assert both.item() == pytest.approx(0.3 * hard.item() + 0.7 * entropy.item(), rel=1e-5)
-    guess = loop.loss_of(torch.zeros(6, 10), Target(labels, soft=soft), recipe)
+    guess = loop._loss_of(torch.zeros(6, 10), Target(labels, soft=soft), recipe)
     assert guess.item() == pytest.approx(math.log(10))
 
 
@@ -393,9 +393,9 @@ def test_in_bf16_the_products_alone_are_rounded() -> None:
     seen: list[torch.dtype] = []
     linear = next(layer for layer in head.modules() if isinstance(layer, nn.Linear))
     linear.register_forward_hook(lambda layer, given, found: seen.append(found.dtype))
-    optimiser = loop.make_optimiser(head, RECIPE)
+    optimiser = loop._make_optimiser(head, RECIPE)
     x, target = torch.rand(8, linear.in_features), Target(torch.arange(8))
-    losses = [loop.train_step(head, optimiser, x, target, replace(RECIPE, precision=p)) for p in ("fp32", "bf16")]
+    losses = [loop._train_step(head, optimiser, x, target, replace(RECIPE, precision=p)) for p in ("fp32", "bf16")]
     assert seen == [torch.float32, torch.bfloat16]
     assert losses[1] != losses[0]
     assert {p.dtype for p in head.parameters()} | {p.grad.dtype for p in head.parameters() if p.grad is not None} == {

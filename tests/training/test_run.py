@@ -23,9 +23,9 @@ from attire.features import cache
 from attire.inference.classifier import load_bundle
 from attire.storage import run_folder
 from attire.training import run as training_run
-from attire.training.checkpoints import read_checkpoint
+from attire.training.checkpoints import _read_checkpoint
 from attire.training.experiment import Experiment
-from attire.training.guards import STOPS
+from attire.training.guards import _STOPS
 from tests.command import TINY as FLAGS
 from tests.command import Done, attire
 
@@ -71,7 +71,7 @@ def test_a_run_resumed_at_an_epoch_s_edge_ends_with_the_same_weights(real_csv: P
     again = training_run.train(real_csv, TINY, run_dir=tmp_path / "again")
     newest, edge = sorted((again.folder / "checkpoints").glob("*.ckpt"), reverse=True)
     newest.unlink()
-    assert read_checkpoint(edge)[0].epoch == 1
+    assert _read_checkpoint(edge)[0].epoch == 1
     resumed = training_run.resume(again.folder)
     first, second = (run.bundle / "model.safetensors" for run in (whole, resumed))
     assert first.read_bytes() == second.read_bytes()
@@ -204,7 +204,7 @@ def test_a_start_that_fails_later_leaves_no_folder_and_the_next_one_its_number(
 
     (here / "runs" / "7").mkdir(parents=True)
     (here / "mine").mkdir()
-    monkeypatch.setattr(cache, "commit_shard", full)
+    monkeypatch.setattr(cache, "_commit_shard", full)
     for out in ([], ["--out", "mine"]):
         done = attire("train", "--data", small_csv, *FLAGS, *out)
         assert done.status == 1
@@ -234,7 +234,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("number", _STOPS)
 def test_a_signal_ends_training_with_a_checkpoint_and_the_line_that_goes_on(
     finished: tuple[Path, Done], weights: Path, number: int, here: Path
 ) -> None:
@@ -248,7 +248,7 @@ def test_a_signal_ends_training_with_a_checkpoint_and_the_line_that_goes_on(
         "it's mine: stopped in epoch 2 after step 2 of 3; go on with: attire train --resume 'it'\"'\"'s mine'"
     )
     newest = max((here / "it's mine/checkpoints").iterdir())
-    assert (read_checkpoint(newest)[0].epoch, read_checkpoint(newest)[0].step) == (1, 2)
+    assert (_read_checkpoint(newest)[0].epoch, _read_checkpoint(newest)[0].step) == (1, 2)
     if number == signal.SIGINT:  # the other way ends no differently
         name = "model/model.safetensors"
         assert attire(*shlex.split(last.partition("attire ")[2])).status == 0

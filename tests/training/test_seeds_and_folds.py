@@ -37,7 +37,7 @@ def test_a_stopped_series_of_seeds_goes_on_where_it_stood(
     small_csv: Path, tiny: Recipe, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = seeds_and_folds.train_seeds(2, tiny, data=small_csv, run_dir=tmp_path / "whole")
-    step, calls = loop.train_step, 0
+    step, calls = loop._train_step, 0
 
     def stopping(*given: object) -> float:
         nonlocal calls
@@ -46,11 +46,11 @@ def test_a_stopped_series_of_seeds_goes_on_where_it_stood(
             raise Stopped(tmp_path, "stopped")
         return step(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "train_step", stopping)
+    monkeypatch.setattr(loop, "_train_step", stopping)
     with pytest.raises(Stopped):
         seeds_and_folds.train_seeds(2, tiny, data=small_csv, run_dir=tmp_path / "cut")
     first = (tmp_path / "cut/seed-0/model/model.json").stat().st_mtime_ns
-    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(loop, "_train_step", step)
     found = seeds_and_folds.resume_series(tmp_path / "cut")
     assert isinstance(found, seeds_and_folds.Seeds)
     assert (tmp_path / "cut/seed-0/model/model.json").stat().st_mtime_ns == first

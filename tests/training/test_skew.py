@@ -64,5 +64,5 @@ def test_rows_are_drawn_from_the_seed_and_fewer_at_a_large_size() -> None:
     assert len(chosen) == 498
     assert set(chosen) <= set(rows)
     assert np.array_equal(chosen, skew.sample_rows(rows, 224, 42))
-    assert len(skew.sample_rows(rows, 32, 42)) == skew.ROWS
+    assert len(skew.sample_rows(rows, 32, 42)) == skew._ROWS
     assert len(skew.sample_rows(rows[:7], 224, 42)) == 7
