@@ -4,16 +4,16 @@ from attire.errors import UsageError
 
 # Where each block of torchvision's `vgg16().features` ends, its max pooling included.
 BLOCKS = {"block1": 5, "block2": 10, "block3": 17, "block4": 24, "block5": 31}
-NOTHING = "none"  # the boundary below which nothing is frozen: its features are the preprocessed picture itself
-ENDS = {NOTHING: 0, **BLOCKS}  # where `features` is cut for each boundary
-CHANNELS = {NOTHING: 3, "block1": 64, "block2": 128, "block3": 256, "block4": 512, "block5": 512}
+UNFROZEN = "none"  # the boundary below which nothing is frozen: its features are the preprocessed picture itself
+BLOCK_ENDS = {UNFROZEN: 0, **BLOCKS}  # where `features` is cut for each boundary
+CHANNELS = {UNFROZEN: 3, "block1": 64, "block2": 128, "block3": 256, "block4": 512, "block5": 512}
 
 # torchvision's index in `features`: (output, input) channels; every kernel is 3x3
 CONVOLUTIONS = {
     **{0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128), 12: (256, 256), 14: (256, 256)},
     **{17: (512, 256), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512)},
 }
-SHAPES: dict[str, tuple[int, ...]] = {
+WEIGHT_SHAPES: dict[str, tuple[int, ...]] = {
     f"features.{index}.{part}": (outputs, inputs, 3, 3) if part == "weight" else (outputs,)
     for index, (outputs, inputs) in CONVOLUTIONS.items()
     for part in ("weight", "bias")
@@ -22,13 +22,13 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 def map_side(freeze_to: str, size: int) -> int:
     """Side of the feature map that a `size` x `size` picture leaves at the boundary: halved by each block."""
-    return size >> list(ENDS).index(freeze_to)
+    return size >> list(BLOCK_ENDS).index(freeze_to)
 
 
-def above(freeze_to: str, blocks: int) -> str:
+def block_above(freeze_to: str, blocks: int) -> str:
     """The block that lies `blocks` above `freeze_to`. Raises UsageError where VGG16 has none."""
-    names = list(ENDS)
-    if freeze_to not in ENDS:
+    names = list(BLOCK_ENDS)
+    if freeze_to not in BLOCK_ENDS:
         return freeze_to  # `feature_shape` says what is wrong
     most = len(names) - 1 - names.index(freeze_to)
     if blocks > most:
@@ -38,10 +38,10 @@ def above(freeze_to: str, blocks: int) -> str:
 
 def feature_shape(freeze_to: str, size: int, pool: int) -> tuple[int, int, int]:
     """(channels, side, side) of one picture's features. Raises UsageError where nothing would be left."""
-    if freeze_to not in ENDS:
-        raise UsageError("--freeze-to", f"expected one of {', '.join(ENDS)}, found {freeze_to!r}")
+    if freeze_to not in BLOCK_ENDS:
+        raise UsageError("--freeze-to", f"expected one of {', '.join(BLOCK_ENDS)}, found {freeze_to!r}")
     if map_side(freeze_to, size) < 1:
-        least = 1 << list(ENDS).index(freeze_to)
+        least = 1 << list(BLOCK_ENDS).index(freeze_to)
         raise UsageError("--image-size", f"{size} px leaves no feature at {freeze_to}", do=f"use {least} px or more")
     side = pool or map_side(freeze_to, size)
     return CHANNELS[freeze_to], side, side

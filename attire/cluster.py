@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 
 from attire.errors import AttireError, Stopped, UsageError
 from attire.evaluation import run_result
-from attire.features.cache import Backbone, FeatureSpec, Ledger, ProgressCallback, batch_rows, compute, extract_shard
+from attire.features.cache import FeatureExtractor, FeatureSpec, ProgressCallback, ShardRecords, compute_features, extract_shard, forward_batch_size
 from attire.inference import predict
-from attire.inference.bundle_files import ABOUT, find_bundle, is_bundle
+from attire.inference.bundle_files import MODEL_JSON, find_bundle, is_bundle
 from attire.inference.classifier import Classifier, load_bundle
 from attire.inference.inputs import PictureInput
 from attire.inference.prediction import Prediction
@@ -87,7 +87,7 @@ def connect(address: str = "auto", workers: int = 0) -> Iterator["Cluster"]:
                 held.enter_context(tempfile.TemporaryDirectory(prefix="attire-ray-", ignore_cleanup_errors=True))
             )
             options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "_temp_dir": str(folder / "r")}
-            options["object_store_memory"] = int(min(_STORE_BYTES, _STORE_SHARE * (memory.memory() or _STORE_BYTES)))
+            options["object_store_memory"] = int(min(_STORE_BYTES, _STORE_SHARE * (memory.total_memory() or _STORE_BYTES)))
         held.callback(ray.shutdown)
         try:
             ray.init(there or "local", **options)
@@ -179,11 +179,11 @@ class Cluster:
         self,
         parts: dict[int, NDArray[np.uint8]],
         spec: FeatureSpec,
-        load_backbone: Callable[[], Backbone],
+        load_backbone: Callable[[], FeatureExtractor],
         folder: Path,
         total: int,
         report: ProgressCallback,
-    ) -> Ledger:
+    ) -> ShardRecords:
         """A `features.Maker`: a task for each shard, which commits it; few of them under way at a time."""
         if not spec.backend.startswith("torch"):
             raise UsageError("--backend", f"{spec.backend} runs on one machine", do="leave --cluster out")
@@ -193,14 +193,14 @@ class Cluster:
         with _token_beside(folder) as token:
             gpu = spec.backend == "torch-cuda"
             order = self.ray.put(_make_order(next(iter(parts.values())), spec, load_backbone, folder, token))
-            task, waiting, lines = self.remote(_make_shard, gpu), dict[Any, int](), Ledger()
+            task, waiting, lines = self.remote(_make_shard, gpu), dict[Any, int](), ShardRecords()
             todo = list(reversed(parts))
             try:
                 while todo or waiting:
                     while todo and len(waiting) < self.most_in_flight(gpu):
                         index = todo.pop()
                         waiting[task(order, parts[index], index)] = index
-                        files.release(parts[index])
+                        files.release_pages(parts[index])
                     for ready in self.ray.wait(list(waiting))[0]:
                         index = waiting.pop(ready)
                         lines[index] = self.result(ready)
@@ -329,7 +329,7 @@ class _Order:
     """
 
     spec: FeatureSpec
-    load_backbone: Callable[[], Backbone]
+    load_backbone: Callable[[], FeatureExtractor]
     folder: Path
     token: str
     version: str
@@ -346,16 +346,16 @@ class _Order:
             what = f"not the same folder on {platform.node()} as where the command was given"
             raise AttireError(self.folder, what, do="put ATTIRE_CACHE on a file system that all nodes share")
 
-    def check_backbone(self, backbone: Backbone) -> None:
+    def check_backbone(self, backbone: FeatureExtractor) -> None:
         """Raises AttireError where this node would make other shards: the cache may not depend on who was free."""
-        if files.sha256(compute(self.probe, self.spec, backbone).tobytes()) != self.expected:
-            where = f"{devices.processor()}, torch {torch.__version__}"
+        if files.sha256(compute_features(self.probe, self.spec, backbone).tobytes()) != self.expected:
+            where = f"{devices.processor_name()}, torch {torch.__version__}"
             do = "give it nodes with one kind of processor and one version of torch"
             raise AttireError(platform.node(), "computes other features than the machine that asks", where, do)
 
 
 def _make_order(
-    images: NDArray[np.uint8], spec: FeatureSpec, load_backbone: Callable[[], Backbone], folder: Path, token: str
+    images: NDArray[np.uint8], spec: FeatureSpec, load_backbone: Callable[[], FeatureExtractor], folder: Path, token: str
 ) -> _Order:
     """The probe is computed as one machine alone would compute it, with all its threads."""
     threads = torch.get_num_threads()
@@ -364,8 +364,8 @@ def _make_order(
         load_backbone()  # measures how one thread is fastest: the workers find that in the cache folder
     finally:
         torch.set_num_threads(threads)
-    probe = np.array(images[: max(1, batch_rows(spec.image_size) // 8)])
-    expected = files.sha256(compute(probe, spec, load_backbone()).tobytes())
+    probe = np.array(images[: max(1, forward_batch_size(spec.image_size) // 8)])
+    expected = files.sha256(compute_features(probe, spec, load_backbone()).tobytes())
     return _Order(spec, load_backbone, folder, token, __version__, probe, expected)
 
 
@@ -383,7 +383,7 @@ def _token_beside(folder: Path) -> Iterator[str]:
         _token_path(folder).unlink(missing_ok=True)
 
 
-_BACKBONES: dict[FeatureSpec, Backbone] = {}  # of this process, proved to be the driver's
+_BACKBONES: dict[FeatureSpec, FeatureExtractor] = {}  # of this process, proved to be the driver's
 
 
 def _make_shard(order: _Order, images: NDArray[np.uint8], index: int) -> dict[str, Any]:
@@ -393,7 +393,7 @@ def _make_shard(order: _Order, images: NDArray[np.uint8], index: int) -> dict[st
     return extract_shard(images, *told, check=order.check_place)  # tasks outlive a killed driver for a moment
 
 
-def _open_backbone(order: _Order) -> Backbone:
+def _open_backbone(order: _Order) -> FeatureExtractor:
     """Once a process. One thread each: as many tasks as cores keep them busy without waiting for each other."""
     known = replace(order.spec, view="plain")
     if known not in _BACKBONES:
@@ -495,7 +495,7 @@ def _predict_batch(model: Path | None, device: str, digest: str, images: NDArray
 
 def _model_file(model: Path | None) -> Path:
     """The file whose digest stands for the model: an exported file, or `model.json`, which holds those of the rest."""
-    return find_bundle(model) / ABOUT if model is None or is_bundle(model) else model
+    return find_bundle(model) / MODEL_JSON if model is None or is_bundle(model) else model
 
 
 def _check_model(model: Path | None, digest: str) -> None:

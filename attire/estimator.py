@@ -21,12 +21,11 @@ from attire.data.loading import DataChoice
 from attire.errors import AttireError, Stopped, UsageError
 from attire.evaluation import calibration
 from attire.features import row_lookup
-from attire.features.backbones import open_backbone
-from attire.features.cache import Features, FeatureSpec
+from attire.features.backbones import make_backbone
+from attire.features.cache import FeatureSpec, Features
 from attire.features.logits import predict_logits
 from attire.features.sources import CachedSource
-from attire.inference.classifier import Architecture, Classifier, assemble
-from attire.inference.ensemble import behind, below
+from attire.inference.classifier import Architecture, Classifier
 from attire.model import devices
 from attire.model.heads import fold_standardisation
 from attire.progress import Progress
@@ -124,7 +123,7 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
             temperature = calibration.fit_temperature(held_out, stage.splits.data.labels[stage.val])
         if source.standardise.mean is not None and source.standardise.scale is not None:
             fold_standardisation(head, source.standardise.mean, source.standardise.scale)
-        facts = {"name": "VGGClassifier", "recipe": stage.recipe.to_json(), "backbone": stage.digest}
+        facts = {"name": "VGGClassifier", "recipe": stage.recipe.to_json(), "backbone_digest": stage.digest}
         told = (stage.architecture, stage.splits.data.classes, temperature, facts, stage.device)
         self.classifier_, self._spec = Classifier(stage.assembled(head), *told), stage.spec
 
@@ -140,13 +139,13 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         about = self.classifier_.architecture
         views = [self._features(images, replace(self._spec, view=view)) for view in about.views]
         source, rows = CachedSource(*views, names=about.views), np.arange(len(images))
-        head, numbers = behind(self.classifier_), range(len(views))
+        head, numbers = self.classifier_.head(), range(len(views))
         logits = predict_logits(head, source, rows, 1024, numbers).numpy()
         return np.asarray(calibration.softmax(logits, self.classifier_.temperature), np.float32)
 
     def _features(self, images: NDArray[np.uint8], spec: FeatureSpec) -> Features:
-        find = row_lookup.collect if self.cache and len(images) >= _KEPT else row_lookup.compute
-        backbone = partial(open_backbone, below(self.classifier_), spec, self.classifier_.device, len(images))
+        find = row_lookup.extract_by_image if self.cache and len(images) >= _KEPT else row_lookup.extract_in_memory
+        backbone = partial(make_backbone, self.classifier_.backbone(), spec, self.classifier_.device, len(images))
         return find(images, spec, backbone)
 
     def _images(self, table: NDArray[Any]) -> NDArray[np.uint8]:
@@ -179,7 +178,7 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
                 "architecture": asdict(classifier.architecture),
                 "classes": classifier.classes,
                 "temperature": classifier.temperature,
-                "facts": classifier.facts,
+                "metadata": classifier.metadata,
                 "spec": asdict(state.pop("_spec")),
             }
         return state
@@ -190,8 +189,8 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         if network:
             architecture = Architecture(**network["architecture"])
             tensors = {name: torch.tensor(value) for name, value in network["tensors"].items()}
-            model = assemble(architecture, len(network["classes"]), tensors, Path("VGGClassifier"))
-            told = (network["classes"], network["temperature"], network["facts"])
+            model = architecture.load_network(len(network["classes"]), tensors, Path("VGGClassifier"))
+            told = (network["classes"], network["temperature"], network["metadata"])
             device = devices.choose_device(self.device)
             self.classifier_ = Classifier(model, architecture, *told, device)
             spec = FeatureSpec(**network["spec"])
@@ -218,7 +217,7 @@ class _ArrayExperiment(Experiment):
         self, recipe: Recipe, source: DataChoice, device: torch.device, progress: Progress, cache: bool = True
     ) -> None:
         super().__init__(recipe, source, device, progress)
-        self.find = row_lookup.collect if cache else row_lookup.compute
+        self.find = row_lookup.extract_by_image if cache else row_lookup.extract_in_memory
 
     def extract(self, data: ImageDataset, view: str, what: str) -> Features:
         def advance(done: int, total: int) -> None:

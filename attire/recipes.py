@@ -1,165 +1,220 @@
 """Recipe: every choice that makes a run, with the named ones. Each field is also a flag of `attire train`."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
-from attire.blocks import NOTHING, above, feature_shape
+from attire.blocks import BLOCK_ENDS, UNFROZEN, block_above, feature_shape
 from attire.errors import UsageError
 
-_LEAST = {
-    "epochs": 1,
-    "tta": 1,
-    "finetune_blocks": 0,
-    "head_epochs": 0,
-    "shifts": 0,
-    "batch_size": 1,
-    "val_size": 0,
-    "pool": 0,
-    "seed": 0,
-    "split_seed": 0,
-}
 BACKENDS = ("torch", "openvino", "openvino-int8")
 _MOST_SHIFTS = 8
 _MOST_WIDTH = 2**20  # of a hidden layer
 MOST_VIEWS = 2 * (1 + _MOST_SHIFTS)  # each shifted picture, and each of them mirrored
 
 
+class _Rule(NamedTuple):
+    """What a field's value must be, and how an error says it."""
+
+    allows: Callable[[Any], bool]
+    expected: str
+
+
+def _whole(least: int) -> _Rule:
+    return _Rule(lambda value: type(value) is int and value >= least, f"a whole number >= {least}")
+
+
+def _at_most(most: int, unit: str = "") -> _Rule:
+    return _Rule(lambda value: bool(value <= most), f"at most {most}{unit}")
+
+
+def _widths(example: str) -> _Rule:
+    return _Rule(lambda value: all(type(w) is int and w > 0 for w in value), f"widths > 0, such as {example}")
+
+
+def _one_of(choices: tuple[str, ...]) -> _Rule:
+    return _Rule(lambda value: value in choices, f"{', '.join(choices[:-1])} or {choices[-1]}")
+
+
+_POSITIVE = _Rule(lambda value: math.isfinite(value) and value > 0, "a number > 0")
+_NOT_NEGATIVE = _Rule(lambda value: math.isfinite(value) and value >= 0, "a number >= 0")
+_BELOW_ONE = _Rule(lambda value: 0 <= value < 1, "at least 0, below 1")
+_ABOVE_ZERO = _Rule(lambda value: 0 < value <= 1, "above 0, at most 1")
+_PROBABILITY = _Rule(lambda value: 0 <= value <= 1, "a probability")
+_WIDTH_LIMIT = _Rule(lambda value: max(value, default=0) <= _MOST_WIDTH, f"widths of at most {_MOST_WIDTH}")
+_SEED_LIMIT = _at_most(2**32 - 1)
+
+
+def _setting(default: Any, text: str, *rules: _Rule, choices: tuple[str, ...] = ()) -> Any:
+    """A field of Recipe: its default, its help, the rules for its value, and the values that a shell completes."""
+    return field(default=default, metadata={"help": text, "rules": rules, "choices": choices})
+
+
+def _choice(default: str, text: str, choices: tuple[str, ...]) -> Any:
+    return _setting(default, text, _one_of(choices), choices=choices)
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How a run is made. Complete and valid once constructed; raises UsageError for a value that cannot be meant."""
+    """How a run is made. Complete and valid once constructed; raises UsageError for a value that cannot be meant.
+
+    Each field stands here alone: default, help, rules and choices. Only rules between fields are in `_check_fields`.
+    """
 
     name: str = "fast"
-    freeze_to: str = "block3"  # boundary: VGG16 block up to which everything is frozen and cached; none: nothing is
-    image_size: int = 32  # px, side of the square picture that VGG16 sees
-    pool: int = 0  # side the feature map is averaged to; 0: as it is
-    flips: bool = True  # also cache mirrored pictures and train on either, drawn anew each epoch
-    shifts: int = 0  # also cache this many shifted pictures of each, 1 or 2 of 28 px
-    synthetic_drawings: bool = (
-        False  # also cache each picture as a drawing or a rough cut-out would show it, see drawings.py
+    freeze_to: str = _setting(
+        "block3",
+        "Freeze boundary: VGG16 block up to which everything is frozen and cached, block1..block5; none: nothing is.",
+        choices=tuple(BLOCK_ENDS),
     )
-    outlier_exposure: bool = (
-        False  # also cache shapes that are no garment, and train to answer each class alike for them
+    image_size: int = _setting(32, "Side in px of the picture VGG16 sees.", _at_most(1024, " px"))
+    pool: int = _setting(0, "Average the feature map to this side; 0 leaves it as it is.", _whole(0))
+    flips: bool = _setting(True, "Augmentation: also cache mirrored pictures and train on either.")
+    shifts: int = _setting(
+        0,
+        f"Augmentation: also cache this many shifted copies of each picture (0 to {_MOST_SHIFTS}).",
+        _whole(0),
+        _at_most(_MOST_SHIFTS),
     )
-    # So many views of a picture are averaged for an answer: plain, mirrored, then shifted. Two: 0.2 to 0.4 points on
-    # validation rows in each of six trials (docs/log.md), for twice the time of a prediction.
-    tta: int = 2
-    standardise: bool = True  # scale each feature to mean 0, deviation 1 (of the training rows)
-    finetune_blocks: int = 0  # VGG16 blocks above the boundary that are trained on from ImageNet
-    batch_norm: bool = False  # in trained blocks; folded away in the bundle
-    head_epochs: int = 0  # of the epochs, those in which trained blocks wait for the classifier
-    layer_decay: float = 1.0  # factor on the learning rate for each block below the classifier
-    conv: tuple[int, ...] = ()  # widths of 3x3 convolutions in front of the hidden layers
-    hidden: tuple[int, ...] = (512,)  # widths of the classifier's hidden layers
-    dropout: float = 0.5
-    lr: float = 1e-3
-    schedule: str = "cosine"  # cosine: warm-up over a tenth of the steps, then down to 0; constant
-    weight_decay: float = 0.02
-    label_smoothing: float = 0.05
-    jitter: float = 0.0  # probability that a feature map is moved by one place, see augment.py; cost 0.2 points
-    random_erasing: float = 0.0  # probability that a rectangle of a feature map is erased
-    cutmix: float = 0.0  # probability that a batch is mixed by CutMix
-    distill_weight: float = 0.7  # with a teacher: share of the loss that its answers make up
-    distill_temperature: float = 2.0  # with a teacher: temperature of both answers in that share
-    ema: float = 0.0  # decay of the weights' moving average, which is then what ships; 0: none
-    clip_grad: float = 0.0  # largest norm of the gradient; 0: any
-    batch_size: int = 256
-    epochs: int = 15
-    val_size: int = 5000  # rows cut from the training part; 0: none
-    stratify: bool = True
-    precision: str = "auto"  # of the frozen backbone, and of the products of training; weights and answers are fp32
-    backend: str = "torch"  # what runs the frozen backbone during extraction; openvino: an optional extra
-    seed: int = 0  # initialisation, order, dropout
-    split_seed: int = 42  # which rows are validation (and test, when one file is split)
+    synthetic_drawings: bool = _setting(
+        False, "Augmentation: also cache each picture as a drawing would show it, and train on it."
+    )
+    outlier_exposure: bool = _setting(
+        False, "Also cache shapes that are no garment, and train to answer each class alike for them."
+    )
+    # Two: 0.2 to 0.4 points on validation rows in each of six trials (docs/log.md), for twice the time of a prediction.
+    tta: int = _setting(
+        2,
+        "Test-time augmentation: views of a picture averaged for an answer: plain, mirrored, then shifted.",
+        _whole(1),
+        _at_most(MOST_VIEWS),
+    )
+    standardise: bool = _setting(True, "Scale each feature to mean 0, deviation 1 over the training rows.")
+    finetune_blocks: int = _setting(
+        0, "VGG16 blocks above the boundary that are fine-tuned from their ImageNet weights.", _whole(0)
+    )
+    batch_norm: bool = _setting(False, "Batch normalisation in fine-tuned blocks; folded away in the bundle.")
+    head_epochs: int = _setting(0, "First epochs that train the head alone, before blocks are fine-tuned.", _whole(0))
+    layer_decay: float = _setting(
+        1.0, "Factor on the learning rate for each fine-tuned block further below the head.", _ABOVE_ZERO
+    )
+    conv: tuple[int, ...] = _setting(
+        (),
+        "Widths of 3x3 convolutions in front of the hidden layers, such as 256,512.",
+        _widths("256,512"),
+        _WIDTH_LIMIT,
+    )
+    hidden: tuple[int, ...] = _setting(
+        (512,), "Widths of the head's hidden layers, such as 1024,512.", _widths("512,128"), _WIDTH_LIMIT
+    )
+    dropout: float = _setting(0.5, "Fraction of hidden values dropped in training.", _BELOW_ONE)
+    lr: float = _setting(1e-3, "Adam's learning rate.", _POSITIVE)
+    schedule: str = _choice(
+        "cosine", "Learning-rate schedule: cosine (after a linear warm-up) or constant.", ("cosine", "constant")
+    )
+    weight_decay: float = _setting(0.02, "Decoupled weight decay.", _NOT_NEGATIVE)
+    label_smoothing: float = _setting(0.05, "Fraction of each label spread over all classes.", _BELOW_ONE)
+    random_erasing: float = _setting(0.0, "Probability that a rectangle of a feature map is erased.", _PROBABILITY)
+    cutmix: float = _setting(0.0, "Probability that a batch is mixed by CutMix.", _PROBABILITY)
+    distill_weight: float = _setting(0.7, "With --teacher: weight of the distillation loss.", _ABOVE_ZERO)
+    distill_temperature: float = _setting(
+        2.0, "With --teacher: temperature of both models' probabilities in that loss.", _POSITIVE
+    )
+    ema: float = _setting(
+        0.0, "Decay of the weights' exponential moving average, which then ships; 0: none.", _BELOW_ONE
+    )
+    clip_grad: float = _setting(0.0, "Largest norm of the gradient; 0: any.", _NOT_NEGATIVE)
+    batch_size: int = _setting(256, "Rows per step.", _whole(1))
+    epochs: int = _setting(15, "Passes over the training rows.", _whole(1))
+    val_size: int = _setting(5000, "Training rows held out for validation; 0: none.", _whole(0))
+    stratify: bool = _setting(True, "Keep the proportions of the classes in every split.")
+    precision: str = _choice(
+        "auto",
+        "Of the frozen backbone and of training: auto (measured once), fp32 or bf16; answers are fp32.",
+        ("auto", "fp32", "bf16"),
+    )
+    backend: str = _choice(
+        "torch", "What runs the backbone during extraction: torch, openvino or openvino-int8 (an extra).", BACKENDS
+    )
+    seed: int = _setting(0, "Seed of initialisation, order and dropout.", _whole(0), _SEED_LIMIT)
+    split_seed: int = _setting(
+        42, "Seed of the split into training, validation and, of one file, test rows.", _whole(0), _SEED_LIMIT
+    )
 
     def __post_init__(self) -> None:
-        for field in ("hidden", "conv"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
-        for field, least in _LEAST.items():
-            value = getattr(self, field)
-            self._check(field, type(value) is int and value >= least, f"a whole number >= {least}")
-        for field in ("seed", "split_seed"):
-            self._check(field, getattr(self, field) < 2**32, "at most 4294967295")
-        feature_shape(above(self.freeze_to, self.finetune_blocks), self.image_size, self.pool)
-        self._check("shifts", self.shifts <= _MOST_SHIFTS, f"at most {_MOST_SHIFTS}")
-        self._check("tta", self.tta <= MOST_VIEWS, f"at most {MOST_VIEWS}")
-        self._check("image_size", self.image_size <= 1024, "at most 1024 px")
+        for name in ("hidden", "conv"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, setting in SETTINGS.items():
+            for rule in setting.metadata["rules"]:
+                self._check(name, rule.allows(getattr(self, name)), rule.expected)
+        self._check_fields()
+
+    def _check_fields(self) -> None:
+        """The rules between fields."""
+        feature_shape(block_above(self.freeze_to, self.finetune_blocks), self.image_size, self.pool)
         self._check("pool", self.pool <= self.image_size, "at most the side of the picture")
-        self._check("lr", math.isfinite(self.lr) and self.lr > 0, "a number > 0")
-        self._check("weight_decay", math.isfinite(self.weight_decay) and self.weight_decay >= 0, "a number >= 0")
-        self._check("dropout", 0 <= self.dropout < 1, "at least 0, below 1")
-        self._check("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0, below 1")
-        self._check("hidden", all(type(w) is int and w > 0 for w in self.hidden), "widths > 0, such as 512,128")
-        self._check("conv", all(type(w) is int and w > 0 for w in self.conv), "widths > 0, such as 256,512")
-        for field in ("hidden", "conv"):
-            self._check(field, max(getattr(self, field), default=0) <= _MOST_WIDTH, f"widths of at most {_MOST_WIDTH}")
-        self._check("layer_decay", 0 < self.layer_decay <= 1, "above 0, at most 1")
-        self._check("ema", 0 <= self.ema < 1, "at least 0, below 1")
-        self._check("clip_grad", math.isfinite(self.clip_grad) and self.clip_grad >= 0, "a number >= 0")
-        self._check("distill_weight", 0 < self.distill_weight <= 1, "above 0, at most 1")
-        self._check(
-            "distill_temperature",
-            math.isfinite(self.distill_temperature) and self.distill_temperature > 0,
-            "a number > 0",
-        )
-        self._check("jitter", 0 <= self.jitter <= 1, "a probability")
-        self._check("random_erasing", 0 <= self.random_erasing <= 1, "a probability")
-        self._check("cutmix", 0 <= self.cutmix <= 1, "a probability")
+        mixes = self.outlier_exposure and self.cutmix
+        self._check("outlier_exposure", not mixes, "no, as CutMix mixes rows (--no-outlier-exposure)")
         plain = not (self.finetune_blocks or self.conv)
-        self._check(
-            "outlier_exposure",
-            not (self.outlier_exposure and self.cutmix),
-            "no, as CutMix mixes rows (--no-outlier-exposure)",
-        )
         self._check("standardise", plain or not self.standardise, "no, as convolutions are trained (--no-standardise)")
-        if self.freeze_to == NOTHING:
+        if self.freeze_to == UNFROZEN:
             self._check("finetune_blocks", self.finetune_blocks > 0, "at least 1, as nothing is frozen")
             self._check("backend", self.backend == "torch", "torch, as nothing is frozen")
-        self._check("batch_norm", self.finetune_blocks > 0 or not self.batch_norm, "no, as no block is trained")
+        self._check("batch_norm", self.finetune_blocks > 0 or not self.batch_norm, "no, as no block is fine-tuned")
         most = self.epochs - 1 if self.finetune_blocks else 0
         self._check("head_epochs", self.head_epochs <= most, f"at most {most}")
-        self._check("schedule", self.schedule in ("cosine", "constant"), "cosine or constant")
-        self._check("backend", self.backend in BACKENDS, "torch, openvino or openvino-int8")
-        self._check("precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
 
-    def _check(self, field: str, good: bool, expected: str) -> None:
+    def _check(self, name: str, good: bool, expected: str) -> None:
         if not good:
-            raise UsageError(f"--{field.replace('_', '-')}", f"expected {expected}, found {getattr(self, field)}")
+            raise UsageError(f"--{name.replace('_', '-')}", f"expected {expected}, found {getattr(self, name)}")
 
     @property
     def training_views(self) -> int:
-        """How many views of each picture training draws from; see `features.view_names`."""
+        """How many views of each picture training draws from; see `features.views.view_names`."""
         return (1 + self.flips) * (1 + self.shifts + self.synthetic_drawings) + self.outlier_exposure
 
     @property
     def map_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the cache keeps of one picture: not yet pooled where blocks are trained behind it."""
+        """(C, H, W) of what the cache keeps of one picture: not yet pooled where blocks above it are fine-tuned."""
         return feature_shape(self.freeze_to, self.image_size, 0 if self.finetune_blocks else self.pool)
 
     def describe(self) -> str:
         """One line for people, as `attire train` prints it."""
         widths = "-".join([*(f"conv{width}" for width in self.conv), *map(str, self.hidden)]) or "linear"
-        last = above(self.freeze_to, self.finetune_blocks)
-        norm = " with batch normalisation" if self.batch_norm else ""
-        trained = f", trained to {last}{norm}" if self.finetune_blocks else ""
-        pool = f" averaged to {self.pool}x{self.pool}" if self.pool else ""
-        views = ", mirrored views" if self.flips else ""
-        views += f", {self.shifts} shifted" if self.shifts else ""
-        views += ", drawn" if self.synthetic_drawings else ""
-        views += ", strange shapes" if self.outlier_exposure else ""
-        frozen = "nothing frozen" if self.freeze_to == NOTHING else f"frozen to {self.freeze_to}"
-        frozen = f"{self.name}: {frozen}, {self.image_size} px{pool}{views}{trained}"
-        mixed = [name for name in ("jitter", "random_erasing", "cutmix") if getattr(self, name)]
-        more = f", {' and '.join(mixed)}" if mixed else ""
-        more += f", weights averaged {self.ema:g}" if self.ema else ""
-        more += f", {self.tta} views averaged for an answer" if self.tta > 1 else ""
-        rate = f"Adam lr {self.lr:g} {self.schedule}"
-        return f"{frozen}, classifier {widths}, {rate}, {self.epochs} epochs{more}"
+        parts = [
+            *self._describe_backbone(),
+            f"head {widths}",
+            f"Adam lr {self.lr:g} {self.schedule}",
+            f"{self.epochs} epochs",
+            *self._describe_regularisation(),
+        ]
+        return f"{self.name}: {', '.join(parts)}"
+
+    def _describe_backbone(self) -> list[str]:
+        parts = ["nothing frozen" if self.freeze_to == UNFROZEN else f"frozen to {self.freeze_to}"]
+        parts.append(f"{self.image_size} px" + (f" averaged to {self.pool}x{self.pool}" if self.pool else ""))
+        parts += ["mirrored views"] if self.flips else []
+        parts += [f"{self.shifts} shifted"] if self.shifts else []
+        parts += ["synthetic drawings"] if self.synthetic_drawings else []
+        parts += ["outlier exposure"] if self.outlier_exposure else []
+        if self.finetune_blocks:
+            norm = " with batch normalisation" if self.batch_norm else ""
+            parts.append(f"fine-tuned to {block_above(self.freeze_to, self.finetune_blocks)}{norm}")
+        return parts
+
+    def _describe_regularisation(self) -> list[str]:
+        parts = ["random erasing"] if self.random_erasing else []
+        parts += ["CutMix"] if self.cutmix else []
+        parts += [f"weights averaged {self.ema:g}"] if self.ema else []
+        return [*parts, f"test-time augmentation of {self.tta} views"] if self.tta > 1 else parts
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "hidden": list(self.hidden), "conv": list(self.conv)}
 
+
+# All fields but the name: what `metadata` holds is for the command line and the documentation.
+SETTINGS = {setting.name: setting for setting in fields(Recipe) if setting.name != "name"}
 
 # The protocol as it was asked for. No validation rows: nothing in it is chosen.
 _CLASSIC = Recipe(
@@ -183,8 +238,8 @@ _CLASSIC = Recipe(
     split_seed=42,
 )
 FAST = Recipe()
-# The most out of what VGG16 knows, none of it trained: a map of 8x8 and a classifier that convolves it. Shifts, CutMix,
-# 96 px and training block3 on gained nothing (docs/log.md).
+# The most out of a VGG16 that stays frozen: a map of 8x8 and a small convolutional head. Shifts, CutMix, 96 px and
+# fine-tuning block3 gained nothing (docs/log.md).
 _FROZEN_BEST = Recipe(
     name="frozen-best",
     image_size=64,
@@ -197,8 +252,8 @@ _FROZEN_BEST = Recipe(
     ema=0.999,
     epochs=16,
 )
-# block3 trained on from ImageNet, above a cached block2. By the epoch 48 px beat 32; 40 and 60 epochs read 0.1 points
-# more than 24, ten read what leaving block3 frozen does; shifts cost 0.2 (docs/log.md). 100 s an epoch on two cores.
+# block3 fine-tuned, block1-2 frozen. At equal epochs 48 px beat 32; 40 and 60 epochs read 0.1 points more than 24, ten
+# read what leaving block3 frozen does; shifts cost 0.2 (docs/log.md). 100 s an epoch on two cores.
 _BEST = Recipe(
     name="best",
     freeze_to="block2",
@@ -229,7 +284,7 @@ def named(name: str) -> Recipe:
 
 def from_json(values: Mapping[str, Any], subject: str = "config") -> Recipe:
     """The recipe that `to_json` gave. Raises UsageError for an unknown or missing field, or a wrong type."""
-    known = {field.name for field in fields(Recipe)}
+    known = {"name", *SETTINGS}
     if unknown := sorted(set(values) - known):
         do = f"the fields are {', '.join(sorted(known))}"
         raise UsageError(subject, f"unknown recipe field {unknown[0]!r}", do=do)

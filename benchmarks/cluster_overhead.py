@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "faults")]
 
-from cluster_faults import cache_of, digests, measured_before  # noqa: E402
+from cluster import cache_of, digests, measured_before  # noqa: E402
 
 from attire import cluster  # noqa: E402
 from attire.data.loading import load_dataset  # noqa: E402
@@ -54,7 +54,7 @@ def main() -> None:
     precision, backend = backbones.choose_backbone(recipe.freeze_to, recipe.backend, recipe.precision, device)
     digest = tensor_digest(read_weights(weights))
     spec = cache.FeatureSpec(recipe.freeze_to, recipe.image_size, recipe.pool, digest, precision, backend=backend)
-    load = partial(backbones.frozen_backbone, weights, spec, device, 10**6)
+    load = partial(backbones.load_backbone, weights, spec, device, 10**6)
     load()  # measured once, before any clock runs
     asked = (images, f"first {len(images)}", spec, load, None)
     alone, joined, inside, equal = [], [], [], []

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import claim_page
 import matplotlib
 import measuring
 import performance
@@ -173,12 +172,12 @@ def text(found: Sequence[Line], peers: Sequence[performance.Curve], script: floa
         "For the same 10,000 images, cost not told; single runs but for the last, and mostly not repeated by anybody.",
         "\n".join(["| | accuracy | by |", "|---|---:|---|", *public]),
     ]
-    return "\n\n".join(map(claim_page.wrapped, blocks)) + "\n"
+    return "\n\n".join(map(measuring.wrapped, blocks)) + "\n"
 
 
-@matplotlib.rc_context(figures._STYLE)
+@matplotlib.rc_context(figures.STYLE)
 def picture(found: Sequence[Line], peers: Sequence[performance.Curve], script: float) -> Figure:
-    figure, plot = figures._axes(7.2, 4.6)
+    figure, plot = figures.new_axes(7.2, 4.6)
 
     def mark(
         at: tuple[float, float], name: str, style: Mapping[str, Any], moved: tuple[float, float], size: float
@@ -192,22 +191,22 @@ def picture(found: Sequence[Line], peers: Sequence[performance.Curve], script: f
         name = line.length.replace(" --epochs ", "") + " epochs" if beside_its_recipe else line.name
         behind = any(other.mean > line.mean and other.minutes <= line.minutes for other in found)
         beside = (5, -9) if behind else (-4, 6)
-        mark((line.minutes, line.mean), name, {"marker": "o", "color": figures._BLUE}, beside, 8)
+        mark((line.minutes, line.mean), name, {"marker": "o", "color": figures.BLUE}, beside, 8)
     for curve in peers:
         at = curve.best[0] / 60, 100 * curve.best[1]
         mark(
-            at, performance.NAMES[curve.name], {"marker": "s", "color": figures._ORANGE, "markersize": 4}, (5, -2), 6.5
+            at, performance.NAMES[curve.name], {"marker": "s", "color": figures.ORANGE, "markersize": 4}, (5, -2), 6.5
         )
     base = next((line.mean for line in found if "classic" in line.name), None)
     if base is not None:
-        hollow = {"marker": "o", "color": figures._INK, "markerfacecolor": "none"}
+        hollow = {"marker": "o", "color": figures.INK, "markerfacecolor": "none"}
         mark((script, base), "plain script", hollow, (-50, 6), 7)
     right, above = 2.2 * script, 0.0
     for name, accuracy, _ in sorted(PUBLIC[1:], key=lambda line: line[1]):
         above = max(accuracy, above + 0.38)  # names of neighbours do not cover each other
-        plot.plot([0.8 * right, right], [accuracy, accuracy], color=figures._TAPS[4], linewidth=1)
+        plot.plot([0.8 * right, right], [accuracy, accuracy], color=figures.COLOURS[4], linewidth=1)
         plot.annotate(name, (right, above), (4, -2), textcoords="offset points", size=5.5, annotation_clip=False)
-    plot.axhline(98, color=figures._INK, linewidth=0.6, linestyle=":")
+    plot.axhline(98, color=figures.INK, linewidth=0.6, linestyle=":")
     plot.annotate("claimed", (1, 98), (0, 3), textcoords="offset points", size=7)
     plot.set_xscale("log")
     plot.set_xlim(1, right)

@@ -82,7 +82,7 @@ def layers(backbone: nn.Sequential, size: int, images: int) -> None:
         errors = {"direct": error(direct(x[:1]), exact)}
         if layer.in_channels >= winograd._LEAST_CHANNELS:
             for form, name in ((winograd._F2, "winograd 2x2"), (winograd._F4, "winograd 4x4")):
-                quick = winograd.Convolution(layer, pool, form)
+                quick = winograd.WinogradConv2d(layer, pool, form)
                 errors[name] = error(quick(x[:1]), exact)
                 variants[name] = lambda x=x, f=quick: f(x)
         times = alternate(variants)
@@ -115,7 +115,7 @@ def backbones(block: str, size: int, images: int) -> None:
     small = winograd.accelerate(model().features.to(memory_format=torch.channels_last), winograd._F2)
     pictures = vgg.preprocess(load_dataset(part="test").images[:images], size)
     exact = model().features.double()(pictures[:4].double()).flatten(1)
-    batches = pictures.to(memory_format=torch.channels_last).split(cache.batch_rows(size))
+    batches = pictures.to(memory_format=torch.channels_last).split(cache.forward_batch_size(size))
     product, operations = matrix_product()
     variants: dict[str, Callable[[Tensor], Tensor]] = {
         "direct": direct,
@@ -168,9 +168,9 @@ def gradients(channels: int, outputs: int, size: int, batch: int = 128) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    memory.keep_freed()
+    memory.keep_freed_memory()
     print(
-        f"{devices.processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}, fp32"
+        f"{devices.processor_name()}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}, fp32"
     )
     if "--gradients" in arguments:
         print(f"forward and backward, batch 128, {ROUNDS} rounds")

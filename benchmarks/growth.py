@@ -80,7 +80,9 @@ def stage_extraction(path: Path, rows: int) -> dict[str, float]:
         vgg.vgg16(pretrained.vgg16_weights(), "block3", 0, nn.Sequential()), torch.device("cpu"), precision
     )
     images = loading._read_csv(path)
-    feature_cache.compute(images.images[:64], feature_cache.FeatureSpec("block3", SIZE, 0, "", precision), backbone)
+    feature_cache.compute_features(
+        images.images[:64], feature_cache.FeatureSpec("block3", SIZE, 0, "", precision), backbone
+    )
     spec, base = feature_cache.FeatureSpec("block3", SIZE, 0, "growth", precision), forget_peak()
     took = seconds(lambda: feature_cache.extract(images.images, images.image_digest, spec, lambda: backbone))
     assert feature_cache.delete_entry(spec.key(images.image_digest)) > rows
@@ -93,15 +95,15 @@ def stage_epoch(folder: Path, rows: int) -> dict[str, float]:
 
     from attire.features import cache as feature_cache
     from attire.features import sources
-    from attire.model import vgg
+    from attire.model import heads
     from attire.recipes import FAST
 
-    memory.keep_freed()
+    memory.keep_freed_memory()
     base = forget_peak()
     shard_rows = feature_cache.FeatureSpec("block3", 32, 0, "").shard_rows
     source = sources.CachedSource(feature_cache.Features(folder, rows, WIDTH, shard_rows))
     torch.manual_seed(0)
-    head = vgg.build_classifier(WIDTH, FAST.hidden, 10, FAST.dropout)
+    head = heads.build_mlp(WIDTH, FAST.hidden, 10, FAST.dropout)
     labels = np.random.default_rng(1).integers(0, 10, rows)
     recipe = replace(FAST, flips=False)
     took = head_epoch.epoch_seconds(head, source, labels, np.arange(rows), recipe)

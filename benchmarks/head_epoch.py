@@ -20,7 +20,7 @@ from torch import nn
 
 from attire.features import cache as feature_cache
 from attire.features.sources import CachedSource, fit_standardiser
-from attire.model import devices, vgg
+from attire.model import devices, heads
 from attire.recipes import RECIPES, Recipe
 from attire.storage import files, memory
 from attire.training import checkpoints, loop
@@ -75,7 +75,7 @@ def epoch_seconds(
 def compare(recipe: Recipe, rows: int, width: int, timed: int, cache: Path) -> None:
     torch.manual_seed(0)
     source = CachedSource(synthetic_features(cache / f"{rows}x{width}", rows, width))
-    head = vgg.build_classifier(width, recipe.hidden, 10, recipe.dropout)
+    head = heads.build_mlp(width, recipe.hidden, 10, recipe.dropout)
     labels = np.random.default_rng(1).integers(0, 10, rows)
     chosen = np.sort(np.random.default_rng(2).permutation(rows)[:timed])
     if recipe.standardise:
@@ -97,8 +97,8 @@ def compare(recipe: Recipe, rows: int, width: int, timed: int, cache: Path) -> N
 
 
 def main(jobs: Sequence[tuple[str, int, int, int]]) -> None:
-    memory.keep_freed()
-    print(f"{devices.processor()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32")
+    memory.keep_freed_memory()
+    print(f"{devices.processor_name()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32")
     with tempfile.TemporaryDirectory(dir=files.cache_dir()) as folder:
         for name, rows, width, timed in jobs:
             compare(replace(RECIPES[name], flips=False), rows, width, timed, Path(folder))

@@ -5,6 +5,7 @@ import re
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attire.blocks import BLOCKS, CONVOLUTIONS, ENDS
+from attire.blocks import BLOCKS, BLOCK_ENDS, CONVOLUTIONS
 from attire.data import fashion_mnist
 from attire.data.loading import load_dataset
 from attire.evaluation.intervals import mcnemar, p_text, paired_difference
@@ -128,8 +129,14 @@ def more_images(rows: int, block: int) -> Iterator[tuple[NDArray[np.int64], NDAr
 
 
 def command() -> str:
-    """As it was typed, for the document."""
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    """As it was typed, for the document: the program by its folder and name."""
+    program = Path(sys.argv[0]).resolve()
+    return " ".join(["python", f"{program.parent.name}/{program.name}", *sys.argv[1:]])
+
+
+def wrapped(block: str) -> str:
+    """Prose in lines of 120; tables, lists, headings and pictures as they are."""
+    return block if block[0] in "|-#!" else textwrap.fill(block, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def environment() -> dict[str, Any]:
@@ -147,7 +154,7 @@ def flop_per_image(freeze_to: str, size: int) -> float:
     """Of the convolutions up to the boundary, each multiplication and each addition as one; as done directly."""
     total = 0.0
     for index, (outputs, inputs) in CONVOLUTIONS.items():
-        if index < ENDS[freeze_to]:
+        if index < BLOCK_ENDS[freeze_to]:
             block = next(i for i, end in enumerate(BLOCKS.values()) if index < end)
             total += 2 * 9 * outputs * inputs * (size >> block) ** 2
     return total

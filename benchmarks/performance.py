@@ -122,15 +122,15 @@ def draw(found: list[Curve]) -> Any:
     """Accuracy against seconds (log); dashed and hollow: extrapolated."""
     import matplotlib
 
-    with matplotlib.rc_context(figures._STYLE):
-        figure, plot = figures._axes(7.2, 4.4)
+    with matplotlib.rc_context(figures.STYLE):
+        figure, plot = figures.new_axes(7.2, 4.4)
         colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
         for i, curve in enumerate(found):
             x, y = [point[0] for point in curve.points], [100 * point[1] for point in curve.points]
             dashes, fill = ("--", "none") if curve.extrapolated else ("-", colours[i])
             label = NAMES[curve.name].replace("`", "") + (" (extrapolated)" if curve.extrapolated else "")
             plot.plot(x, y, dashes, color=colours[i], marker="o", markersize=3.5, markerfacecolor=fill, label=label)
-        plot.axhline(94.5, color=figures._INK, linewidth=0.6, linestyle=":")
+        plot.axhline(94.5, color=figures.INK, linewidth=0.6, linestyle=":")
         plot.set_xscale("log")
         plot.set_ylim(min(80, *(100 * curve.best[1] - 2 for curve in found)), 96)
         plot.set(xlabel="seconds of work", ylabel="accuracy on the test images, %")

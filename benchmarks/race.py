@@ -21,7 +21,7 @@ from torch import Tensor
 from attire.data import loading
 from attire.data.dataset import ImageDataset
 from attire.model import pretrained
-from attire.model.vgg import MEAN, STD
+from attire.model.vgg import IMAGENET_MEAN, IMAGENET_STD
 
 
 class OverError(Exception):
@@ -90,7 +90,7 @@ class Pictures(torch.utils.data.Dataset[tuple[Tensor, int]]):
     def __init__(self, dataset: ImageDataset, size: int, rows: NDArray[np.int64] | None = None) -> None:
         self.dataset, self.size = dataset, size
         self.rows = np.arange(len(dataset)) if rows is None else rows
-        self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+        self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
 
     def __len__(self) -> int:
         return len(self.rows)

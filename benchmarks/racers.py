@@ -38,7 +38,7 @@ def attire_fast(race: Race) -> None:
             csv_table.write_table(race.scratch / f"{name}.csv", part.images, part.labels)
         choice, recipe = DataChoice(*(str(race.scratch / f"{name}.csv") for name in ("train", "test"))), FAST
     race.start()
-    memory.keep_freed()
+    memory.keep_freed_memory()
     stage = Experiment(recipe, choice, devices.choose_device("cpu"), NoProgress())
     trained = stage.train_features()
     trained.standardise = stage.measured(trained)
@@ -51,7 +51,7 @@ def attire_fast(race: Race) -> None:
         tested.standardise = trained.standardise
         numbers = range(len(views))
     torch.manual_seed(recipe.seed)
-    head = stage.architecture.build(10)
+    head = stage.architecture.build_head(10)
     quarters = {len(stage.train) * i // 4 // recipe.batch_size for i in (1, 2, 3)}
 
     def report(state: State, done: int, total: int) -> None:
@@ -71,7 +71,7 @@ def classic_rows(race: Race) -> tuple[Any, Any, NDArray[np.int64]] | None:
     """Cached features of recipe `classic` (training set, test set) and its 48,000 rows of the 60,000; None without."""
     from attire.data.dataset import split_indices
     from attire.features import cache
-    from attire.features.cache import Features, FeatureSpec
+    from attire.features.cache import FeatureSpec, Features
     from attire.model import pretrained as model_pretrained
     from attire.model.weights import read_weights, tensor_digest
     from attire.recipes import _CLASSIC
@@ -86,7 +86,7 @@ def classic_rows(race: Race) -> tuple[Any, Any, NDArray[np.int64]] | None:
         folders = [race.classic_cache / "features" / spec.key(part.image_digest) for part in (race.train, race.test)]
         if all((folder / "MANIFEST.json").exists() for folder in folders):
             for folder, part in zip(folders, (race.train, race.test), strict=True):
-                if len(cache.verified_shards(folder, len(part), spec)) < -(-len(part) // spec.shard_rows):
+                if len(cache.verify_shards(folder, len(part), spec)) < -(-len(part) // spec.shard_rows):
                     raise SystemExit(f"error: {folder}: a shard is damaged")
                 found.append(Features(folder, len(part), spec.width, spec.shard_rows))
             tell("note", text=f"features of `classic` by {spec.backend} in {spec.precision}")
@@ -114,7 +114,7 @@ def attire_classic(race: Race) -> None:
     """The classifier of `classic` on cached features: accuracy after each epoch, for all who train that protocol."""
     from attire.features.logits import predict_logits
     from attire.features.sources import CachedSource
-    from attire.model.vgg import build_classifier
+    from attire.model.heads import build_mlp
     from attire.recipes import _CLASSIC
     from attire.storage import files, memory
     from attire.training.checkpoints import State
@@ -123,11 +123,11 @@ def attire_classic(race: Race) -> None:
     found = classic_rows(race)
     if found is None:
         return
-    memory.keep_freed()
+    memory.keep_freed_memory()
     recipe = replace(_CLASSIC, epochs=2) if race.quick else _CLASSIC
     trained, tested = CachedSource(found[0]), CachedSource(found[1])
     torch.manual_seed(recipe.seed)
-    head = build_classifier(25088, recipe.hidden, 10, recipe.dropout)
+    head = build_mlp(25088, recipe.hidden, 10, recipe.dropout)
 
     def report(state: State, done: int, total: int) -> None:
         if not done:
@@ -466,12 +466,12 @@ def attire_works(race: Race, count: int) -> dict[str, Callable[[], object]]:
     from importlib.util import find_spec
 
     from attire.features import cache
-    from attire.features.backbones import choose_backbone, open_backbone
+    from attire.features.backbones import choose_backbone, make_backbone
     from attire.features.cache import FeatureSpec
     from attire.model import pretrained as model_pretrained
     from attire.model import vgg
     from attire.model.weights import read_weights, tensor_digest
-    from attire.recipes import _CLASSIC, BACKENDS
+    from attire.recipes import BACKENDS, _CLASSIC
 
     digest = tensor_digest(read_weights(model_pretrained.vgg16_weights()))
     works: dict[str, Callable[[], object]] = {}
@@ -483,12 +483,12 @@ def attire_works(race: Race, count: int) -> dict[str, Callable[[], object]]:
         )
         spec = FeatureSpec(_CLASSIC.freeze_to, _CLASSIC.image_size, _CLASSIC.pool, digest, precision, backend=named)
         model = vgg.vgg16(model_pretrained.vgg16_weights(), spec.freeze_to, spec.pool, nn.Sequential())
-        backbone = open_backbone(model, spec, torch.device("cpu"), 0 if race.quick else len(race.train))
+        backbone = make_backbone(model, spec, torch.device("cpu"), 0 if race.quick else len(race.train))
 
         def work(spec: FeatureSpec = spec, backbone: Any = backbone) -> None:
-            step = cache.batch_rows(spec.image_size)
+            step = cache.forward_batch_size(spec.image_size)
             for start in range(0, count, step):
-                cache.compute(race.train.images[start : min(start + step, count)], spec, backbone)
+                cache.compute_features(race.train.images[start : min(start + step, count)], spec, backbone)
 
         works[f"Attire, extraction, {backend}"] = work
     return works

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from attire.blocks import above, feature_shape
+from attire.blocks import block_above, feature_shape
 from attire.data.loading import load_dataset
 from attire.evaluation.report import duration
 from attire.features import cache
 from attire.features import views as features_views
-from attire.features.backbones import open_backbone
+from attire.features.backbones import make_backbone
 from attire.features.cache import FeatureSpec
 from attire.model import devices, heads, pretrained, vgg
 from attire.model.weights import read_weights, tensor_digest
@@ -40,21 +40,21 @@ def extraction(recipe: Recipe, weights: Any, seconds: float) -> float:
     pool = 0 if recipe.finetune_blocks else recipe.pool
     digest = tensor_digest(read_weights(weights))
     spec = FeatureSpec(recipe.freeze_to, recipe.image_size, pool, digest, precision, backend=backend)
-    backbone = open_backbone(vgg.vgg16(weights, recipe.freeze_to, pool, nn.Sequential()), spec, device)
-    images = load_dataset().images[: cache.batch_rows(recipe.image_size)]
-    cache.compute(images[:64], spec, backbone)
+    backbone = make_backbone(vgg.vgg16(weights, recipe.freeze_to, pool, nn.Sequential()), spec, device)
+    images = load_dataset().images[: cache.forward_batch_size(recipe.image_size)]
+    cache.compute_features(images[:64], spec, backbone)
     began, rows = time.perf_counter(), 0
     while (spent := time.perf_counter() - began) < seconds:
-        cache.compute(images, spec, backbone)
+        cache.compute_features(images, spec, backbone)
         rows += len(images)
     return rows / spent
 
 
 def new_head(recipe: Recipe, weights: Any) -> nn.Sequential:
-    shape = feature_shape(above(recipe.freeze_to, recipe.finetune_blocks), recipe.image_size, recipe.pool)
-    head = heads.build(shape, recipe.conv, recipe.hidden, 10, recipe.dropout)
+    shape = feature_shape(block_above(recipe.freeze_to, recipe.finetune_blocks), recipe.image_size, recipe.pool)
+    head = heads.build_head(shape, recipe.conv, recipe.hidden, 10, recipe.dropout)
     if recipe.finetune_blocks:
-        head = heads.tuned_head(weights, recipe, head)
+        head = heads.FineTunedHead.from_imagenet(weights, recipe, head)
     return head.to(memory_format=torch.channels_last)
 
 
@@ -62,7 +62,7 @@ def step_seconds(recipe: Recipe, head: nn.Sequential, probing: bool, steps: int)
     width = int(np.prod(recipe.map_shape))
     optimiser, average = loop._make_optimiser(head, recipe), loop._make_average(head, recipe)
     labels, spent = torch.arange(recipe.batch_size) % 10, []
-    heads.set_phase(head, probing)
+    heads.set_train_mode(head, probing)
     for step in range(steps + 1):
         x = torch.rand(recipe.batch_size, width)
         began = time.perf_counter()
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="for which extraction is watched")
     given = parser.parse_args()
     weights = pretrained.vgg16_weights()
-    print(f"{devices.processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{devices.processor_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     cpu = devices.choose_device("cpu")
     for recipe in map(named, given.recipes):
         rate = extraction(recipe, weights, given.seconds)
@@ -101,7 +101,7 @@ def main() -> None:
         learning = step_seconds(timed, head, False, given.steps)
         probing = step_seconds(timed, head, True, given.steps) if recipe.head_epochs else 0.0
         back = answer_rate(recipe, head)
-        views = len(dict.fromkeys((*features_views.view_names(recipe.flips, recipe.shifts),)))
+        views = len(dict.fromkeys((*features_views.augmentation_views(recipe.flips, recipe.shifts),)))
         extract = (TRAIN * views + TEST * recipe.tta) / rate
         steps = -(-(TRAIN - recipe.val_size) // recipe.batch_size)
         train = steps * (probing * recipe.head_epochs + learning * (recipe.epochs - recipe.head_epochs))

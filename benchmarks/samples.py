@@ -6,14 +6,15 @@ The first two of each class, in the order of the test set, that are classified r
 0.9 and not rejected. Same data and same bundle, same bytes.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from attire.data.loading import load_dataset
+from attire.evaluation.png import write_sheet
 from attire.inference.classifier import load_bundle
-from attire.server.samples import _sheet_png
 from attire.storage import files
 
 ROWS = 400  # of the test set that are looked through
@@ -31,7 +32,7 @@ def main(bundle: str) -> None:
     rows = [row for label in range(len(data.classes)) for row in good if data.labels[row] == label]
     chosen = [row for label in range(len(data.classes)) for row in [r for r in rows if data.labels[r] == label][:2]]
     names = [f"{data.classes[data.labels[row]]} (test image {row})" for row in chosen]
-    files.write_bytes(OUT, _sheet_png(names, np.asarray(data.images[chosen])))
+    files.write_bytes(OUT, write_sheet(np.asarray(data.images[chosen]), 10, names=json.dumps(names)))
     print(f"{OUT}   {len(names)} samples, {files.human_size(OUT.stat().st_size)}")
 
 

@@ -34,9 +34,9 @@ from torch import nn
 
 from attire.data import csv_table, loading, table_cache
 from attire.features import cache, sources
-from attire.features.backbones import open_backbone
+from attire.features.backbones import make_backbone
 from attire.features.cache import FeatureSpec
-from attire.model import devices, pretrained, vgg
+from attire.model import devices, heads, pretrained, vgg
 from attire.recipes import RECIPES, Recipe
 from attire.storage import files, memory
 
@@ -94,7 +94,7 @@ def extractions(quick: bool, precision: str, scratch: Path) -> Iterator[Stage]:
     for freeze_to, size, count in TAPS:
         count = max(2, count // 16) if quick else count
         spec = FeatureSpec(freeze_to, size, 0, "", precision)
-        backbone = open_backbone(
+        backbone = make_backbone(
             vgg.vgg16(weights, freeze_to, 0, nn.Sequential()), spec, torch.device("cpu"), rows=MANY
         )
         part, flop = images[:count], count * flop_per_image(freeze_to, size)
@@ -139,7 +139,7 @@ def head_epochs(quick: bool, scratch: Path, found: Machine) -> Iterator[Stage]:
         recipe: Recipe = replace(RECIPES[name], flips=False, precision=precision)
         torch.manual_seed(0)
         source = sources.CachedSource(head_epoch.synthetic_features(scratch / f"{name}-rows", rows, width))
-        head = vgg.build_classifier(width, recipe.hidden, 10, recipe.dropout)
+        head = heads.build_mlp(width, recipe.hidden, 10, recipe.dropout)
         labels = np.random.default_rng(1).integers(0, 10, rows)
         chosen = np.sort(np.random.default_rng(2).permutation(rows)[:timed])
         flop, moved = head_flop(head, timed), head_bytes(head, timed, width, recipe.batch_size)
@@ -202,9 +202,9 @@ def cold_starts(bundle: Path | None, exports: list[Path], scratch: Path) -> Iter
 
 
 def one_picture() -> bytes:
-    from attire.evaluation import figures
+    from attire.evaluation.png import grey_png
 
-    return figures.tile(loading.load_dataset(part="test").images[:1], 1)
+    return grey_png(np.asarray(loading.load_dataset(part="test").images[0]))
 
 
 def predictions(bundle: Path, quick: bool) -> Iterator[Stage]:
@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for stages.json; default: benchmarks/results")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
-    memory.keep_freed()
+    memory.keep_freed_memory()
     rounds = 2 if given.quick else ROUNDS
     precision = devices.choose_precision()
     with measuring.scratch_cache(), tempfile.TemporaryDirectory(dir=files.cache_dir()) as folder:

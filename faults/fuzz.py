@@ -171,7 +171,7 @@ def read_bundle(data: bytes, folder: Path) -> object:
     except (ValueError, TypeError, RecursionError):
         pass
     (folder / "model").mkdir(exist_ok=True)
-    written(resealed(about), folder / "model" / bundle_files.ABOUT)
+    written(resealed(about), folder / "model" / bundle_files.MODEL_JSON)
     written(weights, folder / "model" / bundle_files.WEIGHTS)
     return classifier.load_bundle(folder / "model", "cpu")
 
@@ -225,7 +225,7 @@ def read_export(data: bytes, folder: Path) -> object:
     path = folder / f"x{runtimes.SUFFIXES[kind]}"
     if kind == "openvino":
         path.mkdir(exist_ok=True)
-        written(resealed(body), path / runtimes.METADATA)
+        written(resealed(body), path / runtimes.METADATA_FILE)
     else:
         written(runtimes.seal_bytes(body) if body.count(runtimes.NO_SEAL.encode()) == 1 else body, path)
     return runtimes.load_export(path)

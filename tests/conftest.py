@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from attire.blocks import SHAPES
+from attire.blocks import WEIGHT_SHAPES
 from attire.data import fashion_mnist
 from attire.data.dataset import FASHION_CLASSES, ImageDataset
 from attire.data.loading import write_csv
@@ -91,7 +91,7 @@ def random_tensors() -> Tensors:
     """He initialisation, so that features stay of order one through all thirteen layers; small biases."""
     rng = np.random.default_rng(0)
     tensors = {}
-    for name, shape in SHAPES.items():
+    for name, shape in WEIGHT_SHAPES.items():
         scale = np.float32(np.sqrt(2 / np.prod(shape[1:])) if len(shape) > 1 else 0.1)
         tensors[name] = rng.standard_normal(shape, np.float32) * scale
     return tensors
@@ -165,7 +165,7 @@ def classifier(weights: Path) -> "Classifier":
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         architecture = Architecture("block2", 16, 0, (8,), 0.5)
-        head = architecture.build(10)
+        head = architecture.build_head(10)
         for weight in head[-1].parameters():
             torch.nn.init.normal_(weight)  # answers that differ
     model = vgg.vgg16(weights, "block2", 0, head)

@@ -46,7 +46,7 @@ CASES: dict[str, Recipe] = {
     "few": replace(PLAIN, batch_size=1, epochs=1),
     "soft": replace(PLAIN, distill_weight=0.6),
     "conv": CONV,
-    "mixed": replace(CONV, jitter=0.5, random_erasing=0.5, cutmix=1.0, ema=0.9, clip_grad=0.5),
+    "mixed": replace(CONV, random_erasing=0.5, cutmix=1.0, ema=0.9, clip_grad=0.5),
     "pairs": replace(CONV, batch_size=2, epochs=1),
     "tuned": replace(CONV, conv=(), hidden=(8,), finetune_blocks=1, batch_norm=True, head_epochs=1, layer_decay=0.5),
     "bf16": replace(CONV, precision="bf16", random_erasing=0.5),
@@ -76,12 +76,12 @@ def new_head(recipe: Recipe) -> nn.Sequential:
     """By the recipe; a trained block is one convolution of its own, with batch normalisation."""
     torch.manual_seed(0)
     if not recipe.finetune_blocks:
-        return heads.build(SHAPE, recipe.conv, recipe.hidden, 10, recipe.dropout)
+        return heads.build_head(SHAPE, recipe.conv, recipe.hidden, 10, recipe.dropout)
     block = OrderedDict[str, nn.Module]()
     block["0"], block["norm0"], block["1"] = nn.Conv2d(64, 6, 3, padding=1), BatchNorm(6), nn.ReLU()
     block["2"] = nn.MaxPool2d(2)
-    classifier = heads.build((6, 2, 2), (), recipe.hidden, 10, recipe.dropout)
-    return heads.TunedHead(SHAPE, nn.Sequential(nn.Sequential(block)), 0, classifier)
+    classifier = heads.build_head((6, 2, 2), (), recipe.hidden, 10, recipe.dropout)
+    return heads.FineTunedHead(SHAPE, nn.Sequential(nn.Sequential(block)), 0, classifier)
 
 
 def answers(recipe: Recipe) -> np.ndarray | None:
@@ -120,7 +120,7 @@ def save(found: Trained, path: Path) -> None:
     about = {"history": [epoch.__dict__ for epoch in found.history], "digests": found.digests, "seen": found.seen}
     files.write_json(path.with_suffix(".json"), about)
     weights: Any = found.weights
-    with files.atomic(path) as file:
+    with files.atomic_file(path) as file:
         np.savez(file, **weights)
 
 
@@ -153,7 +153,7 @@ def begin_otherwise(what: Sequence[str]) -> None:
     """`error 0 0`: the first process finds a fault for all; `rows 1 0`: process 1 has other rows than the others."""
     name, who, _ = what[0].split() if what else ("", "", "")
     if name == "error":
-        distributed.shared(fault)
+        distributed.from_main_process(fault)
     if name == "rows" and distributed.rank() == int(who):
         LABELS[0] = 3
 
@@ -167,7 +167,7 @@ def main() -> None:
     torch.set_num_threads(1)
     disturb = (disturbance(what[0]),) if what else ()
     try:
-        with distributed.joined():
+        with distributed.process_group():
             begin_otherwise(what)
             for name in names:
                 found = train(folder / name, CASES[name], *disturb)

@@ -33,7 +33,7 @@ class Fake:
     architecture = Architecture("block2", 16, 0, (8,), 0.5)
 
     def __init__(self) -> None:
-        self.facts: dict[str, Any] = {"name": "fake", "home": "/home/someone"}
+        self.metadata: dict[str, Any] = {"name": "fake", "home": "/home/someone"}
         self.model = torch.nn.Identity()
         self.gate = threading.Event()
         self.gate.set()

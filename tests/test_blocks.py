@@ -4,15 +4,15 @@ import pytest
 import torch
 import torchvision
 
-from attire.blocks import BLOCKS, CHANNELS, ENDS, feature_shape, map_side
+from attire.blocks import BLOCKS, BLOCK_ENDS, CHANNELS, feature_shape, map_side
 from attire.errors import UsageError
 
 
-@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("name", BLOCK_ENDS)
 @pytest.mark.parametrize("size", [32, 48, 50, 64, 224])
 def test_shapes_are_those_of_torchvisions_network(name: str, size: int) -> None:
     with torch.device("meta"):
-        features = torchvision.models.vgg16(weights=None).features[: ENDS[name]]
+        features = torchvision.models.vgg16(weights=None).features[: BLOCK_ENDS[name]]
         found = features(torch.empty(1, 3, size, size)).shape[1:]
     assert tuple(found) == feature_shape(name, size, 0)
     assert found[1] == map_side(name, size)

@@ -22,13 +22,13 @@ import torch
 
 from attire import cluster as clusters
 from attire.errors import AttireError, UsageError
+from attire.evaluation.png import grey_png
 from attire.evaluation.run_result import load_result
 from attire.features import backbones
 from attire.features import cache as feature_cache
 from attire.features.cache import Features, FeatureSpec
 from attire.model import devices
 from attire.progress import Epoch, NoProgress
-from attire.server.samples import grey_png
 from attire.storage import files
 from attire.training import checkpoints
 from tests.command import TINY, Done, attire
@@ -79,7 +79,7 @@ class Work:
     def __init__(self, weights: Path) -> None:
         self.images = np.random.default_rng(0).integers(0, 256, (64 * 16 + 5, 28, 28), np.uint8)
         self.spec = FeatureSpec("block2", 16, 0, "random", "fp32")
-        self.load = partial(backbones.frozen_backbone, weights, self.spec, torch.device("cpu"), len(self.images))
+        self.load = partial(backbones.load_backbone, weights, self.spec, torch.device("cpu"), len(self.images))
 
     def extract(
         self, make: feature_cache.ShardExtractor | None = None, progress: feature_cache.ProgressCallback | None = None
@@ -160,8 +160,8 @@ def test_a_node_that_does_not_see_the_cache_folder_says_so(
 def test_a_node_that_would_compute_other_bits_is_refused(
     joined: "Cluster", work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute = feature_cache.compute
-    monkeypatch.setattr(feature_cache, "compute", lambda *told: compute(*told) + np.float16(0.001))
+    compute = feature_cache.compute_features
+    monkeypatch.setattr(feature_cache, "compute_features", lambda *told: compute(*told) + np.float16(0.001))
     work.spec = FeatureSpec("block2", 16, 0, "of other bits", "fp32")  # which no worker has opened yet
     with pytest.raises(AttireError, match="computes other features than the machine that asks"):
         work.extract(joined.extract_shards)
@@ -232,7 +232,7 @@ def test_the_app_answers_behind_ray_serve_and_a_new_model_takes_over(
             )
             assert client.get("/readyz", headers={"Host": "elsewhere.example"}).status_code == 421
             assert client.get("/model", headers=head).json()["name"] == "small"
-            classifier.facts = {"name": "another"}
+            classifier.metadata = {"name": "another"}
             classifier.save(tmp_path / "other" / "model")
             joined.serve(tmp_path / "other" / "model", "cpu", "127.0.0.1", port, 1, settings)
             assert client.get("/model", headers=head).json()["name"] == "another"

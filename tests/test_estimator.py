@@ -187,7 +187,7 @@ def test_nothing_answers_before_it_is_fitted(model: VGGClassifier) -> None:
 def test_parameters_replace_the_recipe_s_fields(model: VGGClassifier) -> None:
     given = {"epochs": 1, "hidden": [8], "image_size": 32, "freeze_to": "block1", "lr": 0.01, "batch_size": 30}
     model.set_params(**given, random_state=5).fit(DATA.images, DATA.labels)
-    told = model.classifier_.facts["recipe"]
+    told = model.classifier_.metadata["recipe"]
     assert {name: told[name] for name in given} == given
     assert told["seed"] == 5
     assert len(model.history_) == 1

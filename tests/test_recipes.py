@@ -8,7 +8,7 @@ import pytest
 
 from attire import recipes
 from attire.errors import UsageError
-from attire.recipes import _CLASSIC, FAST, RECIPES, Recipe
+from attire.recipes import FAST, RECIPES, Recipe, _CLASSIC
 
 
 def test_classic_is_the_protocol_that_was_asked_for() -> None:
@@ -91,13 +91,13 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 def test_a_recipe_is_one_line_for_people() -> None:
     assert _CLASSIC.describe() == (
-        "classic: frozen to block5, 224 px averaged to 7x7, classifier 1024-512, Adam lr 0.0001 constant, 10 epochs"
+        "classic: frozen to block5, 224 px averaged to 7x7, head 1024-512, Adam lr 0.0001 constant, 10 epochs"
     )
     assert "mirrored views" in FAST.describe()
     assert recipes.named("best").describe() == (
-        "best: frozen to block2, 48 px, mirrored views, trained to block3 with batch normalisation, "
-        "classifier conv512, Adam lr 0.002 cosine, 60 epochs, erase and cutmix, weights averaged 0.999, "
-        "2 views averaged for an answer"
+        "best: frozen to block2, 48 px, mirrored views, fine-tuned to block3 with batch normalisation, "
+        "head conv512, Adam lr 0.002 cosine, 60 epochs, random erasing, CutMix, weights averaged 0.999, "
+        "test-time augmentation of 2 views"
     )
-    assert "classifier conv256-conv512," in recipes.named("frozen-best").describe()
-    assert "classifier linear" in replace(FAST, hidden=()).describe()
+    assert "head conv256-conv512," in recipes.named("frozen-best").describe()
+    assert "head linear" in replace(FAST, hidden=()).describe()

@@ -22,7 +22,7 @@ from attire.evaluation.intervals import Interval, wilson
 from attire.evaluation.pages import write_page
 from attire.evaluation.run_result import load_result
 from attire.features import cache
-from attire.features.backbones import choose_backbone, open_backbone
+from attire.features.backbones import choose_backbone, make_backbone
 from attire.features.cache import FeatureSpec
 from attire.model import devices, pretrained, vgg
 from attire.model.weights import read_weights, tensor_digest
@@ -168,9 +168,9 @@ def audit(
     progress = progress or NoProgress()
     label_errors.cleanlab_filter()
     chosen = devices.choose_device(device)
-    url_copies.bring(data, test, progress=progress.advance)
+    url_copies.prefetch(data, test, progress=progress.advance)
     parts = _load_parts(data, test, classes)
-    memory.keep_freed()
+    memory.keep_freed_memory()
     images = np.concatenate([part.images for part in parts.values()])
     labels = np.concatenate([part.labels for part in parts.values()])
     known = len(next(iter(parts.values())).classes)
@@ -212,9 +212,9 @@ def _feature_blocks(parts: Mapping[str, ImageDataset], device: torch.device, pro
     digest = tensor_digest(read_weights(weights))
     spec = FeatureSpec(FAST.freeze_to, FAST.image_size, FAST.pool, digest, precision, backend=backend)
 
-    def load_backbone() -> cache.Backbone:
+    def load_backbone() -> cache.FeatureExtractor:
         backbone = vgg.vgg16(weights, spec.freeze_to, spec.pool, nn.Sequential())
-        return open_backbone(backbone, spec, device, sum(map(len, parts.values())))
+        return make_backbone(backbone, spec, device, sum(map(len, parts.values())))
 
     cached = []
     for name, data in parts.items():

@@ -5,9 +5,7 @@ for a while slows all alike.
 """
 
 import multiprocessing
-import re
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -28,6 +26,7 @@ from attire.inference import neighbours
 from attire.model import devices
 from attire.progress import NoProgress, Progress
 from attire.storage import files
+from attire.storage.memory import peak_memory
 
 _BATCHES = (1, 8, 32, 128, 256)
 _ROUNDS = 5
@@ -119,7 +118,7 @@ def bench(
                     speeds[i][batch].append(batch / statistics.mean(took))
                     latencies[i] += took if batch == 1 else []
         progress.advance("Rounds", _ROUNDS, _ROUNDS)
-        peaks = [pool.submit(_peak_memory).result() for pool in workers]
+        peaks = [pool.submit(peak_memory).result() for pool in workers]
     measured = []
     for i, path in enumerate(candidates):
         best = max(_BATCHES, key=lambda batch: statistics.median(speeds[i][batch]))
@@ -143,7 +142,7 @@ def _accuracy(pool: Executor, test: ImageDataset, path: Path, progress: Progress
 def _size_of(path: Path) -> int:
     """Bytes of a file, or of all files in a folder but the training images, which no answer needs."""
     parts = [part for part in path.rglob("*") if part.is_file()] if path.is_dir() else [path]
-    return sum(part.stat().st_size for part in parts if part.name != neighbours.FILE)
+    return sum(part.stat().st_size for part in parts if part.name != neighbours.NEIGHBOURS)
 
 
 def write_bench(found: _Bench, folder: Path) -> Path:
@@ -179,14 +178,14 @@ def _open_model(path: Path, threads: int) -> None:
 
     if threads:
         torch.set_num_threads(threads)
-    _base = _peak_memory()
+    _base = peak_memory()
     _opened = load_export(path) if format_of(path) else load_bundle(path, "cpu")
     _opened.predict_proba(np.zeros((2, 28, 28), np.uint8))  # what is done once is not timed
 
 
 def _facts_of() -> dict[str, Any]:
     exported = getattr(_opened, "format", None)
-    precision = _opened.facts["precision"] if exported else "fp32"
+    precision = _opened.metadata["precision"] if exported else "fp32"
     return {"classes": _opened.classes, "kind": exported or "bundle", "precision": precision, "base": _base}
 
 
@@ -205,19 +204,3 @@ def _time_calls(images: NDArray[np.uint8], batch: int) -> list[float]:
         _opened.predict_proba(part)
         times.append(time.perf_counter() - began)
     return times
-
-
-def _peak_memory() -> int:
-    """Bytes, the most that this process has had resident; 0 where the system does not say.
-
-    Linux hands the `ru_maxrss` of a process on to those it starts, but not `VmHWM` (proc(5)).
-    """
-    status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.M)):
-        return 1024 * int(found[1])
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

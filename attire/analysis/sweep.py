@@ -68,7 +68,7 @@ class _TapBackbone(nn.Module):
         self.backbone, self.taps = backbone, tuple(taps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.backbone.spread(self.tapped, x)
+        return self.backbone.run(self.tapped, x)
 
     def tapped(self, x: Tensor) -> Tensor:
         found, end = {}, 0
@@ -169,7 +169,7 @@ def sweep(
     """
     _check(sizes, boundaries, backgrounds)
     progress, where = progress or NoProgress(), devices.choose_device(device)
-    url_copies.bring(data, progress=progress.advance)
+    url_copies.prefetch(data, progress=progress.advance)
     data_set, fit = _draw(load_splits(data, classes=classes, seed=FAST.split_seed).train, rows, val)
     folder = files.make_dir(Path(out))
     with claimed_folder(folder):
@@ -283,12 +283,12 @@ class _Bench:
     def lay_out(self, size: int) -> None:
         if self.backend == "torch" and self.backbone.device.type == "cpu":
             name = f"{self.boundaries[-1]} {self.precision}"
-            self.backbone.layout = devices.choose_layout(name, self.backbone, size, len(self.data))
+            self.backbone.microbatching = devices.choose_microbatching(name, self.backbone, size, len(self.data))
 
     def images_per_second(self, boundary: str, size: int) -> float:
         """Preprocessing and backbone, as extraction runs them."""
         self.lay_out(size)
-        part = np.resize(self.data.images, (min(cache.batch_rows(size), 512), 28, 28))
+        part = np.resize(self.data.images, (min(cache.forward_batch_size(size), 512), 28, 28))
         backbone = _TapBackbone(self.backbone, [(boundary, 1)])
         best = 0.0
         with torch.inference_mode():

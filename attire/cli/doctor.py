@@ -17,10 +17,9 @@ import attire
 from attire.data import fashion_mnist
 from attire.errors import AttireError, one_line
 from attire.model import pretrained
-from attire.model.weights import WEIGHTS_DIGEST
 from attire.storage import files, http
-from attire.storage.http import MirrorError, probe
-from attire.storage.memory import memory
+from attire.storage.http import MirrorError, check_reachable
+from attire.storage.memory import total_memory
 
 _State = Literal["ok", "note", "failed"]
 _LEAST_FREE = 2 * 10**9  # bytes: features of `fast` take 1.1 GB, and an extraction writes beside what is there
@@ -113,8 +112,8 @@ def _device() -> _Finding:
     from attire.model import devices
 
     where = devices.choose_device()
-    held = memory()
-    facts = {"device": where.type, "processor": devices.processor(), "cores": os.cpu_count()}
+    held = total_memory()
+    facts = {"device": where.type, "processor": devices.processor_name(), "cores": os.cpu_count()}
     facts |= {"threads": torch.get_num_threads(), "memory": held, "system": platform.platform()}
     name = torch.cuda.get_device_name() if where.type == "cuda" else facts["processor"]
     size = f", {files.human_size(held)} of memory" if held else ""
@@ -158,13 +157,11 @@ def _held(folder: Path) -> int:
 
 def _data() -> _Finding:
     folder = files.cache_dir() / "data" / "fashion-mnist"
-    return _input_found("Data", "Fashion-MNIST", "damaged or not here" if fashion_mnist.missing(folder) else "")
+    return _input_found("Data", "Fashion-MNIST", "damaged or not here" if fashion_mnist.missing_files(folder) else "")
 
 
 def _weights() -> _Finding:
-    path = pretrained.weight_file(files.cache_dir() / "weights", WEIGHTS_DIGEST)
-    sound = http.is_sound(path, WEIGHTS_DIGEST, pretrained.digest_of_weights)
-    return _input_found("Weights", "VGG16's, ImageNet", "" if sound else "damaged or not here")
+    return _input_found("Weights", "VGG16's, ImageNet", "" if pretrained.cached_weights() else "damaged or not here")
 
 
 def _input_found(name: str, what: str, wrong: str) -> _Finding:
@@ -212,7 +209,7 @@ def _mirrors(needless: bool) -> _Finding:
         *pretrained.TORCH_MIRRORS,
         *pretrained.SDIST_MIRRORS,
     ]
-    hosts = {http.host(url): url for url in urls}
+    hosts = {http.host_of(url): url for url in urls}
     with ThreadPoolExecutor(len(hosts), "attire-mirror") as pool:
         answers = dict(zip(hosts, pool.map(_reached, hosts.values()), strict=True))
     up = [host for host, wrong in answers.items() if not wrong]
@@ -226,7 +223,7 @@ def _mirrors(needless: bool) -> _Finding:
 def _reached(url: str) -> str:
     """Empty where the host of `url` accepts a connection, else why not."""
     try:
-        probe(url)
+        check_reachable(url)
     except MirrorError as error:
         return str(error)
     return ""

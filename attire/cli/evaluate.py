@@ -21,7 +21,7 @@ from attire.cli.shell import Command, among
 from attire.errors import UsageError
 from attire.recipes import BACKENDS
 from attire.storage import files
-from attire.storage.run_folder import free_folder
+from attire.storage.run_folder import find_free_folder
 
 _part_option = click.option(
     "--part", type=click.Choice(["train", "test"]), default="test", show_default=True, help="Of data that has both."
@@ -62,7 +62,7 @@ def evaluate(
     attire evaluate runs/1/model
     attire evaluate model.onnx --data mine.csv --out measured     with report, tables and pictures
     """
-    folder = free_folder(out) if out else None
+    folder = find_free_folder(out) if out else None
 
     from attire.cli.tables import class_table
     from attire.evaluation.report import write_report
@@ -105,7 +105,7 @@ def ensemble(
     attire ensemble runs/1 runs/2 runs/3
     attire ensemble runs/1 runs/2 --views 2 --out both    then: attire ensemble both/ensemble.json
     """
-    folder = free_folder(out) if out else None
+    folder = find_free_folder(out) if out else None
 
     from attire.cli.tables import comparison_table
     from attire.evaluation.report import write_report
@@ -209,7 +209,7 @@ def audit(
     attire audit mine.csv              a file, as for train
     attire audit --run runs/1          and what that does to the accuracy of a run
     """
-    folder = free_folder(out)
+    folder = find_free_folder(out)
 
     from attire.analysis.audit import audit as look_through
     from attire.analysis.audit import write_audit

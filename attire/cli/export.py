@@ -9,7 +9,7 @@ from attire.cli.options import BUNDLE, DATA, PATH, RUN, json_option
 from attire.cli.shell import Command, among
 from attire.errors import UsageError
 from attire.storage import files
-from attire.storage.run_folder import free_folder
+from attire.storage.run_folder import find_free_folder
 
 
 @click.command(cls=Command)
@@ -72,7 +72,7 @@ def export(bundle: Path, kind: str, precision: str, out: Path | None, max_drop: 
     finally:
         watch.close()
     if as_json:
-        click.echo(json.dumps({"file": str(made.path), **made.facts}))
+        click.echo(json.dumps({"file": str(made.path), **made.metadata}))
     else:
         click.echo(f"{made.path}")
 
@@ -92,7 +92,7 @@ def bench(models: tuple[Path, ...], data: str | None, images: int, threads: int,
     """
     if not models:
         raise UsageError("attire bench", "name a bundle, and the exports to compare with it")
-    folder = free_folder(out)
+    folder = find_free_folder(out)
 
     from attire.analysis.bench import bench as measure
     from attire.analysis.bench import write_bench

@@ -84,7 +84,7 @@ def main() -> NoReturn:
         from attire.storage import files
 
         name = str(error.filename or "attire")
-        do = files.room_left(Path(name), error)
+        do = files.disk_full_advice(Path(name), error)
         status = _fail(f"{one_line(name)}: {error.strerror or error}{'; ' if do else ''}{do}", 1, debug)
     sys.exit(status)
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from attire.inference.classifier import Classifier
 
 
+_NO_NEIGHBOURS = "this bundle holds no training images to show beside the answer; train it again"
+
+
 @click.command(cls=Command)
 @click.argument("arguments", nargs=-1, type=NAME, metavar="FILE...")
 @click.option("--model", type=PATH, help="A bundle, a run or an exported file.  [default: ours]")
@@ -50,7 +53,7 @@ def predict(
     status is 1. A CSV file holds pixel1 .. pixel784, with or without labels. --show writes one strip a picture, into
     a folder, or into a file for a single picture.
     """
-    from attire.inference.predict import lacks_verdict, open_model, split_model, tell
+    from attire.inference.predict import lacks_verdict, open_model, print_answers, split_model
 
     if as_json and form not in (None, "jsonl"):
         raise UsageError("--json", f"given together with --format {form}", do="give one of them")
@@ -70,7 +73,7 @@ def predict(
     else:
         with cluster_at(cluster) as machines:
             ask = partial(machines.answer, path, device) if machines else None
-            failed = tell(asked, opened, form="jsonl" if as_json else form or "table", ask=ask, **options)
+            failed = print_answers(asked, opened, form="jsonl" if as_json else form or "table", ask=ask, **options)
     if failed:
         click.get_current_context().exit(1)
 
@@ -82,7 +85,7 @@ def _predict_parquet(where: str, out: str, model: Any, path: Path | None, top: i
 
     watch = Terminal(as_json)
     try:
-        done = parquet_predict.predict(
+        done = parquet_predict.predict_parquet(
             where,
             out,
             model,
@@ -99,9 +102,9 @@ def _predict_parquet(where: str, out: str, model: Any, path: Path | None, top: i
 
 @click.command(cls=Command)
 @click.argument("paths", nargs=-1, required=True, type=PATH, metavar="FILE...")
-@click.option("--model", type=BUNDLE, metavar="BUNDLE", help="Whose answer.  [default: the one that ships]")
-@click.option("--out", type=PATH, default=".", help="Folder for the pictures.  [default: here]")
-@click.option("--label", metavar="CLASS", help="What speaks for this class.  [default: for the answer]")
+@click.option("--model", type=BUNDLE, metavar="BUNDLE", help="Model bundle.  [default: the bundled model]")
+@click.option("--out", type=PATH, default=".", help="Output folder for the pictures.  [default: here]")
+@click.option("--label", metavar="CLASS", help="Class to explain.  [default: the answer]")
 @device_option
 @json_option
 def explain(
@@ -117,11 +120,10 @@ def explain(
     for unrelated ones. A bad file is one line on stderr; the others are explained, and the exit status is 1.
     """
     from attire.inference.classifier import load_bundle
-    from attire.inference.explain import NO_NEIGHBOURS
 
     classifier, failed, taken = load_bundle(model, device), 0, set[str]()
     if classifier.neighbours is None:
-        click.echo(f"warning: {one_line(str(model or 'shipped'))}: {NO_NEIGHBOURS}; train it again", err=True)
+        click.echo(f"warning: {one_line(str(model or 'shipped'))}: {_NO_NEIGHBOURS}", err=True)
     for path in paths:
         try:
             _explain_file(classifier, path, out, label, as_json, taken)
@@ -137,21 +139,21 @@ def explain(
 def _explain_file(
     classifier: "Classifier", path: Path, out: Path, label: str | None, as_json: bool, taken: set[str]
 ) -> None:
-    from attire.inference import explain as explaining
+    from attire.data import photos
+    from attire.inference import explain
 
-    original, image = explaining.open_picture(path)
-    found = explaining.explain(classifier, image, label)
-    picture = out / _free_name(path.stem, taken)
-    explaining.write_sheet(picture, original, image, found)
+    photo = photos.prepare(path)
+    explanation = explain.explain(classifier, photo.image, label)
+    sheet = out / _free_name(path.stem, taken)
+    explanation.write_sheet(sheet, photo.original)
     if as_json:
-        told = {"file": str(path), **explaining.to_json(found), "picture": str(picture)}
-        click.echo(json.dumps(told))
+        click.echo(json.dumps({"file": str(path), **explanation.to_json(), "picture": str(sheet)}))
         return
-    click.echo(f"{one_line(str(path)):24} {found.prediction}")
-    if found.neighbours:
-        near = ", ".join(f"{one.label} {one.distance:.2f}" for one in found.neighbours)
-        click.echo(f"{'':24} nearest      {found.tally}   ({near})")
-    click.echo(f"{'':24} picture      {one_line(str(picture))}")
+    click.echo(f"{one_line(str(path)):24} {explanation.prediction}")
+    if explanation.neighbours:
+        near = ", ".join(f"{neighbour.label} {neighbour.distance:.2f}" for neighbour in explanation.neighbours)
+        click.echo(f"{'':24} nearest      {explanation.tally}   ({near})")
+    click.echo(f"{'':24} picture      {one_line(str(sheet))}")
 
 
 def _free_name(stem: str, taken: set[str]) -> str:

@@ -153,7 +153,7 @@ def _described(classifier: "Classifier", bundle: Path) -> str:
     from attire.inference.bundle_files import WEIGHTS
     from attire.storage.files import human_size
 
-    facts = classifier.facts
+    facts = classifier.metadata
     recipe, test = facts.get("recipe"), facts.get("test")
     name = recipe.get("name") if isinstance(recipe, dict) else facts.get("name")
     told = [f"{100 * test['accuracy']:.1f} %"] if isinstance(test, dict) and "accuracy" in test else []

@@ -28,7 +28,7 @@ from attire.cli.options import (
 from attire.cli.shell import Command, among
 from attire.errors import Stopped, UsageError
 from attire.recipes import RECIPES, Recipe, named
-from attire.storage.run_folder import free_folder
+from attire.storage.run_folder import find_free_folder
 
 # What `train` alone asks for, as if it had not been given.
 _ONLY_TRAINED = {"test_size": None, "cache": None, "claim": None, "log": None, "teachers": ()}
@@ -94,15 +94,15 @@ def train(
     """
     named(recipe_name or "fast")  # here already: what is mistyped is told before PyTorch is loaded
     if out is not None and resumed is None and "RANK" not in os.environ:  # of several processes, one asks for all
-        free_folder(out)
+        find_free_folder(out)
 
     from attire.model import distributed
 
     sources = options.pop("data_from"), options.pop("weights_from")
-    with distributed.joined():
-        distributed.after_first(lambda: get_sources(*sources))
+    with distributed.process_group():
+        distributed.main_process_first(lambda: get_sources(*sources))
         found = _trained(recipe_name, config, resumed, out, as_json, options)
-        if distributed.leads():
+        if distributed.is_main_process():
             _show_trained(found, as_json)
 
 
@@ -121,7 +121,7 @@ def _trained(
     from attire.training import seeds_and_folds
     from attire.training.run import resume
 
-    watch, seeds, folds = Terminal(as_json or not distributed.leads()), options.pop("seeds"), options.pop("folds")
+    watch, seeds, folds = Terminal(as_json or not distributed.is_main_process()), options.pop("seeds"), options.pop("folds")
     cluster, workers = options.pop("cluster"), options.pop("cluster_workers")
     _check_cluster(cluster, workers, seeds, folds, options["cache"], resumed)
     try:
@@ -139,7 +139,7 @@ def _trained(
         with cluster_at(cluster, workers or 0) as machines:
             return training_run.train(**arguments, cluster=machines)
     except Stopped as stop:
-        again = f"go on with: {distributed.command()}attire train --resume {shlex.quote(stop.subject)}"
+        again = f"go on with: {distributed.torchrun_prefix()}attire train --resume {shlex.quote(stop.subject)}"
         raise Stopped(stop.subject, stop.what, do=again) from None
     finally:
         watch.close()

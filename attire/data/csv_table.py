@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from pyarrow import csv
 
 from attire.errors import AttireError, one_line
-from attire.storage.files import atomic
-from attire.storage.formats import name_format, opened
+from attire.storage.files import atomic_file
+from attire.storage.formats import name_format, open_input
 
 if TYPE_CHECKING:
     import pandas as pd  # which takes a while, and only `read_frame` makes a frame
@@ -54,7 +54,7 @@ def _read_frame(path: str | Path, class_count: int = 10, labelled: bool = True) 
     import pandas as pd
 
     path = Path(path)
-    with opened(path) as file:
+    with open_input(path) as file:
         table = joined(read_parts(path, file, class_count, labelled))
     frame = pd.DataFrame(table.pixels, columns=_PIXEL_COLUMNS, copy=False)
     if table.labels is not None:
@@ -268,7 +268,7 @@ def _show(cell: bytes) -> str:
 
 def write_table(path: str | Path, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
     """Write images (N, 28, 28) uint8 and labels (N,) in the form that `read_frame` reads, atomically."""
-    with atomic(Path(path)) as file:
+    with atomic_file(Path(path)) as file:
         file.write(_HEADER + b"\n")
         options = csv.WriteOptions(include_header=False, quoting_style="none", batch_size=2048)
         for start in range(0, len(images), 8192):

@@ -26,12 +26,12 @@ FASHION_CLASSES = (
     "Bag",
     "Ankle boot",
 )
-OFFICIAL = "fashion-mnist"
+FASHION_MNIST = "fashion-mnist"
 
-Part = Literal["train", "test"]
+SplitName = Literal["train", "test"]
 
 RowIndices = NDArray[np.int64]
-Views = NDArray[np.bool_] | NDArray[np.int64]
+ViewIndices = NDArray[np.bool_] | NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +160,7 @@ def split_indices(
     from sklearn.model_selection import train_test_split  # takes a second to import, and only this needs it
 
     rows = len(labels)
-    check_part(part)
+    check_test_size(part)
     if not 0 <= seed < 2**32:
         raise UsageError("seed", f"found {seed}, expected 0 to 4,294,967,295")
     count = part if isinstance(part, int) else int(np.ceil(part * rows))
@@ -180,12 +180,12 @@ def split_indices(
     return np.sort(rest), np.sort(chosen)
 
 
-def check_part(part: float | int) -> None:
+def check_test_size(part: float | int) -> None:
     if isinstance(part, bool) or not (0 < part < 1 or (isinstance(part, int) and part >= 1)):
         raise UsageError("--test-size", f"found {part}, expected a fraction between 0 and 1, or a count")
 
 
-def count_shared(
+def count_shared_images(
     a: NDArray[np.uint8],
     b: NDArray[np.uint8],
     a_rows: NDArray[np.int64] | None = None,
@@ -213,4 +213,4 @@ def _blocks(
     for start in range(0, len(images) if rows is None else len(rows), size):
         part = slice(start, start + size)
         yield np.ascontiguousarray(images[part] if rows is None else images[rows[part]])
-        files.release(images)
+        files.release_pages(images)

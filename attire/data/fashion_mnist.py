@@ -13,7 +13,7 @@ from pathlib import Path
 
 from attire.errors import AttireError
 from attire.storage.files import cache_dir, lock, sha256, sha256_file, write_bytes
-from attire.storage.http import MirrorError, ProgressCallback, download, host, is_sound, set_aside
+from attire.storage.http import MirrorError, ProgressCallback, download, host_of, matches_digest, set_aside
 from attire.storage.packages import apt_package, deb_files
 
 # name: (bytes, SHA-256), decompressed: publishers compress differently
@@ -46,23 +46,23 @@ def official_data(source: Path | None = None, progress: ProgressCallback | None 
     them, they are fetched. Raises AttireError where `source` holds anything else or no place can be reached.
     """
     folder = cache_dir() / "data" / "fashion-mnist"
-    if source is None and not missing(folder):
+    if source is None and not missing_files(folder):
         return folder
     with lock(folder / ".lock"):
-        for name in missing(folder):
+        for name in missing_files(folder):
             set_aside(folder / name)
         if source is not None:
-            absent = missing(folder)
+            absent = missing_files(folder)
             for name, data in _from_source(source):
                 if name in absent:
                     write_bytes(folder / name, data)
-        elif missing(folder):
+        elif missing_files(folder):
             _fetch_data(folder, progress)
     return folder
 
 
-def missing(folder: Path) -> list[str]:
-    return [name for name, (_, digest) in _DATA_FILES.items() if not is_sound(folder / name, digest, sha256_file)]
+def missing_files(folder: Path) -> list[str]:
+    return [name for name, (_, digest) in _DATA_FILES.items() if not matches_digest(folder / name, digest, sha256_file)]
 
 
 def _from_source(source: Path) -> Iterator[tuple[str, bytes]]:
@@ -111,17 +111,17 @@ def _gunzip(data: bytes, count: int) -> bytes:
 def _fetch_data(folder: Path, progress: ProgressCallback | None) -> None:
     """Go through the places until no file is missing; what one delivered is kept when it fails half-way."""
     places: list[tuple[str, Callable[[list[str]], _NamedBytes]]] = [(str(_DEBIAN_FOLDER), _from_installed)]
-    places += [(host(url), partial(_from_mirror, url, progress)) for url in DATA_MIRRORS]
-    places += [(host(url), partial(_from_deb, url, progress)) for url in DEBIAN_MIRRORS]
+    places += [(host_of(url), partial(_from_mirror, url, progress)) for url in DATA_MIRRORS]
+    places += [(host_of(url), partial(_from_deb, url, progress)) for url in DEBIAN_MIRRORS]
     places += [("apt-get", _from_apt)]
     tried = []
     for place, serve in places:
         try:
-            for name, data in serve(missing(folder)):
+            for name, data in serve(missing_files(folder)):
                 write_bytes(folder / name, data)
         except MirrorError as error:
             tried.append(f"{place}: {error}")
-        if not missing(folder):
+        if not missing_files(folder):
             return
     do = f"put {', '.join(f'{name}.gz' for name in _DATA_FILES)} into a folder and give it as --data-from"
     raise AttireError("Fashion-MNIST", "cannot be fetched from anywhere", "; ".join(tried), do)

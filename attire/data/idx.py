@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attire.errors import AttireError
-from attire.storage.formats import name_format, opened
+from attire.storage.formats import name_format, open_input
 
 _Kind = Literal["images", "labels"]
 _MAGICS: dict[bytes, _Kind] = {b"\x00\x00\x08\x03": "images", b"\x00\x00\x08\x01": "labels"}
@@ -30,7 +30,7 @@ def _read_idx(path: str | Path, kind: _Kind | None = None) -> NDArray[np.uint8]:
     Raises AttireError for a header, size, compression or `kind` that is not as it must be.
     """
     path = Path(path)
-    with opened(path) as file:
+    with open_input(path) as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         packed = file.read(2) == b"\x1f\x8b"
@@ -96,7 +96,7 @@ def _refuse_magic(path: Path, magic: bytes, stream: io.BufferedIOBase) -> None:
     raise AttireError(path, f"{found or 'not an IDX file'}, expected IDX images or labels", where)
 
 
-def read_idx_pair(images: str | Path, labels: str | Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def read_pair(images: str | Path, labels: str | Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images (N, 28, 28) uint8 and labels (N,) int64 of two files that belong together."""
     labels_read = _read_idx(labels, "labels").astype(np.int64)  # the small file first: swapped files are told at once
     images_read = _read_idx(images, "images")
@@ -126,12 +126,12 @@ def _find_file(folder: Path, prefix: str, kind: str) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def partner(path: Path) -> tuple[Path, Path] | None:
+def find_partner(path: Path) -> tuple[Path, Path] | None:
     """(images, labels) for one IDX file by its name, the other file standing beside it; None for another name."""
     found = _NAME.search(path.name)
     if not found:
         return None
-    with opened(path):  # that this one is missing comes before its partner
+    with open_input(path):  # that this one is missing comes before its partner
         pass
     start, kind = path.name[: found.start()], found[1]
     other = "labels" if kind == "images" else "images"

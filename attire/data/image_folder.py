@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from attire.data.pictures import SHOULD, SUFFIXES, read_image
+from attire.data.pictures import EXPECTED_FORMATS, SUFFIXES, read_image
 from attire.errors import AttireError, one_line
 
 
-def read_folder(
+def read_class_folders(
     folder: str | Path,
     classes: Sequence[str] | None = None,
     read: Callable[[Path], NDArray[np.uint8]] = read_image,
@@ -21,8 +21,8 @@ def read_folder(
     "_" on disk. Hidden files are passed over; any other file that is not a picture is an AttireError.
     """
     folder = Path(folder)
-    found = [entry.name for entry in visible(folder)]
-    for entry in visible(folder):
+    found = [entry.name for entry in list_visible(folder)]
+    for entry in list_visible(folder):
         if not entry.is_dir():
             raise AttireError(entry, "lies outside the class folders", do="put it into the folder of its class")
     names = tuple(classes or found)
@@ -39,18 +39,18 @@ def read_folder(
 
 
 def _pictures(folder: Path) -> list[Path]:
-    paths = visible(folder)
+    paths = list_visible(folder)
     if not paths:
-        raise AttireError(folder, "no pictures in this class", do=f"{SHOULD} or more")
+        raise AttireError(folder, "no pictures in this class", do=f"{EXPECTED_FORMATS} or more")
     for path in paths:
         if path.is_dir():
             raise AttireError(path, "a folder inside a class folder", do="pictures lie directly in their class folder")
         if path.suffix.lower() not in SUFFIXES:
-            raise AttireError(path, "not a picture by its name", do=SHOULD)
+            raise AttireError(path, "not a picture by its name", do=EXPECTED_FORMATS)
     return paths
 
 
-def visible(folder: Path) -> list[Path]:
+def list_visible(folder: Path) -> list[Path]:
     """What lies in a folder, sorted by name, without hidden entries."""
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))

@@ -11,16 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attire.data import csv_table, idx, image_folder, parquet, photos
-from attire.data.dataset import (
-    OFFICIAL,
-    ImageDataset,
-    Part,
-    Splits,
-    check_classes,
-    check_part,
-    count_shared,
-    split_indices,
-)
+from attire.data.dataset import FASHION_MNIST, ImageDataset, SplitName, Splits, check_classes, check_test_size, count_shared_images, split_indices
 from attire.data.table_cache import read_table
 from attire.errors import AttireError, AttireWarning, UsageError, one_line
 from attire.recipes import Recipe
@@ -36,7 +27,7 @@ _Reader = Callable[[Sequence[str] | None], ImageDataset]
 
 
 def load_dataset(
-    data: str | Path | None = None, *, part: Part = "train", classes: Sequence[str] | None = None
+    data: str | Path | None = None, *, part: SplitName = "train", classes: Sequence[str] | None = None
 ) -> ImageDataset:
     """Every image of a CSV file, an IDX file (its partner beside it), Parquet files or a folder; None is the official
     data. A URL stands for the copy of what it names, see `objects.local`.
@@ -83,7 +74,7 @@ def load_splits(
     if not np.ptp(found):
         what = f"every training image has the label {found[0]}, {everything.classes[found[0]]}"
         raise AttireError(everything.source, what, do="training needs at least two classes")
-    shared = count_shared(everything.images, held_out.images, rows, test_rows)
+    shared = count_shared_images(everything.images, held_out.images, rows, test_rows)
     if shared:
         what = f"{shared:,} of {len(test_rows):,} test images also stand in the training set"
         line = f"{one_line(held_out.source)}: {what}; the measured accuracy will be too high"
@@ -93,12 +84,12 @@ def load_splits(
 
 def find_readers(data: str | Path | None) -> dict[str, _Reader]:
     """Who reads what: {"train": ..., "test": ...} where the source has both parts, else one of them or "all"."""
-    if data is None or data == OFFICIAL:
+    if data is None or data == FASHION_MNIST:
         from attire.data.fashion_mnist import official_data  # only this needs the network code
 
         folder = official_data()
-        return {part: partial(_read_idx_folder, folder, part, source=OFFICIAL) for part in ("train", "test")}
-    path = url_copies.local(data)
+        return {part: partial(_read_idx_folder, folder, part, source=FASHION_MNIST) for part in ("train", "test")}
+    path = url_copies.local_copy(data)
     readers = _path_readers(path)
     if is_url(data):
         return {part: partial(_named, reader, path, str(data)) for part, reader in readers.items()}
@@ -109,8 +100,8 @@ def _path_readers(path: Path) -> dict[str, _Reader]:
     if is_folder(path):
         return _folder_readers(path)
     if parquet.is_parquet(path):
-        return {"all": partial(_read_parquet, parquet.paths(path))}
-    if pair := idx.partner(path):
+        return {"all": partial(_read_parquet, parquet.find_files(path))}
+    if pair := idx.find_partner(path):
         return {"all": partial(_read_idx_pair, *pair)}
     return {"all": partial(_read_csv, path)}
 
@@ -132,7 +123,7 @@ def _folder_readers(folder: Path) -> dict[str, _Reader]:
     parts = [part for part in ("train", "test") if idx.find_pair(folder, part)]
     if parts:
         return {part: partial(_read_idx_folder, folder, part) for part in parts}
-    entries = image_folder.visible(folder)
+    entries = image_folder.list_visible(folder)
     csvs = [entry for entry in entries if entry.suffix.lower() == ".csv"]
     if csvs:
         named = {part: [path for path in csvs if path.stem.endswith(part)] for part in ("train", "test")}
@@ -149,7 +140,7 @@ def _folder_readers(folder: Path) -> dict[str, _Reader]:
             raise AttireError(other, "a third part beside train and test", do="give one part's pattern instead")
         return {part: partial(_read_parquet, found) for part, found in both.items()}
     names = {entry.name for entry in entries if entry.is_dir()}
-    if {"train", "test"} <= names and not all(entry.is_file() for entry in image_folder.visible(folder / "train")):
+    if {"train", "test"} <= names and not all(entry.is_file() for entry in image_folder.list_visible(folder / "train")):
         if extra := sorted(names - {"train", "test"}):
             raise AttireError(folder / extra[0], "a third part beside train and test", do="merge it into train")
         return {part: partial(_read_image_folder, folder / part) for part in ("train", "test")}
@@ -176,7 +167,7 @@ def write_csv(dataset: ImageDataset, path: str | Path) -> None:
 
 def _read_idx_pair(images: str | Path, labels: str | Path, classes: Sequence[str] | None = None) -> ImageDataset:
     """Two IDX files, plain or .gz, that belong together; see `read_idx`."""
-    return ImageDataset(*idx.read_idx_pair(images, labels), check_classes(classes), Path(images).name)
+    return ImageDataset(*idx.read_pair(images, labels), check_classes(classes), Path(images).name)
 
 
 def _read_idx_folder(
@@ -187,13 +178,13 @@ def _read_idx_folder(
     if pair is None:
         raise AttireError(folder, f"no {idx.PREFIXES[part]}-images-idx3-ubyte (or .gz)")
     names = check_classes(classes)
-    return ImageDataset(*idx.read_idx_pair(*pair), names, source or pair[0].name)
+    return ImageDataset(*idx.read_pair(*pair), names, source or pair[0].name)
 
 
 def _read_image_folder(folder: str | Path, classes: Sequence[str] | None = None) -> ImageDataset:
     """`<folder>/<class name>/*.png|jpg|jpeg|webp|bmp`, each as predictions see it: `photos.prepare`."""
     names = None if classes is None else check_classes(classes)
-    found = image_folder.read_folder(folder, names, lambda path: photos.prepare(path).image)
+    found = image_folder.read_class_folders(folder, names, lambda path: photos.prepare(path).image)
     return ImageDataset(*found, Path(folder).name)
 
 
@@ -215,7 +206,7 @@ class DataChoice:
     classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_part(self.test_size)
+        check_test_size(self.test_size)
 
     def load(self, recipe: Recipe) -> Splits:
         return load_splits(

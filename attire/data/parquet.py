@@ -22,16 +22,16 @@ from attire.data import photos, table_cache
 from attire.data.csv_table import Table, joined
 from attire.errors import AttireError, AttireWarning, one_line
 from attire.storage import files, url_copies
-from attire.storage.stores import StorageLocation, is_url, place
+from attire.storage.stores import StorageLocation, is_url, open_location
 from attire.version import __version__
 
 SUFFIX = ".parquet"
-IMAGE, _LABEL = "image", "label"
+IMAGE_COLUMN, _LABEL = "image", "label"
 _SIDE = 28
 _ROWS = 512  # of a batch at most
 _BATCH_BYTES = 32 * 2**20  # of a batch, about: photographs of 5 MB come six at a time
 _READ = 4 * 2**20  # bytes a read: neither a row group in memory, nor a request to a store for every page
-THREADS = min(8, os.cpu_count() or 1)  # decode pictures, which Pillow does beside the interpreter
+DECODE_THREADS = min(8, os.cpu_count() or 1)  # decode pictures, which Pillow does beside the interpreter
 _VERSION = 1  # of what is kept of a file
 
 
@@ -52,12 +52,12 @@ class ParquetSource:
             file = pq.ParquetFile(opened, buffer_size=_READ, page_checksum_verification=True)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise AttireError(self, "not a Parquet file, or cut off", do="get the file again") from error
-        kind = file.schema_arrow.field(IMAGE).type if IMAGE in file.schema_arrow.names else None
+        kind = file.schema_arrow.field(IMAGE_COLUMN).type if IMAGE_COLUMN in file.schema_arrow.names else None
         if kind is not None and pa.types.is_struct(kind):
             kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else None
         if kind is None or not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
             found = ", ".join(file.schema_arrow.names[:8])
-            raise AttireError(self, f"no column {IMAGE} of picture bytes", f"its columns: {found}"[:160])
+            raise AttireError(self, f"no column {IMAGE_COLUMN} of picture bytes", f"its columns: {found}"[:160])
         return file
 
     @property
@@ -100,22 +100,22 @@ def _damage(source: ParquetSource, where: str) -> Iterator[None]:
         raise AttireError(source, "damaged, or its store fell silent", where, one_line(str(error))[:100]) from error
 
 
-def sources(where: str | Path) -> list[ParquetSource]:
+def find_sources(where: str | Path) -> list[ParquetSource]:
     """The Parquet files that a path, a folder, a pattern or a URL of these names, in the order of their names."""
     text = str(where)
     if is_url(text) and not text.startswith("file:"):
-        found = url_copies.listed(text)
+        found = url_copies.list_objects(text)
         if any(isinstance(one, url_copies.HttpFile) for one in found.values()):
-            return [ParquetSource(place(url_copies.local(text)))]
+            return [ParquetSource(open_location(url_copies.local_copy(text)))]
         places = [one.place for one in found.values() if isinstance(one, url_copies.StoredObject)]
         chosen = [at for at in places if at.path.lower().endswith(SUFFIX)]
         if not chosen:
             raise AttireError(text, f"no {SUFFIX} files there")
         return [ParquetSource(at) for at in chosen]
-    return [ParquetSource(place(path)) for path in paths(url_copies.local(text))]
+    return [ParquetSource(open_location(path)) for path in find_files(url_copies.local_copy(text))]
 
 
-def paths(where: Path) -> list[Path]:
+def find_files(where: Path) -> list[Path]:
     """The files of `sources`, of a path on this machine."""
     if where.is_dir():
         found = sorted(path for path in where.iterdir() if path.suffix.lower() == SUFFIX and path.name[0] != ".")
@@ -138,13 +138,13 @@ def is_parquet(where: str | Path) -> bool:
 
 def image_bytes(batch: Any) -> list[bytes | None]:
     """The column of pictures of a record batch."""
-    column = batch.column(batch.schema.get_field_index(IMAGE))
+    column = batch.column(batch.schema.get_field_index(IMAGE_COLUMN))
     column = pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
     found: list[bytes | None] = column.to_pylist()
     return found
 
 
-def prepared(data: bytes | None, source: ParquetSource, row: int) -> NDArray[np.uint8]:
+def prepare_image(data: bytes | None, source: ParquetSource, row: int) -> NDArray[np.uint8]:
     """(28, 28) as predictions see it. Raises AttireError that names file and row, counted from 1."""
     if data is None:
         what = "no picture bytes, expected those of a PNG, JPEG, WebP or BMP file"
@@ -166,17 +166,17 @@ def read_table(paths: Sequence[Path], classes: Sequence[str] | None = None) -> t
     Integer labels have their names from Hugging Face's metadata; text labels are the names, sorted, or `classes`.
     Raises AttireError with file and row for whatever is not a labelled picture.
     """
-    parts = [ParquetSource(place(path)) for path in paths]
+    parts = [ParquetSource(open_location(path)) for path in paths]
     coding = _LabelEncoder(parts, None if classes is None else tuple(classes))
     key = {"parquet": [_file_digest(path) for path in paths], "classes": coding.names, "version": _VERSION}
     kept = (
         table_cache.folder()
         / f"{files.sha256(files.canonical_json({**key, 'attire': __version__}))[:32]}{table_cache.SUFFIX}"
     )
-    table = table_cache.stored(kept, "Parquet files")
+    table = table_cache.open_copy(kept, "Parquet files")
     if table is None:
         try:
-            table = table_cache.written(_tables(parts, coding), lambda: kept)
+            table = table_cache.write_copy(_tables(parts, coding), lambda: kept)
         except AttireError as error:
             if error.subject in {str(part) for part in parts}:
                 raise
@@ -192,18 +192,18 @@ def _file_digest(path: Path) -> str:
     try:
         return files.sha256_file(path)
     except OSError as error:
-        raise files.cannot("read", path, error) from error
+        raise files.io_error("read", path, error) from error
 
 
 def _tables(parts: Sequence[ParquetSource], coding: "_LabelEncoder") -> Iterator[Table]:
     """Rows in the order of the files, a batch at a time."""
-    with ThreadPoolExecutor(THREADS, "decode") as pool:
+    with ThreadPoolExecutor(DECODE_THREADS, "decode") as pool:
         for part in parts:
             row = 1
-            for batch in part.batches([IMAGE, _LABEL]):
+            for batch in part.batches([IMAGE_COLUMN, _LABEL]):
                 labels = coding.codes(part, batch, row)
                 numbers = range(row, row + len(batch))
-                images = list(pool.map(prepared, image_bytes(batch), [part] * len(batch), numbers))
+                images = list(pool.map(prepare_image, image_bytes(batch), [part] * len(batch), numbers))
                 yield Table(np.stack(images).reshape(len(batch), _SIDE * _SIDE), labels)
                 row += len(batch)
 

@@ -59,7 +59,7 @@ class Steps:
 
 
 @dataclass(frozen=True, eq=False)
-class _Photo:
+class _PreparedPhoto:
     """What `prepare` made of a picture.
 
     image: (28, 28) uint8, light on black, what the model sees; original: RGB, upright, transparency filled;
@@ -74,7 +74,7 @@ class _Photo:
     kind: str
 
 
-def prepare(source: str | Path | bytes, name: str = "picture", steps: Steps | None = None) -> _Photo:
+def prepare(source: str | Path | bytes, name: str = "picture", steps: Steps | None = None) -> _PreparedPhoto:
     """Any PNG, JPEG, WebP or BMP picture as Fashion-MNIST would show it; `name` stands for it in errors.
 
     The steps are those of the data set (Xiao et al. 2017, section 2): trim what has the corners' colour, fit the longer
@@ -101,12 +101,12 @@ def prepare(source: str | Path | bytes, name: str = "picture", steps: Steps | No
     values = _tone(_luma(colours), _luma(ground), light)  # (h, w), 0 to 255, the background 0
     if flat.ndim == 3:  # a glow that the surface does not follow is no garment
         mask = _without_specks(mask & (values > 0), steps.specks)
-    box, image = rendered(values, mask, steps)
+    box, image = render(values, mask, steps)
     crop = _scaled(box, small.size, original.size)
-    return _Photo(image, original, crop, "light on dark" if light else "dark on light", "photo")
+    return _PreparedPhoto(image, original, crop, "light on dark" if light else "dark on light", "photo")
 
 
-def rendered(values: _Floats, mask: _Mask, steps: Steps) -> tuple[_Box, Grey]:
+def render(values: _Floats, mask: _Mask, steps: Steps) -> tuple[_Box, Grey]:
     """The crop, and the garment in it as (28, 28), of distances from the background (h, w) and where the garment is.
 
     `drawings` sends what it draws through here too.
@@ -157,12 +157,12 @@ def _is_grey(picture: Image.Image) -> bool:
     return bool(max(np.abs(red - green).max(), np.abs(blue - green).max()) <= 2)  # JPEG may round channels apart
 
 
-def _as_it_is(picture: Image.Image) -> _Photo:
+def _as_it_is(picture: Image.Image) -> _PreparedPhoto:
     """The middle of the four corners tells the polarity; it is right for all 60,000 training images."""
     image = np.array(picture.convert("L"))
     dark = bool(np.median(image[[0, 0, -1, -1], [0, -1, 0, -1]]) > 127)
     polarity = "dark on light" if dark else "light on dark"
-    return _Photo(255 - image if dark else image, picture, (0, 0, SIDE, SIDE), polarity, "as it is")
+    return _PreparedPhoto(255 - image if dark else image, picture, (0, 0, SIDE, SIDE), polarity, "as it is")
 
 
 def _shrunk(picture: Image.Image) -> Image.Image:
@@ -358,7 +358,7 @@ def _scaled(box: _Box, small: tuple[int, int], full: tuple[int, int]) -> _Box:
     return int(box[0] * x), int(box[1] * y), right, bottom
 
 
-def strip(photo: _Photo, height: int = 224) -> bytes:
+def comparison_strip(photo: _PreparedPhoto, height: int = 224) -> bytes:
     """A PNG of three pictures side by side: the original with its crop marked, the crop, what the model sees."""
     marked = photo.original.copy()
     line = max(1, max(marked.size) // 150)

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from attire.errors import AttireError, one_line
-from attire.storage.formats import is_text, name_format, opened
+from attire.storage.formats import is_text, name_format, open_input
 
 SIDE = 28
-SHOULD = "expected a PNG, JPEG, WebP or BMP picture"
+EXPECTED_FORMATS = "expected a PNG, JPEG, WebP or BMP picture"
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _MAX_BYTES = 256 << 20  # a file of 50 megapixels at 4 uncompressed bytes each, and its metadata
@@ -78,7 +78,7 @@ def decode_colour(source: str | Path | bytes, name: str = "picture") -> Image.Im
     checked as `read_image` says."""
     data, name = (source, name) if isinstance(source, bytes) else (_read_bytes(Path(source)), str(source))
     if not data:
-        raise AttireError(name, "empty file", do=SHOULD)
+        raise AttireError(name, "empty file", do=EXPECTED_FORMATS)
     with _damage(name, data), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         _check(name, image)
         if image.format == "PNG":  # load() leaves the checksums of pixel data alone, verify() leaves nothing else
@@ -89,10 +89,10 @@ def decode_colour(source: str | Path | bytes, name: str = "picture") -> Image.Im
 
 
 def _read_bytes(path: Path) -> bytes:
-    with opened(path) as file:
+    with open_input(path) as file:
         data = file.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
-        raise AttireError(path, f"larger than {_MAX_BYTES >> 20} MB", do=SHOULD)
+        raise AttireError(path, f"larger than {_MAX_BYTES >> 20} MB", do=EXPECTED_FORMATS)
     return data
 
 
@@ -108,7 +108,7 @@ def _damage(name: str, data: bytes) -> Iterator[None]:
             found = name_format(data[:4096]) or ("text" if is_text(data[:4096]) else "of no known format")
             if found in ("a PNG picture", "a JPEG picture", "a WebP picture"):
                 raise AttireError(name, f"{found}, damaged or cut off", do="get the file again") from error
-            raise AttireError(name, f"{found}, not a picture that can be read", do=SHOULD) from error
+            raise AttireError(name, f"{found}, not a picture that can be read", do=EXPECTED_FORMATS) from error
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise _too_large(name, "") from error
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...

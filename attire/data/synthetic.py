@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from attire.data.photos import Grey, Steps, rendered
+from attire.data.photos import Grey, Steps, render
 from attire.data.pictures import SIDE
 
 _Floats = NDArray[np.floating[Any]]
@@ -28,12 +28,12 @@ _LEAST = 20  # pixels of a garment; less is left as it is
 _STEPS = Steps()
 
 
-def drawn(images: Grey) -> Grey:
+def draw_garments(images: Grey) -> Grey:
     """Each of (n, 28, 28) in another manner: turned, wider, flared, in one to three shades, lined, lit from a side."""
     return np.stack([_draw(image, _generator(image, b"drawn")) for image in images])
 
 
-def strange(images: Grey) -> Grey:
+def draw_outliers(images: Grey) -> Grey:
     """For each of (n, 28, 28) something that is none of the classes: its pieces in wrong places, or random shapes."""
     return np.stack([_estrange(image, _generator(image, b"strange")) for image in images])
 
@@ -60,7 +60,7 @@ def _draw(image: Grey, rng: _Rng) -> Grey:
     found = _lined(found, values, cloth, rng)
     if rng.random() < 0.3:
         found = found * _lit(rng, _SHEET)
-    return rendered(found.clip(0, 255), cloth, _STEPS)[1]
+    return render(found.clip(0, 255), cloth, _STEPS)[1]
 
 
 def _enlarged(image: Grey, rng: _Rng) -> _Floats:
@@ -211,4 +211,4 @@ def _around(x: float, y: float, angles: _Floats, radii: _Floats, stretch: float 
 def _fitted(values: _Floats) -> Grey | None:
     """(28, 28) as predictions see it; None where next to nothing is."""
     seen = values > 8
-    return rendered(values.astype(float), seen, _STEPS)[1] if seen.sum() >= _LEAST else None
+    return render(values.astype(float), seen, _STEPS)[1] if seen.sum() >= _LEAST else None

@@ -14,7 +14,7 @@ from attire.data.csv_table import Table, in_range, joined, read_parts, wrong_lab
 from attire.errors import AttireError, AttireWarning
 from attire.storage import files
 from attire.storage.files import canonical_json
-from attire.storage.formats import opened
+from attire.storage.formats import open_input
 
 _LEAST = 8 * 2**20  # bytes; a smaller file is parsed in less than a tenth of a second, and not kept
 _VERSION = 1  # of the form below and of what `tables` accepts: raise it when either changes
@@ -31,12 +31,12 @@ def read_table(path: str | Path, class_count: int = 10, labelled: bool = True) -
     Raises AttireError as `tables.read_frame` does.
     """
     path = Path(path)
-    with opened(path) as file:
+    with open_input(path) as file:
         if not file.seekable() or _size_of(file) < _LEAST:
             return joined(read_parts(path, file, class_count, labelled))
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(0)
-        table = stored(_copy_path(digest), "a CSV file")
+        table = open_copy(_copy_path(digest), "a CSV file")
         if table is None or (labelled and table.labels is None):  # that is for the parser to refuse
             table = _kept(path, file, class_count, labelled)
     if table.labels is not None and not in_range(table.labels, class_count):
@@ -60,12 +60,12 @@ def _copy_path(digest: str) -> Path:
     return folder() / (files.sha256(canonical_json({"csv": digest, "version": _VERSION}))[:32] + SUFFIX)
 
 
-def stored(path: Path, what: str) -> Table | None:
+def open_copy(path: Path, what: str) -> Table | None:
     """The copy, when there is a sound one."""
     try:
         if not path.exists():
             return None
-        if files.is_sound(path):
+        if files.has_valid_seal(path):
             return _mapped(path)
     except (OSError, AttireError):
         return None  # a cache that cannot be read is as good as none
@@ -82,7 +82,7 @@ def _kept(path: Path, file: IO[bytes], class_count: int, labelled: bool) -> Tabl
     found = hashlib.sha256()
     try:
         parts = read_parts(path, file, class_count, labelled, found.update)
-        return written(parts, lambda: _copy_path(found.hexdigest()))
+        return write_copy(parts, lambda: _copy_path(found.hexdigest()))
     except (AttireError, OSError) as error:
         if isinstance(error, AttireError) and error.subject == str(path):
             raise
@@ -92,10 +92,10 @@ def _kept(path: Path, file: IO[bytes], class_count: int, labelled: bool) -> Tabl
     return joined(read_parts(path, file, class_count, labelled))
 
 
-def written(parts: Iterator[Table], place: Callable[[], Path]) -> Table:
+def write_copy(parts: Iterator[Table], place: Callable[[], Path]) -> Table:
     """Write a copy of these rows; its place is asked for once they have all come."""
     new = folder() / f"{os.getpid()}-{id(parts)}.new"
-    with files.sealed(new) as out:
+    with files.sealed_file(new) as out:
         labels, rows = [], 0
         for table in parts:
             out.write(np.ascontiguousarray(table.pixels).data)

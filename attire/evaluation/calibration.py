@@ -14,11 +14,11 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 BINS = 15  # equal-width bins on the top probability, as Guo et al. 2017 use
-_TEMPERATURES = (0.05, 20.0)  # a faultless validation set would otherwise drive the temperature to zero
+_TEMPERATURES = (0.05, 20.0)  # bounds: a faultless validation set would otherwise drive the temperature to zero
 
 
 @dataclass(frozen=True)
-class Bin:
+class ReliabilityBin:
     """One bar of the reliability diagram; confidence and accuracy are NaN where `count` is 0."""
 
     low: float
@@ -29,14 +29,15 @@ class Bin:
 
 
 def softmax(logits: ArrayLike, temperature: float = 1.0) -> Floats:
-    """Probabilities (n, K) of logits (n, K), in double precision whatever came in."""
+    """Probabilities (n, K) float64 of logits (n, K) of any precision."""
     return np.asarray(scipy_softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=-1))
 
 
 def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     """The temperature that minimises the log loss of softmax(logits / T): Guo et al. 2017, on validation data only.
 
-    The loss is convex in 1 / T, so it has one minimum; it is sought in log T between 0.05 and 20.
+    logits (n, K), labels (n,). The loss is convex in 1 / T, so it has one minimum; the search runs over log T between
+    0.05 and 20. Raises AttireError for shapes or values that do not fit.
     """
     from scipy.optimize import minimize_scalar  # takes half a second, and only fitting needs it
 
@@ -53,21 +54,26 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=np.log(_TEMPERATURES), method="bounded").x))
 
 
-def row_gaps(top: Floats, hit: NDArray[np.bool_]) -> tuple[Ints, Floats]:
-    """The calibration bin of each row, ((b) / BINS, (b + 1) / BINS], and its confidence minus its correctness."""
-    return np.clip(np.ceil(top * BINS).astype(np.int64) - 1, 0, BINS - 1), top - hit
+def calibration_gaps(confidence: Floats, correct: NDArray[np.bool_]) -> tuple[Ints, Floats]:
+    """Of each row (n,): its bin b, for confidences in (b / BINS, (b + 1) / BINS], and confidence minus correctness."""
+    return np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1), confidence - correct
 
 
-def reliability_bins(top: Floats, hit: NDArray[np.bool_]) -> tuple[Bin, ...]:
-    index, _ = row_gaps(top, hit)
+def reliability_bins(confidence: Floats, correct: NDArray[np.bool_]) -> tuple[ReliabilityBin, ...]:
+    """All BINS bars of the diagram. confidence (n,): the top probability of each row; correct (n,)."""
+    index, _ = calibration_gaps(confidence, correct)
     count = np.bincount(index, minlength=BINS)
     with np.errstate(invalid="ignore"):
-        confidence, accuracy = np.bincount(index, top, BINS) / count, np.bincount(index, hit, BINS) / count
-    bars = zip(count, confidence, accuracy, strict=True)
-    return tuple(Bin(b / BINS, (b + 1) / BINS, int(c), float(p), float(a)) for b, (c, p, a) in enumerate(bars))
+        means = np.bincount(index, confidence, BINS) / count
+        accuracies = np.bincount(index, correct, BINS) / count
+    bars = zip(count, means, accuracies, strict=True)
+    return tuple(
+        ReliabilityBin(b / BINS, (b + 1) / BINS, int(c), float(p), float(a)) for b, (c, p, a) in enumerate(bars)
+    )
 
 
 def check_labels(y: NDArray[Any], k: int) -> None:
+    """Raise AttireError where labels (n,) are not whole numbers from 0 to k - 1."""
     if not np.issubdtype(y.dtype, np.integer):
         raise AttireError("labels", f"expected whole numbers, found {y.dtype}")
     outside = (y < 0) | (y >= k)

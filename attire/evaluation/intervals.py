@@ -1,4 +1,4 @@
-"""Proportions with 95 % intervals, a claim against a measurement, and two classifiers on the same rows."""
+"""95 % confidence intervals of proportions, a claim tested against a measurement, two models on the same rows."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +13,7 @@ _WILSON = "Wilson 95 %"
 
 @dataclass(frozen=True)
 class Interval:
-    """A measured value with its 95 % interval; all three are NaN where the value is undefined (n = 0)."""
+    """A measured value and the bounds of its 95 % confidence interval; all NaN where it is undefined (n = 0)."""
 
     value: float
     low: float
@@ -37,30 +37,29 @@ class Interval:
         """The bounds alone, in percent: '94.0-94.9'."""
         return "-" if np.isnan(self.low) else f"{100 * self.low:.1f}-{100 * self.high:.1f}"
 
+    def __neg__(self) -> "Interval":
+        """A difference seen from the other side."""
+        return Interval(-self.value, -self.high, -self.low, self.n, self.method)
+
     def points(self) -> str:
         """A difference of two proportions: '+0.9 points (+0.5 to +1.3)'."""
         return f"{100 * self.value:+.1f} points ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
 
-    def plain(self, digits: int = 3) -> str:
-        """For what is not a proportion: '0.162   (0.150-0.175)'."""
-        return f"{self.value:.{digits}f}   ({self.low:.{digits}f}-{self.high:.{digits}f})"
-
     def to_json(self) -> dict[str, Any]:
-        """Undefined values become null, which `from_json` reads back."""
+        """Undefined values as null, which `from_json` reads back."""
         return {key: None if value != value else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Interval":
-        figure, low, high = (float("nan") if value[key] is None else value[key] for key in ("value", "low", "high"))
-        return cls(figure, low, high, value["n"], value["method"])
+        return cls(**{key: float("nan") if item is None else item for key, item in value.items()})
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claimed accuracy beside the measured one, and the two-sided exact binomial p-value.
+    """A claimed accuracy beside the measured one, and the p-value of the two-sided exact binomial test.
 
-    The verdict is "confirmed", "not confirmed" (measured below, p < 0.05), "exceeded" (measured above, p < 0.05), or
-    "undecided": too few rows to tell the claim from a point more or less.
+    The verdict is "not confirmed" (measured below, p < 0.05), "exceeded" (measured above, p < 0.05), "confirmed", or
+    "undecided" where the rows are too few to tell the claim from a percentage point more or less.
     """
 
     claimed: float
@@ -81,13 +80,13 @@ class Claim:
 
 
 def _binomial(correct: int, n: int, expected: float = 0.5) -> Any:
-    from scipy.stats import binomtest  # takes a third of a second, and predicting needs none of it
+    from scipy.stats import binomtest  # takes a third of a second to import, and predicting needs none of it
 
     return binomtest(int(correct), int(n), expected)
 
 
 def wilson(correct: int, n: int) -> Interval:
-    """The proportion `correct` of `n` with Wilson's score interval (1927); undefined, as NaN, for n = 0."""
+    """The proportion `correct` / `n` with Wilson's score interval (1927); undefined (NaN) for n = 0."""
     if not 0 <= correct <= n:
         raise AttireError("wilson", f"expected 0 <= correct <= n, found {correct} of {n}")
     if n == 0:
@@ -109,13 +108,16 @@ def check_claim(correct: int, n: int, claimed: float = 0.98) -> Claim:
 
 
 def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> float:
-    """McNemar's exact two-sided p-value (1947) that a and b, on the same rows, are right equally often."""
+    """The exact two-sided p-value of McNemar's test (1947) that a and b are right equally often.
+
+    correct_a, correct_b: (n,), whether each model is right on each of the same rows.
+    """
     only_a, only_b, _ = discordant(correct_a, correct_b)
     return float(_binomial(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike, resamples: int = 1000, seed: int = 0) -> Interval:
-    """Accuracy of b minus accuracy of a on the same rows, bootstrapped over rows.
+    """Accuracy of b minus accuracy of a on the same rows (n,), with a bootstrap interval over rows.
 
     A row contributes +1, -1 or 0, so resampling rows is one multinomial draw of those three counts.
     """
@@ -132,6 +134,11 @@ def discordant(correct_a: ArrayLike, correct_b: ArrayLike) -> tuple[int, int, in
     if a.ndim != 1 or a.shape != b.shape or not len(a):
         raise AttireError("compare", f"expected the same rows twice, found {a.shape} and {b.shape}")
     return int((a & ~b).sum()), int((~a & b).sum()), len(a)
+
+
+def percent(share: float) -> str:
+    """'94.5 %', or 'undefined' for NaN."""
+    return "undefined" if share != share else f"{100 * share:.1f} %"
 
 
 def p_text(p_value: float) -> str:

@@ -1,4 +1,4 @@
-"""How good, and how sure: metrics with 95 % intervals from (probabilities, labels). No torch, no files."""
+"""Metrics with 95 % confidence intervals, of probabilities and labels. No torch, no files."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -10,21 +10,21 @@ from numpy.typing import ArrayLike
 from attire.errors import AttireError
 from attire.evaluation.calibration import (
     BINS,
-    Bin,
     Floats,
     Ints,
+    ReliabilityBin,
+    calibration_gaps,
     check_labels,
     reliability_bins,
-    row_gaps,
 )
-from attire.evaluation.intervals import Interval, wilson
+from attire.evaluation.intervals import Interval, percent, wilson
 
 _SMALLEST = float(np.finfo(np.float64).eps)  # log loss of a zero probability stays finite; scikit-learn's choice
 
 
 @dataclass(frozen=True)
 class _ClassScore:
-    """One class: its rows in the set, and precision, recall (Wilson) and F1 (bootstrap)."""
+    """One class: its rows in the set; precision and recall (Wilson), F1 (bootstrap)."""
 
     name: str
     support: int
@@ -34,8 +34,8 @@ class _ClassScore:
 
 
 @dataclass(frozen=True)
-class _Confused:
-    """`count` rows of class `true` were called `predicted`: `share` of that class."""
+class _ConfusedPair:
+    """`count` rows of class `true` were predicted as `predicted`: the fraction `share` of that class."""
 
     true: str
     predicted: str
@@ -45,10 +45,10 @@ class _Confused:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Every figure of one set of rows.
+    """Every figure of n rows and their predictions; each `Interval` is a 95 % confidence interval.
 
     `confusion` is (K, K), rows the true class. `brier` is the sum over classes (0 to 2, Brier 1950), `log_loss`
-    in nats. Averages over classes leave out a class for which the figure is undefined.
+    in nats. Averages over classes leave out the classes for which the figure is undefined.
     """
 
     classes: tuple[str, ...]
@@ -64,13 +64,23 @@ class Evaluation:
     confusion: Ints
     per_class: tuple[_ClassScore, ...]
     one_vs_rest_accuracy: float
-    most_confused: tuple[_Confused, ...]
-    reliability: tuple[Bin, ...]
+    most_confused: tuple[_ConfusedPair, ...]
+    reliability: tuple[ReliabilityBin, ...]
 
     @property
     def hardest(self) -> _ClassScore:
         """The class with the lowest recall among those that occur."""
         return min((score for score in self.per_class if score.support), key=lambda score: score.recall.value)
+
+    def describe_hardest(self) -> str:
+        """'Shirt 83.1 % (13.0 % called T-shirt/top)'."""
+        score = self.hardest
+        errors = self.confusion[self.classes.index(score.name)].copy()
+        errors[self.classes.index(score.name)] = 0
+        text = f"{score.name} {percent(score.recall.value)}"
+        if not errors.any():
+            return text
+        return f"{text} ({percent(errors.max() / score.support)} called {self.classes[errors.argmax()]})"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, undefined figures as null; `from_json` reads it back."""
@@ -97,12 +107,6 @@ class Evaluation:
             figures = {name: Interval.from_json(row[name]) for name in ("precision", "recall", "f1")}
             return _ClassScore(row["name"], row["support"], **figures)
 
-        def bar(row: dict[str, Any]) -> Bin:
-            confidence, accuracy = (
-                float("nan") if row[key] is None else row[key] for key in ("confidence", "accuracy")
-            )
-            return Bin(row["low"], row["high"], row["count"], confidence, accuracy)
-
         return cls(
             classes=tuple(value["classes"]),
             n=value["n"],
@@ -112,8 +116,8 @@ class Evaluation:
             confusion=np.array(value["confusion"], dtype=np.int64),
             per_class=tuple(score(row) for row in value["per_class"]),
             one_vs_rest_accuracy=value["one_vs_rest_accuracy"],
-            most_confused=tuple(_Confused(**row) for row in value["most_confused"]),
-            reliability=tuple(bar(row) for row in value["reliability"]),
+            most_confused=tuple(_ConfusedPair(**row) for row in value["most_confused"]),
+            reliability=tuple(ReliabilityBin(**_with_nan(row)) for row in value["reliability"]),
         )
 
 
@@ -123,32 +127,33 @@ _INTERVALS = ("balanced_accuracy", "top2", "macro_f1", "log_loss", "brier", "cal
 def evaluate(
     probabilities: ArrayLike, labels: ArrayLike, classes: Sequence[str], resamples: int = 1000, seed: int = 0
 ) -> Evaluation:
-    """Score probabilities (n, K) against labels (n,), class indices.
+    """Score probabilities (n, K) against labels (n,), the indices of the true classes.
 
-    Proportions get Wilson intervals, everything else a bootstrap over rows. Rows of `probabilities` must sum to 1
-    within 0.001 (half precision) and are scaled to sum to it exactly. Raises AttireError for anything else.
+    Proportions get Wilson's interval, all other figures a bootstrap interval over rows, drawn with `seed`. Rows of
+    `probabilities` must sum to 1 within 0.001 (half precision) and are scaled to sum to it exactly. Raises AttireError
+    for anything else.
     """
     p, y = _checked(probabilities, labels, len(classes))
     n, k = p.shape
     order = np.argsort(-p, axis=1, kind="stable")  # (n, K), the predicted class first; ties go to the lower index
-    hit = order[:, 0] == y
-    rows = _Rows(y * k + order[:, 0], *_row_losses(p, y), *row_gaps(p.max(axis=1), hit), k)
-    confusion = rows.confusion(np.ones(n))
-    value, draws = rows.figures(np.ones(n)), np.array(list(rows.resampled(resamples, seed)))
-    scores = _bootstrap_intervals(value, draws, n)
-    correct = int(hit.sum())
+    is_correct = order[:, 0] == y
+    rows = _RowStatistics.of(p, y, order[:, 0])
+    confusion = rows.confusion(np.ones(n)).astype(np.int64)
+    values, draws = rows.figures(np.ones(n)), np.array(list(rows.bootstrap(resamples, seed)))
+    intervals = _bootstrap_intervals(values, draws, n)
+    correct = int(is_correct.sum())
     return Evaluation(
-        tuple(classes),
-        n,
-        correct,
+        classes=tuple(classes),
+        n=n,
+        correct=correct,
         accuracy=wilson(correct, n),
         top2=wilson(int((order[:, :2] == y[:, None]).any(axis=1).sum()), n),
-        **dict(zip(_BOOTSTRAPPED, scores, strict=False)),
-        confusion=confusion.astype(np.int64),
-        per_class=_class_scores(confusion.astype(np.int64), classes, scores[len(_BOOTSTRAPPED) :]),
-        one_vs_rest_accuracy=_one_vs_rest(n - correct, n, k),
-        most_confused=_confused_pairs(confusion.astype(np.int64), classes),
-        reliability=reliability_bins(p.max(axis=1), hit),
+        **dict(zip(_BOOTSTRAPPED, intervals, strict=False)),
+        confusion=confusion,
+        per_class=_class_scores(confusion, classes, intervals[len(_BOOTSTRAPPED) :]),
+        one_vs_rest_accuracy=_one_vs_rest_accuracy(n - correct, n, k),
+        most_confused=_confused_pairs(confusion, classes),
+        reliability=reliability_bins(p.max(axis=1), is_correct),
     )
 
 
@@ -156,7 +161,7 @@ _BOOTSTRAPPED = ("balanced_accuracy", "macro_f1", "log_loss", "brier", "calibrat
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _RowStatistics:
     """What the bootstrap needs of each row, so that a resample is one weight per row and a few sums."""
 
     cell: Ints  # (n,), true * K + predicted
@@ -166,11 +171,20 @@ class _Rows:
     gap: Floats  # (n,), top probability - (1 if correct else 0)
     k: int
 
+    @classmethod
+    def of(cls, p: Floats, y: Ints, predicted: Ints) -> "_RowStatistics":
+        """p: probabilities (n, K); y: labels (n,); predicted: classes (n,)."""
+        chosen = p[np.arange(len(y)), y]
+        log_loss = -np.log(np.clip(chosen, _SMALLEST, 1))
+        brier = np.square(p).sum(axis=1) - 2 * chosen + 1
+        bins, gap = calibration_gaps(p.max(axis=1), predicted == y)
+        return cls(y * p.shape[1] + predicted, log_loss, brier, bins, gap, p.shape[1])
+
     def confusion(self, weight: Floats) -> Floats:
         return np.bincount(self.cell, weight, self.k**2).astype(np.float64).reshape(self.k, self.k)
 
     def figures(self, weight: Floats) -> Floats:
-        """The figures of BOOTSTRAPPED, then F1 of each class, with row i counted `weight[i]` times: (5 + K,)."""
+        """The figures of _BOOTSTRAPPED, then F1 of each class, (5 + K,), where row i counts `weight[i]` times."""
         table = self.confusion(weight)
         with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that says undefined
             recall = table.diagonal() / table.sum(axis=1)
@@ -181,24 +195,25 @@ class _Rows:
         losses = ((weight * self.log_loss).sum() / n, (weight * self.brier).sum() / n)
         return np.array([np.nanmean(recall), np.nanmean(f1), *losses, calibration, *f1])
 
-    def resampled(self, resamples: int, seed: int) -> Iterator[Floats]:
+    def bootstrap(self, resamples: int, seed: int) -> Iterator[Floats]:
+        """The same figures of each resample: n rows drawn with replacement."""
         rng, n = np.random.default_rng(seed), len(self.cell)
         for _ in range(resamples):
             drawn = np.bincount(rng.integers(n, size=n, dtype=np.int32), minlength=n)
             yield self.figures(drawn.astype(np.float64))
 
 
-def _bootstrap_intervals(value: Floats, draws: Floats, n: int) -> list[Interval]:
+def _bootstrap_intervals(values: Floats, draws: Floats, n: int) -> list[Interval]:
     """Percentile intervals of each column of `draws` (resamples, figures).
 
     The binned calibration error is a sum of absolute values, so every resample overstates it, and its plain percentile
     interval can lie wholly above the value; its draws are first shifted by their mean excess.
     """
     method, shifted = f"bootstrap 95 % ({len(draws):,} resamples)", _BOOTSTRAPPED.index("calibration_error")
-    draws[:, shifted] = np.maximum(0, draws[:, shifted] - (draws[:, shifted].mean() - value[shifted]))
-    undefined = np.isnan(value)
+    draws[:, shifted] = np.maximum(0, draws[:, shifted] - (draws[:, shifted].mean() - values[shifted]))
+    undefined = np.isnan(values)
     low, high = np.nanquantile(np.where(undefined, 0, draws), (0.025, 0.975), axis=0)
-    bounds = np.where(undefined, np.nan, (value, low, high)).T  # (figures, 3)
+    bounds = np.where(undefined, np.nan, (values, low, high)).T  # (figures, 3)
     return [
         Interval(float(a), float(b), float(c), n, method + ", bias removed" if i == shifted else method)
         for i, (a, b, c) in enumerate(bounds)
@@ -225,12 +240,6 @@ def _checked(probabilities: ArrayLike, labels: ArrayLike, k: int) -> tuple[Float
     return p / total[:, None], y.astype(np.int64)
 
 
-def _row_losses(p: Floats, y: Ints) -> tuple[Floats, Floats]:
-    """Log loss and Brier score of each row: (n,), (n,)."""
-    chosen = p[np.arange(len(y)), y]
-    return -np.log(np.clip(chosen, _SMALLEST, 1)), np.square(p).sum(axis=1) - 2 * chosen + 1
-
-
 def _class_scores(confusion: Ints, classes: Sequence[str], f1: Sequence[Interval]) -> tuple[_ClassScore, ...]:
     right, support, called = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
     return tuple(
@@ -239,7 +248,7 @@ def _class_scores(confusion: Ints, classes: Sequence[str], f1: Sequence[Interval
     )
 
 
-def _one_vs_rest(errors: int, n: int, k: int) -> float:
+def _one_vs_rest_accuracy(errors: int, n: int, k: int) -> float:
     """The mean over classes of the accuracy of "is it this class or not".
 
     Each error is wrong in two of the K yes-or-no questions and right in the K - 2 others, so this is 1 - 2/K of the
@@ -249,13 +258,13 @@ def _one_vs_rest(errors: int, n: int, k: int) -> float:
     return 1 - 2 * errors / (n * k)
 
 
-def _confused_pairs(confusion: Ints, classes: Sequence[str], limit: int = 10) -> tuple[_Confused, ...]:
+def _confused_pairs(confusion: Ints, classes: Sequence[str], limit: int = 10) -> tuple[_ConfusedPair, ...]:
     """The off-diagonal cells with the most rows, largest first; cells with none are left out."""
     wrong, support = confusion - np.diag(confusion.diagonal()), confusion.sum(axis=1)
     ranked = np.argsort(-wrong, axis=None, kind="stable")[:limit]
     cells = [divmod(int(cell), len(classes)) for cell in ranked]
     return tuple(
-        _Confused(classes[i], classes[j], int(wrong[i, j]), float(wrong[i, j] / support[i]))
+        _ConfusedPair(classes[i], classes[j], int(wrong[i, j]), float(wrong[i, j] / support[i]))
         for i, j in cells
         if wrong[i, j]
     )
@@ -266,3 +275,8 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     return None if value != value else value
+
+
+def _with_nan(value: dict[str, Any]) -> dict[str, Any]:
+    """Undoes `_without_nan` for one level."""
+    return {key: float("nan") if item is None else item for key, item in value.items()}

@@ -6,11 +6,12 @@ from typing import Any
 
 import jinja2
 
+from attire.evaluation.intervals import percent
 from attire.storage.files import write_text
 
 
 def render(template: str, **values: Any) -> str:
-    """`attire/<template>`, such as `evaluation/report.html`, which extends `evaluation/base.html`.
+    """The page of template `attire/<template>`, such as `evaluation/report.html`, filled with these values.
 
     Equal values give equal pages. Text is escaped.
     """
@@ -23,7 +24,3 @@ def render(template: str, **values: Any) -> str:
 def write_page(path: Path, template: str, **values: Any) -> Path:
     write_text(path, render(template, **values))
     return path
-
-
-def percent(share: float) -> str:
-    return "undefined" if share != share else f"{100 * share:.1f} %"

@@ -50,7 +50,7 @@ def page(result: RunResult) -> str:
         methods=_methods(test),
         curves=list(_curves(result)),
         confusion=list(_shaded(test)),
-        reliability=_drawing(figures.reliability(test.reliability), "Reliability diagram"),
+        reliability=_drawing(figures.reliability_diagram(test.reliability), "Reliability diagram"),
         galleries=[(title, _gallery(result, rows)) for title, rows in result.galleries.items()],
         facts=[("Recipe", flat(result.config)), ("Data", flat(result.data)), ("Environment", flat(result.environment))],
         times=_times(result.seconds),
@@ -110,7 +110,7 @@ def _methods(found: Evaluation) -> str:
 def _curves(result: RunResult) -> Iterator[tuple[str, Markup]]:
     history = result.history
     if history:
-        yield "Loss by epoch", _drawing(figures.loss_curves(history), "Loss by epoch")
+        yield "Loss by epoch", _drawing(figures.loss_curve(history), "Loss by epoch")
     if any(row["val_accuracy"] is not None for row in history):
         yield "Validation accuracy by epoch", _drawing(figures.accuracy_curve(history), "Validation accuracy by epoch")
 

@@ -18,7 +18,7 @@ from attire.errors import AttireError
 from attire.evaluation import figures
 from attire.evaluation.intervals import Claim, check_claim
 from attire.evaluation.metrics import Evaluation
-from attire.storage.files import cannot, read_json, sha256_file, write_bytes, write_json, write_text
+from attire.storage.files import io_error, read_json, sha256_file, write_bytes, write_json, write_text
 
 _HISTORY = ("epoch", "train_loss", "val_loss", "val_accuracy", "seconds")
 _SETS = ("test", "train", "val")
@@ -172,10 +172,10 @@ def _write_evaluation(folder: Path, result: RunResult) -> None:
     write_text(folder / "per_class.csv", _per_class_csv(test))
     rows = [[name, *counts] for name, counts in zip(test.classes, test.confusion.tolist(), strict=True)]
     write_text(folder / "confusion.csv", table_text(["true / predicted", *test.classes], rows))
-    drawings = {"confusion": figures.confusion(test.confusion, test.classes)}
-    drawings["reliability"] = figures.reliability(test.reliability)
+    drawings = {"confusion": figures.confusion_matrix(test.confusion, test.classes)}
+    drawings["reliability"] = figures.reliability_diagram(test.reliability)
     if result.history:
-        drawings["loss"] = figures.loss_curves(result.history)
+        drawings["loss"] = figures.loss_curve(result.history)
         drawings["accuracy"] = figures.accuracy_curve(result.history)
     for name, figure in drawings.items():
         write_bytes(folder / f"{name}.svg", figures.svg(figure))
@@ -294,7 +294,7 @@ def reading(path: Path) -> Iterator[Path]:
         what = f"not what a finished run writes: {type(error).__name__} {error}"
         raise AttireError(path, what[:120], do="run `attire train` again") from error
     except OSError as error:
-        raise cannot("read", path, error) from error
+        raise io_error("read", path, error) from error
 
 
 def table_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -13,7 +13,7 @@ from attire.errors import AttireError
 from attire.export import export
 from attire.export.export import Expected, ParityCheck, WholeNetwork
 from attire.inference import runtimes
-from attire.inference.bundle_files import ABOUT, GRAPH, WEIGHTS
+from attire.inference.bundle_files import GRAPH, MODEL_JSON, WEIGHTS
 from attire.inference.classifier import load_bundle
 from attire.inference.runtimes import NO_SEAL, seal_bytes
 from attire.model import batch_norm
@@ -34,7 +34,7 @@ def write_graph(folder: Path, data: ImageDataset) -> ParityCheck:
     ood_detector, path = classifier.ood_detector, folder / GRAPH
     distances = classifier.distances(data.images) if ood_detector else None
     expected = Expected(classifier.predict_proba(data.images), distances)
-    batch_norm.scale_only(classifier.model)
+    batch_norm.freeze_batch_norm(classifier.model)
     facts = {
         **export.describe(folder, classifier, "onnx", "fp32"),
         "ood": ood_detector.about() if ood_detector else None,
@@ -53,7 +53,7 @@ def write_graph(folder: Path, data: ImageDataset) -> ParityCheck:
 
 def _trial_folder(parent: Path, bundle: Path, graph: bytes) -> Path:
     """The bundle with this graph, to be tried before it gets its name."""
-    for name in (ABOUT, WEIGHTS):
+    for name in (MODEL_JSON, WEIGHTS):
         files.write_bytes(parent / "trial" / name, (bundle / name).read_bytes())
     files.write_bytes(parent / "trial" / GRAPH, graph)
     return parent / "trial"

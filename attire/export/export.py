@@ -28,8 +28,8 @@ from attire.features import views
 from attire.inference import runtimes
 from attire.inference.bundle_files import find_bundle
 from attire.inference.classifier import Classifier, load_bundle
-from attire.inference.out_of_distribution import TENSORS, OODDetector, doubted, nearest, pooled
-from attire.inference.runtimes import METADATA, NO_SEAL, READERS, SCHEMA, SUFFIXES, Exported, load_export, seal_bytes
+from attire.inference.out_of_distribution import OODDetector, TENSORS, add_confidence_term, mahalanobis_distance, pool_features
+from attire.inference.runtimes import ExportedModel, METADATA_FILE, NO_SEAL, READERS, SCHEMA, SUFFIXES, load_export, seal_bytes
 from attire.model import devices, vgg
 from attire.progress import NoProgress, Progress, in_parts
 from attire.storage import files
@@ -95,8 +95,8 @@ class WholeNetwork(nn.Module):
         self.temperature, self.views = classifier.temperature, classifier.architecture.views
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor(vgg.MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(vgg.STD).view(1, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor(vgg.IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(vgg.IMAGENET_STD).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         count, grey = images.shape[0], images[:, None].float() / 255
@@ -113,13 +113,13 @@ class WholeNetwork(nn.Module):
         if self.ood is None:
             return probabilities
         centre, means, whiten = (getattr(self.ood, name) for name in TENSORS)
-        far = nearest(pooled(x, len(centre)), centre, whiten, means)
-        return probabilities, doubted(far, probabilities, self.doubt)
+        far = mahalanobis_distance(pool_features(x, len(centre)), centre, whiten, means)
+        return probabilities, add_confidence_term(far, probabilities, self.doubt)
 
 
 def _seen(grey: Tensor, view: str) -> Tensor:
     """What `features.seen` does, to (n, 1, 28, 28) of 0..1 and in operations that every runtime has."""
-    if down_right := views.shift_of(view):
+    if down_right := views.view_shift(view):
         down, right = down_right
         grey = F.pad(grey, (right, -right, down, -down))
     return grey.flip(3) if view.endswith("flip") else grey
@@ -134,7 +134,7 @@ def export(
     max_drop: float = 0.003,
     data: ImageDataset | None = None,
     progress: Progress | None = None,
-) -> Exported:
+) -> ExportedModel:
     """Write the bundle as `out` (default: the bundle's folder name with the format's suffix) and return it, opened.
 
     kind: onnx, openvino (a folder), torch-export or safetensors; precision: fp32, bf16 or int8, not every format has
@@ -146,7 +146,7 @@ def export(
     if path.suffix != SUFFIXES[kind]:
         raise UsageError("--out", f"expected a name that ends in {SUFFIXES[kind]}, found {path.name!r}")
     if path.exists():
-        files.sweep(path.parent)  # of one that was killed when all but its scratch folder was in order
+        files.remove_leftovers(path.parent)  # of one that was killed when all but its scratch folder was in order
         raise AttireError(path, "it exists already", do="give --out another name, or remove it first")
     files.check_writable(path.parent)
     progress, classifier = progress or NoProgress(), load_bundle(bundle, "cpu")
@@ -162,12 +162,12 @@ def export(
     seen = data.images if ood_detector else data.images[:0]
     far = [classifier.distances(part) for part in in_parts(seen, _PART, "Distances", progress)]
     expected = Expected(np.concatenate(probabilities), np.concatenate(far) if ood_detector else None)
-    with files.scratch(path) as folder:
+    with files.temporary_folder(path) as folder:
         progress.note("Export", f"{kind}, {precision}")
         with quiet():
             built, versions = _BUILDERS[kind](WholeNetwork(classifier, ood_detector=ood_detector), precision, folder)
         facts["runtime"] = versions
-        found = measure_parity(Exported(built, kind, facts, READERS[kind][1](built, facts)), expected, data, progress)
+        found = measure_parity(ExportedModel(built, kind, facts, READERS[kind][1](built, facts)), expected, data, progress)
         progress.note("Gate", str(found))
         judge(found, precision, max_drop, path)
         told = card.read_text(encoding="utf-8") if card.exists() else ""
@@ -197,7 +197,7 @@ def describe(bundle: Path, classifier: Classifier, kind: str, precision: str) ->
         "temperature": classifier.temperature,
         "architecture": {**classifier.architecture.__dict__, "hidden": list(classifier.architecture.hidden)},
         "bundle": files.sha256_file(bundle / "model.json"),
-        "facts": classifier.facts,
+        "facts": classifier.metadata,
     }
 
 
@@ -210,7 +210,7 @@ class Expected:
 
 
 def measure_parity(
-    exported: Exported, bundle: Expected, data: ImageDataset, progress: Progress | None = None
+    exported: ExportedModel, bundle: Expected, data: ImageDataset, progress: Progress | None = None
 ) -> ParityCheck:
     """Run the export in its own runtime over all images of `data`, against the bundle's answers."""
     answers = [exported.answers(part) for part in in_parts(data.images, _PART, "Export", progress or NoProgress())]
@@ -232,7 +232,7 @@ def measure_parity(
 
 
 def _distance_gap(
-    exported: Exported, found: NDArray[np.float32] | None, expected: NDArray[np.float32] | None
+    exported: ExportedModel, found: NDArray[np.float32] | None, expected: NDArray[np.float32] | None
 ) -> tuple[float | None, int]:
     """The largest relative difference of a distance, and how many verdicts differ; None and 0 where there are none."""
     if found is None or expected is None or exported.threshold is None:
@@ -283,7 +283,7 @@ def build_onnx(network: WholeNetwork, precision: str, folder: Path) -> _Built:
 
         onnxruntime = runtimes.onnx_runtime()
     except ImportError as error:
-        raise runtimes.missing("onnx", error) from error
+        raise runtimes.missing_runtime("onnx", error) from error
     shapes = {"images": {0: torch.export.Dim("n", min=1, max=2**16)}}
     program = torch.onnx.export(
         network,
@@ -342,13 +342,13 @@ def _stamp_onnx(built: Path, facts: dict[str, Any], card: str, path: Path) -> No
     files.write_bytes(path, seal_bytes(model.SerializeToString(deterministic=True)))
 
 
-@devices.signal_stack_kept()
+@devices.preserve_signal_stack()
 def _build_openvino(network: WholeNetwork, precision: str, folder: Path) -> _Built:
     try:
         import nncf
         import openvino
     except ImportError as error:
-        raise runtimes.missing("openvino", error) from error
+        raise runtimes.missing_runtime("openvino", error) from error
     converted = openvino.convert_model(network, example_input=_example(), input=[-1, 28, 28])
     if precision == "int8":
         images = [image[None] for image in _calibration()]
@@ -366,7 +366,7 @@ def _stamp_openvino(built: Path, facts: dict[str, Any], card: str, path: Path) -
         digests = {name: files.sha256_file(part / name) for name in ("network.xml", "network.bin", "README.md")}
         sealed = {**facts, "sha256": digests}
         sealed = json.loads(json.dumps(sealed))  # tuples as lists, so that the digest is that of what is read
-        files.write_json(part / METADATA, {**sealed, "seal": files.sha256(files.canonical_json(sealed))})
+        files.write_json(part / METADATA_FILE, {**sealed, "seal": files.sha256(files.canonical_json(sealed))})
 
 
 def _build_torch_export(network: WholeNetwork, precision: str, folder: Path) -> _Built:
@@ -385,7 +385,7 @@ def _stamp_torch_export(built: Path, facts: dict[str, Any], card: str, path: Pat
     sealed = json.dumps({**told, "seal": files.sha256(files.canonical_json(told))})
     with zipfile.ZipFile(built, "a") as archive:
         root = archive.namelist()[0].partition("/")[0]
-        archive.writestr(f"{root}/extra/{METADATA}", sealed)
+        archive.writestr(f"{root}/extra/{METADATA_FILE}", sealed)
     files.write_bytes(path, built.read_bytes())
 
 

@@ -1,8 +1,6 @@
 """A run's bundle made fit to ship: 16-bit weights, ONNX Runtime's graph, card, report, and its own measured figures."""
 
 import shlex
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +18,7 @@ from attire.evaluation.model_card import model_card
 from attire.evaluation.report import page
 from attire.evaluation.run_result import load_result
 from attire.export.bundle_graph import write_graph
-from attire.inference.bundle_files import ABOUT, GRAPH, WEIGHTS
+from attire.inference.bundle_files import GRAPH, MODEL_JSON, WEIGHTS
 from attire.inference.classifier import Classifier, load_bundle
 from attire.inference.runtimes import load_graph
 from attire.progress import NoProgress, Progress, in_parts
@@ -58,7 +56,7 @@ def release(run: Path, out: Path, progress: Progress | None = None, data: ImageD
         _judge(told, out)
         texts = {_REPORT: page(result), _CARD: _shipped_card(model_card(result), told, data)}
         digests = {name: files.sha256(text.encode()) for name, text in texts.items()}
-        half.facts |= {"release": {**told, "dtype": _DTYPE, "digests": digests}}
+        half.metadata |= {"release": {**told, "dtype": _DTYPE, "digests": digests}}
         half.save(part, _DTYPE)
         for name, text in texts.items():
             files.write_text(part / name, text)
@@ -129,28 +127,13 @@ def _shipped_card(card: str, told: dict[str, Any], data: ImageDataset) -> str:
 @contextmanager
 def _replaced(folder: Path) -> Iterator[Path]:
     """A new folder that takes this one's place when all is written; on failure the old one stays as it was."""
-    if folder.exists() and not (folder.is_dir() and ((folder / ABOUT).exists() or _holds_only(folder, _KEPT))):
+    if folder.exists() and not (folder.is_dir() and ((folder / MODEL_JSON).exists() or _holds_only(folder, _KEPT))):
         raise AttireError(folder, "holds something else than a bundle", do="give --out another name")
-    parent = files.make_dir(folder.absolute().parent)
-    try:
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=parent))
-    except OSError as error:
-        raise files.cannot("write", folder, error) from error
-    old = part.with_suffix(".old")
-    try:
+    with files.atomic_folder(folder, replace=True) as part:
         for name in _KEPT:
             if (folder / name).exists():
                 files.write_bytes(part / name, (folder / name).read_bytes())
         yield part
-        part.chmod(0o777 & ~files.umask())
-        if folder.exists():
-            folder.rename(old)
-        part.rename(folder)
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for path in (part, old):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _holds_only(folder: Path, names: tuple[str, ...]) -> bool:
@@ -160,7 +143,7 @@ def _holds_only(folder: Path, names: tuple[str, ...]) -> bool:
 def _check_release(folder: Path, data: ImageDataset) -> list[str]:
     """What is not as the bundle says of itself: digests, and how many of the first images are right, by both ways."""
     classifier = load_bundle(folder, "cpu")
-    told = classifier.facts["release"]
+    told = classifier.metadata["release"]
     wrong = [name for name, digest in told["digests"].items() if files.sha256_file(folder / name) != digest]
     some = data.subset(range(told["first"]["n"]))
     for what, model in ((WEIGHTS, classifier), (GRAPH, load_graph(folder))):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from attire.blocks import NOTHING
+from attire.blocks import UNFROZEN
 from attire.data.loading import load_dataset
 from attire.features import cache
 from attire.features.cache import FeatureSpec
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torchvision
 
 
-CHOSEN = ("precision", "backend", "train_precision")  # of an environment, by measurement
+MEASURED_CHOICES = ("precision", "backend", "train_precision")  # of an environment, by measurement
 
 
 def choose_backbone(freeze_to: str, backend: str, precision: str, device: torch.device) -> tuple[str, str]:
@@ -25,7 +25,7 @@ def choose_backbone(freeze_to: str, backend: str, precision: str, device: torch.
 
     Raises UsageError where it asks for what this machine does not have.
     """
-    if freeze_to == NOTHING:
+    if freeze_to == UNFROZEN:
         return "fp32", "torch"
     if backend == "torch":
         found = devices.choose_precision(precision, device)
@@ -35,26 +35,26 @@ def choose_backbone(freeze_to: str, backend: str, precision: str, device: torch.
     return "int8" if backend == openvino.INT8 else openvino.choose_precision(precision), backend
 
 
-def frozen_backbone(weights: Path, spec: FeatureSpec, device: torch.device, rows: int) -> cache.Backbone:
+def load_backbone(weights: Path, spec: FeatureSpec, device: torch.device, rows: int) -> cache.FeatureExtractor:
     """The backbone that extraction calls, from VGG16's weights; rows: as for `open_backbone`."""
     frozen = vgg.vgg16(weights, spec.freeze_to, spec.pool, nn.Sequential())
-    return open_backbone(frozen, spec, device, rows)
+    return make_backbone(frozen, spec, device, rows)
 
 
-def open_backbone(
+def make_backbone(
     model: "torchvision.models.VGG", spec: FeatureSpec, device: torch.device, rows: int = 0
-) -> cache.Backbone:
+) -> cache.FeatureExtractor:
     """The frozen part of a model as the function that extraction calls, on the backend that the spec names.
 
-    rows: how many pictures are to come; see `devices.choose_layout`.
+    rows: how many pictures are to come; see `devices.choose_microbatching`.
     """
     if spec.backend.startswith("torch"):
         backbone = vgg.Backbone(model, device, spec.precision, spec.backend == devices.WINOGRAD)
         if spec.backend == "torch" and device.type == "cpu":
             name = f"{spec.freeze_to} {spec.precision}"
-            backbone.layout = devices.choose_layout(name, backbone, spec.image_size, rows)
+            backbone.microbatching = devices.choose_microbatching(name, backbone, spec.image_size, rows)
         return backbone
-    from attire.model.openvino import CALIBRATION_IMAGES, INT8, CompiledBackbone, Int8Backbone
+    from attire.model.openvino import CALIBRATION_IMAGES, CompiledBackbone, INT8, Int8Backbone
 
     exact = vgg.Backbone(model, torch.device("cpu"), "fp32")
     if spec.backend != INT8:

@@ -18,17 +18,17 @@ from torch import Tensor
 from attire.blocks import feature_shape
 from attire.errors import AttireError, AttireWarning
 from attire.features import remote_cache
-from attire.features.views import seen
+from attire.features.views import apply_view
 from attire.model import vgg
 from attire.storage import files, memory
 
 _SHARD_BYTES = 16 * 2**20  # a stopped extraction redoes at most one shard: 2,048 rows of 4,096 features
 _BATCH_PIXELS = 1_700_000  # pictures a forward pass: 1,660 of 32 px, 415 of 64, 33 of 224
-PIXEL_BYTES = 800  # that a pass holds for each of them: 617 measured, block3 at 16 px in fp32 (docs/performance.md)
+FORWARD_BYTES_PER_PIXEL = 800  # that a pass holds for each of them: 617 measured, block3 at 16 px in fp32 (docs/performance.md)
 
-Backbone = Callable[[Tensor], Tensor]  # (n, 3, S, S) normalised pictures to (n, D) float features
+FeatureExtractor = Callable[[Tensor], Tensor]  # (n, 3, S, S) normalised pictures to (n, D) float features
 ProgressCallback = Callable[[int, int], None]  # (rows done, rows in all)
-Ledger = dict[int, dict[str, Any]]  # of a shard's number its line: rows, sha256
+ShardRecords = dict[int, dict[str, Any]]  # of a shard's number its line: rows, sha256
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class ShardExtractor(Protocol):
         self,
         parts: dict[int, NDArray[np.uint8]],
         spec: FeatureSpec,
-        load_backbone: Callable[[], Backbone],
+        load_backbone: Callable[[], FeatureExtractor],
         folder: Path,
         total: int,
         report: ProgressCallback,
-    ) -> Ledger:
+    ) -> ShardRecords:
         """Each shard of `parts`, committed with its own ledger line; those lines."""
 
 
@@ -112,7 +112,7 @@ class Features:
         for i, end in enumerate(ends.tolist()):
             if end > start:
                 np.take(self.shards[i], rows[start:end] - i * self.shard_rows, 0, out=out[start:end], mode="clip")
-                files.release(self.shards[i])
+                files.release_pages(self.shards[i])
             start = end
 
     def blocks(self, rows: int = 2048) -> Iterator[NDArray[np.float16]]:
@@ -133,7 +133,7 @@ def extract(
     images: NDArray[np.uint8],
     images_digest: str,
     spec: FeatureSpec,
-    load_backbone: Callable[[], Backbone],
+    load_backbone: Callable[[], FeatureExtractor],
     progress: ProgressCallback | None = None,
     make: ShardExtractor | None = None,
 ) -> Features:
@@ -149,7 +149,7 @@ def extract(
         starts = range(0, len(images), spec.shard_rows)
         shards = [(_shard_path(folder, i), min(spec.shard_rows, len(images) - start)) for i, start in enumerate(starts)]
         remote_cache.pull(folder, _made_by(images_digest, spec, len(images)), shards, progress)
-        ledger = verified_shards(folder, len(images), spec)
+        ledger = verify_shards(folder, len(images), spec)
         missing = [i for i in range(len(starts)) if i not in ledger]
         report = progress or (lambda done, total: None)
         if missing:
@@ -169,11 +169,11 @@ def extract(
 def _extract_shards(
     parts: dict[int, NDArray[np.uint8]],
     spec: FeatureSpec,
-    load_backbone: Callable[[], Backbone],
+    load_backbone: Callable[[], FeatureExtractor],
     folder: Path,
     total: int,
     report: ProgressCallback,
-) -> Ledger:
+) -> ShardRecords:
     """Shards by their number, one after another; each is written while the next one is computed."""
     done = total - sum(len(part) for part in parts.values())
     report(done, total)
@@ -185,14 +185,14 @@ def _extract_shards(
                 pending[max(pending)].result()  # never more than one: what is computed may not pile up
             pending[i] = writer.submit(_commit_shard, out, folder, i)
             done += len(part)
-            files.release(part)
+            files.release_pages(part)
     return {i: line.result() for i, line in pending.items()}
 
 
 def extract_shard(
     images: NDArray[np.uint8],
     spec: FeatureSpec,
-    backbone: Backbone,
+    backbone: FeatureExtractor,
     folder: Path,
     index: int,
     check: Callable[[], None] = lambda: None,
@@ -209,14 +209,14 @@ def extract_shard(
 def compute_shard(
     images: NDArray[np.uint8],
     spec: FeatureSpec,
-    backbone: Backbone,
+    backbone: FeatureExtractor,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> NDArray[np.float16]:
     """(n, D) float16, a batch at a time."""
     out = np.empty((len(images), spec.width), np.float16)
-    step = batch_rows(spec.image_size)
+    step = forward_batch_size(spec.image_size)
     for start in range(0, len(images), step):
-        out[start : start + step] = compute(images[start : start + step], spec, backbone)
+        out[start : start + step] = compute_features(images[start : start + step], spec, backbone)
         progress(min(start + step, len(images)))
     return out
 
@@ -231,14 +231,14 @@ def _commit_shard(out: NDArray[np.float16], folder: Path, index: int) -> dict[st
     return line
 
 
-def batch_rows(image_size: int) -> int:
-    pixels = min(_BATCH_PIXELS, memory.for_batches() // PIXEL_BYTES)
+def forward_batch_size(image_size: int) -> int:
+    pixels = min(_BATCH_PIXELS, memory.batch_budget() // FORWARD_BYTES_PER_PIXEL)
     return max(1, pixels // image_size**2)
 
 
-def compute(images: NDArray[np.uint8], spec: FeatureSpec, backbone: Backbone) -> NDArray[np.float16]:
+def compute_features(images: NDArray[np.uint8], spec: FeatureSpec, backbone: FeatureExtractor) -> NDArray[np.float16]:
     """(n, D) float16 features of (n, 28, 28) uint8 images, by the one path of cache, prediction and training."""
-    pictures = torch.tensor(seen(images, spec.view))
+    pictures = torch.tensor(apply_view(images, spec.view))
     device = getattr(backbone, "device", torch.device("cpu"))
     if device.type == "cuda":  # 784 bytes a picture instead of 602,112 at 224 px: it is prepared there
         pictures = pictures.pin_memory().to(device, non_blocking=True)
@@ -247,7 +247,7 @@ def compute(images: NDArray[np.uint8], spec: FeatureSpec, backbone: Backbone) ->
         return features.half().cpu().numpy()
 
 
-def verified_shards(folder: Path, rows: int, spec: FeatureSpec) -> Ledger:
+def verify_shards(folder: Path, rows: int, spec: FeatureSpec) -> ShardRecords:
     """Ledger lines of the shards on disk whose bytes are what their digests say; the rest is set aside.
 
     A shard that no line speaks of, in an entry without a manifest, was written by a process that was killed before it
@@ -287,7 +287,7 @@ def _ledger_line(folder: Path, index: int) -> dict[str, Any] | None:
     return None
 
 
-def _write_manifest(folder: Path, images_digest: str, spec: FeatureSpec, ledger: Ledger) -> None:
+def _write_manifest(folder: Path, images_digest: str, spec: FeatureSpec, ledger: ShardRecords) -> None:
     """Written last."""
     lines = [ledger[i] for i in sorted(ledger)]
     made = _made_by(images_digest, spec, sum(line["rows"] for line in lines))

@@ -7,13 +7,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attire.data.dataset import RowIndices, Views
+from attire.data.dataset import RowIndices, ViewIndices
 from attire.features.sources import FeatureSource
 from attire.model import distributed
 
 
-def answers(
-    soft: NDArray[np.float32] | None, order: RowIndices, views: Views | None, part: slice, device: torch.device
+def teacher_targets(
+    soft: NDArray[np.float32] | None, order: RowIndices, views: ViewIndices | None, part: slice, device: torch.device
 ) -> Tensor | None:
     """What the teacher says of this part of the epoch's order, (b, K), of each row in its view."""
     if soft is None:
@@ -38,11 +38,11 @@ def predict_logits(
     return torch.stack(found).mean(0)
 
 
-def shared_logits(
+def distributed_logits(
     classifier: nn.Module, source: FeatureSource, rows: RowIndices, batch_size: int = 1024, views: Sequence[int] = (0,)
 ) -> Tensor:
     """As `predict_logits`, each process answering its share of the rows and none twice; all get all of them."""
-    own = distributed.share_of(len(rows))
+    own = distributed.own_rows(len(rows))
     count = own.stop - own.start
     some = rows[own] if count else rows[:1]  # who has too few rows answers one, so as to know of how many classes
-    return distributed.gathered(predict_logits(classifier, source, some, batch_size, views)[:count], len(rows))
+    return distributed.gather_rows(predict_logits(classifier, source, some, batch_size, views)[:count], len(rows))

@@ -15,7 +15,7 @@ from typing import Any
 
 from attire.errors import AttireError, AttireWarning, UsageError
 from attire.storage import files
-from attire.storage.stores import StorageLocation, StoreError, place
+from attire.storage.stores import StorageLocation, StoreError, open_location
 
 _VARIABLE = "ATTIRE_REMOTE_CACHE"
 _MANIFEST = "MANIFEST.json"
@@ -54,7 +54,7 @@ def pull(
                     progress(done, total)
         if damaged:
             others = f", and {len(damaged) - 1} others" if damaged[1:] else ""
-            raise AttireError(at.name(damaged[0]), f"damaged or missing{others}")
+            raise AttireError(at.url_of(damaged[0]), f"damaged or missing{others}")
 
 
 def push(folder: Path) -> None:
@@ -74,7 +74,7 @@ def push(folder: Path) -> None:
 def _shared_place(key: str, refused: Container[str]) -> StorageLocation | None:
     """Where the entry with this key is shared; None where nothing is, or it refused before."""
     where = _named()
-    return place(f"{where}/{key}") if where and where not in refused else None
+    return open_location(f"{where}/{key}") if where and where not in refused else None
 
 
 def _named() -> str:
@@ -105,7 +105,7 @@ def _sound_lines(at: StorageLocation, made_by: dict[str, Any], rows: list[int]) 
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
-        raise AttireError(at.name(_MANIFEST), "damaged, or not of these features", do="delete it there")
+        raise AttireError(at.url_of(_MANIFEST), "damaged, or not of these features", do="delete it there")
     return [{"rows": line["rows"], "sha256": line["sha256"]} for line in lines]
 
 

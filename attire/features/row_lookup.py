@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from attire.data.dataset import FASHION_CLASSES, ImageDataset
 from attire.features import cache
-from attire.features.cache import Backbone, Features, FeatureSpec, ProgressCallback
+from attire.features.cache import FeatureExtractor, FeatureSpec, Features, ProgressCallback
 from attire.storage import files
 
 _DIGEST = hashlib.sha256().digest_size  # bytes of one row of an index
@@ -57,10 +57,10 @@ class _GatheredFeatures(Features):
             out[start : start + _BLOCK_ROWS] = self.gather(rows[start : start + _BLOCK_ROWS])
 
 
-def collect(
+def extract_by_image(
     images: NDArray[np.uint8],
     spec: FeatureSpec,
-    load_backbone: Callable[[], Backbone],
+    load_backbone: Callable[[], FeatureExtractor],
     progress: ProgressCallback | None = None,
 ) -> _GatheredFeatures:
     """Features of all images (N, 28, 28) uint8, each computed once however often and wherever it stands.
@@ -80,10 +80,10 @@ def collect(
     return _collected(parts, places, digests, spec)
 
 
-def compute(
+def extract_in_memory(
     images: NDArray[np.uint8],
     spec: FeatureSpec,
-    load_backbone: Callable[[], Backbone],
+    load_backbone: Callable[[], FeatureExtractor],
     progress: ProgressCallback | None = None,
 ) -> _GatheredFeatures:
     """The same without the cache: every image that differs is computed, and held in memory alone."""
@@ -143,7 +143,7 @@ def _found(folder: Path, wanted: set[bytes], spec: FeatureSpec) -> tuple[list[Fe
 
 def _indexed(path: Path) -> Iterator[bytes]:
     """The digests of one entry's images, in the order of its rows; none where the index is not whole."""
-    if files.is_sound(path):
+    if files.has_valid_seal(path):
         data = path.read_bytes()[:-_DIGEST]
         yield from (data[start : start + _DIGEST] for start in range(0, len(data), _DIGEST))
 
@@ -153,7 +153,7 @@ def _opened(folder: Path, rows: int, spec: FeatureSpec) -> Features | None:
     if not (folder / "MANIFEST.json").exists():
         return None
     with files.lock(folder.with_suffix(".lock")):
-        whole = len(cache.verified_shards(folder, rows, spec)) == -(-rows // spec.shard_rows)
+        whole = len(cache.verify_shards(folder, rows, spec)) == -(-rows // spec.shard_rows)
     return Features(folder, rows, spec.width, spec.shard_rows) if whole else None
 
 
@@ -161,13 +161,13 @@ def _extracted(
     images: NDArray[np.uint8],
     digests: Sequence[bytes],
     spec: FeatureSpec,
-    load_backbone: Callable[[], Backbone],
+    load_backbone: Callable[[], FeatureExtractor],
     progress: ProgressCallback | None,
 ) -> Features:
     """A new entry, and the index of its rows once it is whole."""
     digest = ImageDataset(images, np.zeros(len(images), np.int64), FASHION_CLASSES, "images").image_digest
     entry = cache.extract(images, digest, spec, load_backbone, progress)
-    with files.sealed(_index_folder(spec) / f"{entry.folder.name}.rows") as file:
+    with files.sealed_file(_index_folder(spec) / f"{entry.folder.name}.rows") as file:
         file.write(b"".join(digests))
     return entry
 

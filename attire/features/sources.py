@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from attire.data.dataset import RowIndices, Views
+from attire.data.dataset import RowIndices, ViewIndices
 from attire.features.cache import Features
-from attire.features.views import seen
+from attire.features.views import apply_view
 from attire.model import heads
 from attire.model.vgg import preprocess
 from attire.storage import memory
@@ -19,14 +19,14 @@ from attire.storage import memory
 _IN_MEMORY = 1_200 * 2**20  # bytes of cached features that are read into memory once; above it rows are read as needed
 _STREAMED = 4 * 2**30  # bytes; above it the system cannot be expected to keep the files in memory either
 _STRETCH = 2**19  # bytes that lie together on the disk, so that it need not be searched for each row
-WINDOW = 128 * 2**20  # bytes of rows held and drawn from at a time, from 256 such places
+WINDOW_BYTES = 128 * 2**20  # bytes of rows held and drawn from at a time, from 256 such places
 _SPREAD = 0.05  # of the mean deviation, added to each: features that hardly vary are not blown up
 
 
 class FeatureSource(Protocol):
     """Where feature rows come from: the cache, or the backbone on the fly."""
 
-    def batches(self, order: RowIndices, batch_size: int, views: Views | None) -> Iterator[Tensor]:
+    def batches(self, order: RowIndices, batch_size: int, views: ViewIndices | None) -> Iterator[Tensor]:
         """Feature rows (b, D) float in this order, each of its view: 0 the picture, 1 mirrored, then shifted ones."""
 
 
@@ -83,13 +83,13 @@ class CachedSource:
         self.rows = len(views[0])
         row = 2 * views[0].shape[1]
         size = row * sum(len(view) for view in self.views)
-        small = size <= min(_IN_MEMORY, memory.for_rows())
+        small = size <= min(_IN_MEMORY, memory.row_budget())
         self.table = _whole(self.views) if small else None  # (views * N, D): view after view
         large = size > _STREAMED  # whatever the limit on memory: the order of an epoch is the recipe's
         # Rows that lie together, and rows of a window: what the order of an epoch keeps to, see `training.epoch_order`.
-        self.stretch = (max(1, _STRETCH // row), max(1, WINDOW // row)) if large else None
+        self.stretch = (max(1, _STRETCH // row), max(1, WINDOW_BYTES // row)) if large else None
 
-    def batches(self, order: RowIndices, batch_size: int, views: Views | None) -> Iterator[Tensor]:
+    def batches(self, order: RowIndices, batch_size: int, views: ViewIndices | None) -> Iterator[Tensor]:
         """(b, D) float32; see `training.Source`."""
         window = batch_size
         if self.stretch:
@@ -107,7 +107,7 @@ class CachedSource:
                 else:
                     yield self.standardise(self._rows(rows[part], None if numbers is None else numbers[part]))
 
-    def _fill(self, buffer: NDArray[np.float16], rows: RowIndices, views: Views | None) -> RowIndices:
+    def _fill(self, buffer: NDArray[np.float16], rows: RowIndices, views: ViewIndices | None) -> RowIndices:
         """Read rows into the buffer in the order of the files; where in it each of them is."""
         places, done = np.empty(len(rows), np.int64), 0
         number = self._numbers(rows, views)
@@ -119,10 +119,10 @@ class CachedSource:
             done += len(own)
         return places
 
-    def _numbers(self, rows: RowIndices, views: Views | None) -> RowIndices:
+    def _numbers(self, rows: RowIndices, views: ViewIndices | None) -> RowIndices:
         return np.zeros(len(rows), np.int64) if views is None or len(self.views) == 1 else views.astype(np.int64)
 
-    def _rows(self, rows: RowIndices, views: Views | None) -> Tensor:
+    def _rows(self, rows: RowIndices, views: ViewIndices | None) -> Tensor:
         number = self._numbers(rows, views)
         if self.table is not None:
             return self.table[torch.from_numpy(rows + self.rows * number)].float()
@@ -158,7 +158,7 @@ class _Viewed(Dataset[Tensor]):
         if self.names is None or self.names[index] == "plain":
             return self.dataset[row][0]
         image = np.array(self.dataset.rows[row]).reshape(1, 28, 28)
-        return preprocess(seen(image, self.names[index]), self.dataset.size)[0]
+        return preprocess(apply_view(image, self.names[index]), self.dataset.size)[0]
 
 
 class OnTheFlySource:
@@ -177,7 +177,7 @@ class OnTheFlySource:
         self.dataset, self.backbone, self.forward_rows, self.names = dataset, backbone, forward_rows, names
         self.standardise = Standardiser()
 
-    def batches(self, order: RowIndices, batch_size: int, views: Views | None) -> Iterator[Tensor]:
+    def batches(self, order: RowIndices, batch_size: int, views: ViewIndices | None) -> Iterator[Tensor]:
         """(b, D) float32; see `training.Source`."""
         # A generator of its own: a loader draws from torch's global one, which would shift the dropout that follows.
         own = torch.Generator().manual_seed(0)
@@ -193,16 +193,16 @@ class OnTheFlySource:
         return torch.cat(parts).clone()
 
 
-class TunedSource:
+class FineTunedSource:
     """Features behind the trained blocks, for the OODDetector: what the bundle will hand to its classifier."""
 
-    def __init__(self, source: FeatureSource, head: heads.TunedHead) -> None:
+    def __init__(self, source: FeatureSource, head: heads.FineTunedHead) -> None:
         self.source, self.head, self.standardise = source, head.eval(), Standardiser()
 
-    def batches(self, order: RowIndices, batch_size: int, views: Views | None) -> Iterator[torch.Tensor]:
+    def batches(self, order: RowIndices, batch_size: int, views: ViewIndices | None) -> Iterator[torch.Tensor]:
         """(b, D) float32; see `training.Source`."""
         device = next(self.head.parameters()).device
         for x in self.source.batches(order, batch_size, views):
             with torch.inference_mode():
-                found = self.head.tuned(x.to(device)).cpu()
+                found = self.head.forward_features(x.to(device)).cpu()
             yield found

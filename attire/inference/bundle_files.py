@@ -5,7 +5,7 @@ from pathlib import Path
 from attire.errors import AttireError
 from attire.storage.formats import is_folder
 
-ABOUT, WEIGHTS = "model.json", "model.safetensors"
+MODEL_JSON, WEIGHTS = "model.json", "model.safetensors"
 GRAPH = "network.onnx"  # optional: how ONNX Runtime computes with WEIGHTS, see graphs.py
 SHIPPED = Path(__file__).parent.parent / "shipped"  # the bundle that is part of the package, see release.py
 
@@ -16,21 +16,21 @@ def find_bundle(path: str | Path | None = None) -> Path:
     Raises AttireError where there is none.
     """
     folder = SHIPPED if path is None else Path(path)
-    if folder.name == ABOUT:
+    if folder.name == MODEL_JSON:
         folder = folder.parent
-    if not (folder / ABOUT).exists() and (folder / "model" / ABOUT).exists():
+    if not (folder / MODEL_JSON).exists() and (folder / "model" / MODEL_JSON).exists():
         folder = folder / "model"  # a run's folder is as good as its bundle's
-    if not (folder / ABOUT).exists():
-        what = f"not a bundle: it holds no {ABOUT}" if folder.is_dir() else "no such bundle"
+    if not (folder / MODEL_JSON).exists():
+        what = f"not a bundle: it holds no {MODEL_JSON}" if folder.is_dir() else "no such bundle"
         raise AttireError(folder, what, do="give a folder such as runs/1/model")
     return folder
 
 
 def is_bundle(path: Path) -> bool:
     """Whether `find_bundle` finds one there: what `attire predict` takes for a bundle, not for a folder of pictures."""
-    if path.name == ABOUT:
+    if path.name == MODEL_JSON:
         return path.is_file()
     try:
-        return is_folder(path) and any((path / part / ABOUT).is_file() for part in ("", "model"))
+        return is_folder(path) and any((path / part / MODEL_JSON).is_file() for part in ("", "model"))
     except OSError:  # a folder that cannot be searched
         return False

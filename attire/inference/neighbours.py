@@ -1,9 +1,9 @@
-"""Neighbours: training images that a bundle carries, found again by what the classifier makes of a picture."""
+"""Neighbours: training images that a bundle carries, found again by what the head makes of a picture."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -17,10 +17,9 @@ from attire.data.dataset import RowIndices, split_indices
 from attire.errors import AttireError
 from attire.storage import files
 
-FILE = "neighbours.safetensors"
+NEIGHBOURS = "neighbours.safetensors"
 _ROWS = 5000  # training images; 3.9 MB of pixels. docs/results.md, Explanations, has fewer and more beside them
 _WIDTH = 64  # components kept of the hidden layer, 16 bits each
-NEAREST = 5
 _DTYPES = {
     "images": torch.uint8,
     "labels": torch.int32,
@@ -55,19 +54,34 @@ class Neighbours:
     centre: Tensor
     axes: Tensor
 
-    def nearest(self, hidden: Tensor, classes: Sequence[str], count: int = NEAREST) -> list[tuple[Neighbour, ...]]:
+    @classmethod
+    def fit(cls, hidden: Tensor, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Self:
+        """From hidden layers (n, D) of images (n, 28, 28) with labels (n,)."""
+        hidden = hidden.float()
+        centre = hidden.mean(0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the components are found from random directions
+            _, _, axes = torch.pca_lowrank(hidden - centre, min(_WIDTH, *hidden.shape), center=False, niter=4)  # (D, d)
+        points = _project(hidden, centre, axes).half()
+        pixels, numbers = torch.from_numpy(np.array(images)), torch.from_numpy(labels.astype(np.int32))
+        return cls(pixels, numbers, points, centre, axes.contiguous())
+
+    def nearest(self, hidden: Tensor, classes: Sequence[str], count: int) -> list[tuple[Neighbour, ...]]:
         """For each hidden layer (m, D) the nearest stored images, nearest first; fewer where fewer are stored."""
         with torch.inference_mode():
-            gaps = torch.cdist(
+            distances = torch.cdist(
                 _project(hidden.cpu(), self.centre, self.axes),
                 self.points.float(),
                 compute_mode="donot_use_mm_for_euclid_dist",  # the product's rounding would hide a distance of 0
             )
-            order = gaps.sort(dim=1, stable=True)
-        found = zip(order.indices[:, :count].tolist(), order.values[:, :count].tolist(), strict=True)
-        return [tuple(self.neighbour(i, gap, classes) for i, gap in zip(*one, strict=True)) for one in found]
+            order = distances.sort(dim=1, stable=True)
+        ranked = zip(order.indices[:, :count].tolist(), order.values[:, :count].tolist(), strict=True)
+        return [
+            tuple(self._neighbour(row, distance, classes) for row, distance in zip(rows, nearest, strict=True))
+            for rows, nearest in ranked
+        ]
 
-    def neighbour(self, row: int, distance: float, classes: Sequence[str]) -> Neighbour:
+    def _neighbour(self, row: int, distance: float, classes: Sequence[str]) -> Neighbour:
         return Neighbour(classes[int(self.labels[row])], distance, self.images[row].numpy())
 
     def encoded(self) -> bytes:
@@ -81,7 +95,7 @@ def _project(hidden: Tensor, centre: Tensor, axes: Tensor) -> Tensor:
 
 
 def choose_neighbour_rows(rows: RowIndices, labels: NDArray[np.int64], seed: int) -> RowIndices:
-    """Which of the training rows are stored: ROWS of them, each class with its share; all where there are no more."""
+    """Which of the training rows are stored: 5,000 of them, each class with its share; all where there are no more."""
     if len(rows) <= _ROWS:
         return rows
     counts = np.unique(labels[rows], return_counts=True)[1]
@@ -90,39 +104,28 @@ def choose_neighbour_rows(rows: RowIndices, labels: NDArray[np.int64], seed: int
     return rows[part]
 
 
-def fit(hidden: Tensor, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Neighbours:
-    """Neighbours from hidden layers (n, D) of images (n, 28, 28) with labels (n,)."""
-    hidden = hidden.float()
-    centre = hidden.mean(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the components are found from random directions
-        _, _, axes = torch.pca_lowrank(hidden - centre, min(_WIDTH, *hidden.shape), center=False, niter=4)  # (D, d)
-    points = _project(hidden, centre, axes).half()
-    pixels, numbers = torch.from_numpy(np.array(images)), torch.from_numpy(labels.astype(np.int32))
-    return Neighbours(pixels, numbers, points, centre, axes.contiguous())
-
-
-def write(folder: Path, body: bytes | None) -> None:
-    """Put what `encoded` gave into a bundle, or, for None, take away what an earlier one left there."""
+def write_neighbours(folder: Path, body: bytes | None) -> None:
+    """Write what `Neighbours.encoded` gave into a bundle's folder; None removes the file of an earlier bundle."""
     if body is None:
-        (folder / FILE).unlink(missing_ok=True)
+        (folder / NEIGHBOURS).unlink(missing_ok=True)
     else:
-        files.write_bytes(folder / FILE, body)
+        files.write_bytes(folder / NEIGHBOURS, body)
 
 
-def read(folder: Path, about: Any, classes: int, width: int) -> Neighbours | None:
-    """The Neighbours of a bundle whose `model.json` says this of them; None where it has none.
+def read_neighbours(folder: Path, about: Any, classes: int, width: int) -> Neighbours | None:
+    """The Neighbours of a bundle; None where it has none.
 
-    None too where the file is not there: whoever will not pass training images on deletes it, and all but
-    explanations stays as it is. Raises AttireError where it is there and not sound. width: D of the hidden layer.
+    about: what `model.json` says of them. The result is None too where the file is missing: whoever will not pass
+    training images on deletes it, and all but explanations stays as it is. width: D of the hidden layer. Raises
+    AttireError where the file is there and not sound.
     """
-    path = folder / FILE
+    path = folder / NEIGHBOURS
     if not about or not path.exists():
         return None
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise files.cannot("read", path, error) from error
+        raise files.io_error("read", path, error) from error
     if not isinstance(about, dict) or files.sha256(data) != about.get("sha256"):
         do = "use a fresh copy, or delete this file"
         raise AttireError(path, "damaged: its digest is not the one in model.json", do=do)
@@ -134,7 +137,8 @@ def read(folder: Path, about: Any, classes: int, width: int) -> Neighbours | Non
 
 
 def _checked(tensors: dict[str, Tensor], classes: int, width: int, path: Path) -> Neighbours:
-    """Names a tensor that is missing, extra, misshapen, of another type, not finite, or a label of no class."""
+    """Raises AttireError for a tensor that is missing, extra, misshapen, of another type or not finite, or for a label
+    of no class."""
     for name in sorted(set(_DTYPES) ^ set(tensors)):
         raise AttireError(path, f"tensor {name} is {'missing' if name in _DTYPES else 'not part of this file'}")
     count, depth = [*tensors["images"].shape, 0][0], [*tensors["points"].shape, 0, 0][1]
@@ -146,10 +150,10 @@ def _checked(tensors: dict[str, Tensor], classes: int, width: int, path: Path) -
         "axes": (width, depth),
     }
     for name, value in sorted(tensors.items()):
-        found = f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
         if tuple(value.shape) != shapes[name] or value.dtype != _DTYPES[name]:
-            wanted = f"{shapes[name]} {str(_DTYPES[name]).removeprefix('torch.')}"
-            raise AttireError(path, f"tensor {name} is {found}, expected {wanted}")
+            actual = f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+            expected = f"{shapes[name]} {str(_DTYPES[name]).removeprefix('torch.')}"
+            raise AttireError(path, f"tensor {name} is {actual}, expected {expected}")
         if not torch.isfinite(value).all():
             raise AttireError(path, f"tensor {name} holds NaN or infinity", do="use a fresh copy")
     if not count or tensors["labels"].min() < 0 or tensors["labels"].max() >= classes:

@@ -21,14 +21,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pyarrow import parquet as pq
 
-from attire.data.parquet import IMAGE, SUFFIX, THREADS, ParquetSource, image_bytes, prepared, sources
+from attire.data.parquet import DECODE_THREADS, IMAGE_COLUMN, ParquetSource, SUFFIX, find_sources, image_bytes, prepare_image
 from attire.errors import AttireError, Stopped, UsageError, one_line
 from attire.inference.bundle_files import find_bundle
 from attire.inference.predict import BATCH, Model
 from attire.inference.prediction import Prediction
 from attire.inference.runtimes import format_of
 from attire.storage import files
-from attire.storage.stores import StorageLocation, is_url, place
+from attire.storage.stores import StorageLocation, is_url, open_location
 from attire.version import __version__
 
 _PART_ROWS = 8192  # rows of a part, which a killed process loses at most: 15 s of work at 550 pictures a second
@@ -119,7 +119,7 @@ class _Work:
         return pa.schema([*self.kept, *_ANSWERS], metadata={_MARK: note})
 
 
-def predict(
+def predict_parquet(
     where: str | Path,
     out: str | Path,
     model: Model,
@@ -136,10 +136,10 @@ def predict(
     input or is in the way at `out`, Stopped after Ctrl-C: then the same call goes on.
     """
     began = time.perf_counter()
-    work = _Work(sources(where), model, digest, min(top, len(model.classes)))
+    work = _Work(find_sources(where), model, digest, min(top, len(model.classes)))
     work.schema(0)  # which looks at every file, before anything is written
     whole = str(out).lower().endswith(SUFFIX)
-    at = place(f"{out}.parts" if whole else out)
+    at = open_location(f"{out}.parts" if whole else out)
     with ExitStack() as held:
         if whole and (errors := _finished(out, work)) is not None:
             return _Done(str(out), work.rows, errors, time.perf_counter() - began)
@@ -202,7 +202,7 @@ def _answer_parts(
     errors = done = 0
     stream: Iterator[tuple[ParquetSource, int, Any]] | None = None
     progress(0, work.rows)
-    with ThreadPoolExecutor(THREADS, "decode") as pool:
+    with ThreadPoolExecutor(DECODE_THREADS, "decode") as pool:
         for index in range(work.parts):
             count = work.part_rows(index)
             found = _errors_of(at, _part_name(index), work, count) if _part_name(index) in there else None
@@ -276,7 +276,7 @@ def _ask(model: Model, images: list[NDArray[np.uint8]]) -> list[Prediction]:
 
 def _looked_at(data: bytes | None, source: ParquetSource, row: int) -> NDArray[np.uint8] | AttireError:
     try:
-        return prepared(data, source, row)
+        return prepare_image(data, source, row)
     except AttireError as error:
         return error
 
@@ -289,23 +289,23 @@ def _line(found: Prediction, top: int) -> dict[str, Any]:
 
 def _kept_schema(source: ParquetSource) -> Any:
     """The input's columns without the picture; with the path beside its bytes, where no other column is called so."""
-    fields = [field for field in source.schema if field.name != IMAGE]
+    fields = [field for field in source.schema if field.name != IMAGE_COLUMN]
     if _has_path(source.schema):
         fields.insert(0, pa.field("path", pa.string()))
     return pa.schema([pa.field(field.name, field.type) for field in fields])
 
 
 def _has_path(schema: Any) -> bool:
-    kind = schema.field(IMAGE).type
+    kind = schema.field(IMAGE_COLUMN).type
     return pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 and "path" not in schema.names
 
 
 def _keep(batch: Any) -> Any:
     """A record batch in the form of `kept_schema`."""
-    names = [name for name in batch.schema.names if name != IMAGE]
+    names = [name for name in batch.schema.names if name != IMAGE_COLUMN]
     columns = [batch.column(batch.schema.get_field_index(name)) for name in names]
     if _has_path(batch.schema):
-        image = batch.column(batch.schema.get_field_index(IMAGE))
+        image = batch.column(batch.schema.get_field_index(IMAGE_COLUMN))
         names.insert(0, "path")
         columns.insert(0, pc.struct_field(image, "path").cast(pa.string()))
     fields = [pa.field(name, column.type) for name, column in zip(names, columns, strict=True)]
@@ -338,7 +338,7 @@ def _refuse_others(work: _Work, at: StorageLocation, there: dict[str, int]) -> N
         if name.endswith(".part"):  # of a process that was killed
             continue
         if name not in own or (name.endswith(SUFFIX) and not _is_own(at, name, work)):
-            raise UsageError("--out", f"{at.name(name)} is no part of these answers", do="name a new folder")
+            raise UsageError("--out", f"{at.url_of(name)} is no part of these answers", do="name a new folder")
 
 
 def _is_own(at: StorageLocation, name: str, work: _Work) -> bool:
@@ -358,9 +358,9 @@ def _split(out: str | Path) -> tuple[StorageLocation, str]:
     """The folder of a file and its name."""
     if is_url(out):
         folder, _, name = str(out).rpartition("/")
-        return place(folder), name
+        return open_location(folder), name
     path = Path(out)
-    return place(path.parent), path.name
+    return open_location(path.parent), path.name
 
 
 def _finished(out: str | Path, work: _Work) -> int | None:
@@ -382,7 +382,7 @@ def _join(work: _Work, at: StorageLocation, out: str | Path, errors: int) -> Non
     """All parts as one file, a row group each."""
     folder, name = _split(out)
     schema, options = work.schema(errors), {"compression": "zstd", "write_page_checksum": True}
-    with folder.writing(name) as file, pq.ParquetWriter(file, schema, **options) as writer:
+    with folder.open_output(name) as file, pq.ParquetWriter(file, schema, **options) as writer:
         for index in range(work.parts):
             table = _read_part(at, _part_name(index))
             writer.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=_PART_ROWS)

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from attire.errors import AttireError, UsageError, one_line
 from attire.inference.bundle_files import GRAPH, find_bundle, is_bundle
-from attire.inference.inputs import PictureInput, expand, read_ahead
+from attire.inference.inputs import PictureInput, expand_paths, read_inputs
 from attire.inference.prediction import Prediction
-from attire.inference.runtimes import Exported, format_of, load_export
+from attire.inference.runtimes import ExportedModel, format_of, load_export
 from attire.storage import files
 
 _FORMS = ("table", "jsonl", "csv")
@@ -70,7 +70,7 @@ def open_model(path: Path | None, device: str) -> Model:
 
 def lacks_verdict(model: Model) -> bool:
     """Whether this is a bundle that cannot tell what is none of its classes."""
-    return not isinstance(model, Exported) and getattr(model, "ood_detector", None) is None
+    return not isinstance(model, ExportedModel) and getattr(model, "ood_detector", None) is None
 
 
 # Answers.
@@ -147,7 +147,7 @@ _LINES = {"table": _table_line, "jsonl": _json_line, "csv": _csv_line}
 # What `attire predict` does.
 
 
-def tell(
+def print_answers(
     arguments: Sequence[str],
     model: Model,
     *,
@@ -167,7 +167,7 @@ def tell(
     narrow = form == "table" and out.isatty() and shutil.get_terminal_size().columns < _NARROW
     line = _narrow_lines if narrow else _LINES[form]
     strips, done, failed = _Strips(show), 0, 0
-    with _progress(arguments, out) as step, closing(read_ahead(expand(arguments), model.classes)) as asked:
+    with _progress(arguments, out) as step, closing(read_inputs(expand_paths(arguments), model.classes)) as asked:
         for batch in ask(asked) if ask else _answer(model, asked):
             for item in batch:
                 if isinstance(item, AttireError):
@@ -195,7 +195,7 @@ class _progress:  # noqa: N801  (used as a function)
     def __init__(self, arguments: Sequence[str], out: IO[str]) -> None:
         self.watch: Any = None
         if sys.stderr.isatty() and not out.isatty():
-            self.total = sum(1 for _ in expand(arguments))
+            self.total = sum(1 for _ in expand_paths(arguments))
             if self.total > BATCH:
                 from attire.terminal import Terminal
 
@@ -224,7 +224,7 @@ class _Strips:
             return
         from attire.data import photos
 
-        files.write_bytes(self.path(asked), photos.strip(photos.prepare(asked.picture, asked.name)))
+        files.write_bytes(self.path(asked), photos.comparison_strip(photos.prepare(asked.picture, asked.name)))
 
     def path(self, asked: PictureInput) -> Path:
         assert self.where is not None

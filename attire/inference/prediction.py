@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,15 +12,16 @@ from attire.data.photos import prepare
 from attire.errors import AttireError
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+NO_OOD_DETECTOR = "this bundle cannot tell what is none of its classes; train it again, with 200 images or more"
 
 
 @dataclass(frozen=True)
 class Prediction:
     """The answer for one image: the likeliest class first, with its calibrated probability, then the others.
 
-    distance: from the training images, see `Classifier.distances`; out_of_distribution: whether it is farther than all but
-    5 % of garments, and so rather none of the classes. Both are None where the bundle cannot tell. Label and probabilities
-    are those of the closest classes all the same.
+    distance: from the training images, see `Classifier.distances`. out_of_distribution: whether it is farther than all but
+    5 % of garments, and so probably none of the classes; label and probabilities are those of the closest classes all the
+    same. Both are None where the model has no OODDetector.
     """
 
     label: str
@@ -28,6 +29,21 @@ class Prediction:
     ranking: tuple[tuple[str, float], ...]
     distance: float | None = None
     out_of_distribution: bool | None = None
+
+    @classmethod
+    def from_probabilities(
+        cls,
+        classes: Sequence[str],
+        probabilities: NDArray[np.floating[Any]],
+        distance: float | None = None,
+        threshold: float | None = None,
+    ) -> Self:
+        """One row of probabilities (K,) as a Prediction; threshold: the distance above which it is out-of-distribution."""
+        order = np.argsort(-probabilities, kind="stable")
+        ranking = tuple((classes[i], float(probabilities[i])) for i in order)
+        label, probability = ranking[0]
+        verdict = None if distance is None or threshold is None else distance > threshold
+        return cls(label, probability, ranking, distance, verdict)
 
     def __str__(self) -> str:
         if self.out_of_distribution:
@@ -37,28 +53,15 @@ class Prediction:
         return f"{self.label} {self.probability:.3f}"
 
 
-def ranked(
-    classes: Sequence[str],
-    probabilities: NDArray[np.floating[Any]],
-    distance: float | None = None,
-    threshold: float | None = None,
-) -> Prediction:
-    """One row of probabilities (K,) as a Prediction; with a distance and the threshold beyond which it is rejected."""
-    order = np.argsort(-probabilities, kind="stable")
-    ranking = tuple((classes[i], float(probabilities[i])) for i in order)
-    out_of_distribution = None if distance is None or threshold is None else distance > threshold
-    return Prediction(*ranking[0], ranking, distance, out_of_distribution)
-
-
 def as_images(images: ArrayLike) -> NDArray[np.uint8]:
     """(n, 28, 28) uint8 of (n, 28, 28) or (n, 784) uint8; other types are refused, never silently scaled."""
-    found = np.asarray(images)
-    if found.ndim == 2 and found.shape[1] == 784:
-        found = found.reshape(-1, 28, 28)
-    if found.dtype != np.uint8 or found.shape[1:] != (28, 28):
-        what = f"expected (n, 28, 28) or (n, 784) uint8 from 0 to 255, found {found.shape} {found.dtype}"
+    array = np.asarray(images)
+    if array.ndim == 2 and array.shape[1] == 784:
+        array = array.reshape(-1, 28, 28)
+    if array.dtype != np.uint8 or array.shape[1:] != (28, 28):
+        what = f"expected (n, 28, 28) or (n, 784) uint8 from 0 to 255, found {array.shape} {array.dtype}"
         raise AttireError("images", what)
-    return found
+    return array
 
 
 def read_picture(source: str | Path | bytes, name: str = "picture") -> NDArray[np.uint8]:

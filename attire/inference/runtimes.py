@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from attire.errors import AttireError
-from attire.inference.bundle_files import ABOUT, GRAPH, WEIGHTS, find_bundle
+from attire.inference.bundle_files import GRAPH, MODEL_JSON, WEIGHTS, find_bundle
 from attire.inference.prediction import Prediction, as_images, ranked
 from attire.storage import files
 
@@ -26,7 +26,7 @@ SCHEMA = 1
 NO_SEAL = "0" * 64  # stands in the metadata while the digest over the file is computed
 SUFFIXES = {"onnx": ".onnx", "openvino": ".openvino", "torch-export": ".pt2", "safetensors": ".safetensors"}
 _EXTRAS = {"onnx": "onnx", "openvino": "openvino"}  # what `pip install 'attire[...]'` is called
-METADATA = "attire.json"
+METADATA_FILE = "attire.json"
 _BATCH = 256
 
 # (n, 28, 28), n from 1 to BATCH, to probabilities (n, K), and distances (n,) from the training images where it can tell
@@ -34,7 +34,7 @@ _Run = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float32], NDArray[np.float
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedModel:
     """A file that `attire export` wrote, opened: it answers as the bundle it was made from does."""
 
     path: Path
@@ -77,7 +77,7 @@ def format_of(path: Path) -> str | None:
     return next((name for name, suffix in SUFFIXES.items() if path.suffix == suffix), None)
 
 
-def load_export(path: str | Path) -> Exported:
+def load_export(path: str | Path) -> ExportedModel:
     """Open an exported file. Raises AttireError for what is not ours, damaged, or lacks its runtime here."""
     path = Path(path)
     kind = format_of(path)
@@ -101,7 +101,7 @@ def load_export(path: str | Path) -> Exported:
     if schema != SCHEMA:
         raise AttireError(path, "not a file that `attire export` wrote", f"schema {schema!r}"[:80])
     try:
-        return Exported(path, kind, facts, run(path, facts))
+        return ExportedModel(path, kind, facts, run(path, facts))
     except Exception as error:  # the seal fits, and still it is no network: each runtime raises errors of its own
         if isinstance(error, MemoryError) or getattr(error, "status", 0) == 1:
             raise
@@ -109,7 +109,7 @@ def load_export(path: str | Path) -> Exported:
         raise AttireError(path, "cannot be opened by its runtime", found, "export again") from error
 
 
-def load_graph(bundle: str | Path | None = None) -> Exported:
+def load_graph(bundle: str | Path | None = None) -> ExportedModel:
     """A bundle through ONNX Runtime, by its `network.onnx`; None is the shipped bundle. Raises AttireError."""
     return load_export(find_bundle(bundle) / GRAPH)
 
@@ -118,7 +118,7 @@ def _damaged(path: Path) -> AttireError:
     return AttireError(path, "damaged, or changed after it was written: its digest does not match", do="export again")
 
 
-def missing(kind: str, error: ImportError) -> AttireError:
+def missing_runtime(kind: str, error: ImportError) -> AttireError:
     return AttireError(kind, "its runtime is not installed", str(error), f"pip install 'attire[{_EXTRAS[kind]}]'")
 
 
@@ -205,8 +205,8 @@ def _bundle_tensors(path: Path, facts: dict[str, Any]) -> dict[str, NDArray[Any]
     from safetensors.numpy import load
 
     data = _read(path.parent / WEIGHTS)
-    if files.sha256(data) != names["sha256"] or files.sha256(_read(path.parent / ABOUT)) != facts["bundle"]:
-        raise AttireError(path, f"{WEIGHTS} or {ABOUT} beside it is damaged or another's", do="use a fresh copy")
+    if files.sha256(data) != names["sha256"] or files.sha256(_read(path.parent / MODEL_JSON)) != facts["bundle"]:
+        raise AttireError(path, f"{WEIGHTS} or {MODEL_JSON} beside it is damaged or another's", do="use a fresh copy")
     try:
         tensors = load(data)
         return {name: tensors[key] for name, key in names["tensors"].items()}
@@ -218,12 +218,12 @@ def _bundle_tensors(path: Path, facts: dict[str, Any]) -> dict[str, NDArray[Any]
 
 
 def _read_openvino(path: Path) -> dict[str, Any]:
-    if not (path / METADATA).is_file():
+    if not (path / METADATA_FILE).is_file():
         raise AttireError(path, "not a folder that `attire export` wrote")
-    facts = files.read_json(path / METADATA)
+    facts = files.read_json(path / METADATA_FILE)
     seal = facts.pop("seal", "")
     if seal != files.sha256(files.canonical_json(facts)):
-        raise _damaged(path / METADATA)
+        raise _damaged(path / METADATA_FILE)
     for name, digest in facts["sha256"].items():
         part = path / Path(name).name
         if not part.is_file() or files.sha256_file(part) != digest:
@@ -235,11 +235,11 @@ def _run_openvino(path: Path, facts: dict[str, Any]) -> _Run:
     try:
         import openvino
     except ImportError as error:
-        raise missing("openvino", error) from error
-    from attire.model.devices import signal_stack_kept
+        raise missing_runtime("openvino", error) from error
+    from attire.model.devices import preserve_signal_stack
 
     hint = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}[facts["precision"]]
-    with signal_stack_kept():
+    with preserve_signal_stack():
         network = openvino.Core().compile_model(path / "network.xml", "CPU", {"INFERENCE_PRECISION_HINT": hint})
     return lambda images: (np.array(network(images)[0], np.float32), None)
 
@@ -260,7 +260,7 @@ def records_digest(path: Path) -> str:
     sha = hashlib.sha256()
     with zipfile.ZipFile(path) as archive:
         for name in sorted(archive.namelist()):
-            if not name.endswith(f"extra/{METADATA}"):
+            if not name.endswith(f"extra/{METADATA_FILE}"):
                 sha.update(name.partition("/")[2].encode() + b"\0" + hashlib.sha256(archive.read(name)).digest())
     return sha.hexdigest()
 
@@ -269,7 +269,7 @@ def _read_torch_export(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            name = next(name for name in names if name.endswith(f"extra/{METADATA}"))
+            name = next(name for name in names if name.endswith(f"extra/{METADATA_FILE}"))
             facts: dict[str, Any] = json.loads(archive.read(name))
         seal = facts.pop("seal")
         digest = records_digest(path)
@@ -340,7 +340,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise files.cannot("read", path, error) from error
+        raise files.io_error("read", path, error) from error
 
 
 READERS: dict[str, tuple[Callable[[Path], dict[str, Any]], Callable[[Path, dict[str, Any]], _Run]]] = {

@@ -1,4 +1,4 @@
-"""Batch normalisation by all the rows of a batch, whichever processes they are in."""
+"""Batch normalisation over the whole batch, whichever processes hold its rows."""
 
 from typing import Any, cast
 
@@ -9,24 +9,27 @@ from attire.model import distributed
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Normalises by the moments of the whole batch, whichever processes its rows are in; torch's own for one process.
+    """`nn.BatchNorm2d` that normalises by the moments of the whole batch when several processes train together.
 
-    (torch.nn.SyncBatchNorm does the same on CUDA alone, and not for a process without rows.)
+    `nn.SyncBatchNorm` does the same, but only on CUDA, and not for a process without rows.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or distributed.count() == 1:
+        if not self.training or distributed.world_size() == 1:
             return super().forward(x)
-        found, mean, variance = cast(tuple[Tensor, ...], _Normalised.apply(x, self.weight, self.bias, self.eps))
+        y, mean, variance = cast(tuple[Tensor, ...], _SyncBatchNorm.apply(x, self.weight, self.bias, self.eps))
         for running, value in ((self.running_mean, mean), (self.running_var, variance)):
             cast(Tensor, running).lerp_(value, cast(float, self.momentum))
         cast(Tensor, self.num_batches_tracked).add_(1)
-        return found
+        return y
 
 
-class _Scaled(nn.Module):
-    """What a trained batch normalisation computes, (b, C, H, W) to the same: exporters leave it beside the convolution,
-    where they fold batch normalisation into weights that are then not the bundle's any more."""
+class _FrozenBatchNorm(nn.Module):
+    """A trained batch normalisation as one multiplication and one addition, (b, C, H, W) to the same shape.
+
+    Exporters fold `nn.BatchNorm2d` into the convolution, whose weights would then differ from the bundle's. They leave
+    this module as it is.
+    """
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
@@ -38,47 +41,48 @@ class _Scaled(nn.Module):
         self.register_buffer("shift", (norm.bias - mean * scale).detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * _along(self.scale) + _along(self.shift)
+        return x * _per_channel(self.scale) + _per_channel(self.shift)
 
 
-def scale_only(model: nn.Module) -> None:
-    """Put a `Scaled` in the place of each batch normalisation."""
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Replace each `nn.BatchNorm2d` of a model by its frozen form, in place."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.BatchNorm2d):
-            model.set_submodule(name, _Scaled(layer))
+            model.set_submodule(name, _FrozenBatchNorm(layer))
 
 
-class _Normalised(torch.autograd.Function):
-    """Maps (b, C, H, W), of which b may be 0, normalised; mean and unbiased variance (C,) over all processes."""
+class _SyncBatchNorm(torch.autograd.Function):
+    """Returns normalised maps (b, C, H, W), and mean and unbiased variance (C,) over all processes; b may be 0."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        given = x.float()
-        size = given.numel() // given.shape[1]
-        mean = given.sum((0, 2, 3)) / max(1, size)
-        squares = (given - _along(mean)).square().sum((0, 2, 3))
+        maps = x.float()
+        size = maps.numel() // maps.shape[1]
+        mean = maps.sum((0, 2, 3)) / max(1, size)
+        squares = (maps - _per_channel(mean)).square().sum((0, 2, 3))
         own = torch.stack([torch.full_like(mean, size), mean, squares])
-        sizes, means, parts = distributed.side_by_side(own)  # (processes, C) each
+        sizes, means, parts = distributed.gather_columns(own)  # (processes, C) each
         total = sizes.sum(0)
         mean = (sizes * means).sum(0) / total
-        squares = (parts + sizes * (means - mean).square()).sum(0)  # Chan et al. 1983: nothing is cancelled out
+        squares = (parts + sizes * (means - mean).square()).sum(0)  # Chan et al. 1983: no cancellation
         scale = (squares / total + eps).rsqrt()
         ctx.save_for_backward(x, weight, mean, scale, total)
-        found = (given - _along(mean)) * _along(scale * weight) + _along(bias)
+        y = (maps - _per_channel(mean)) * _per_channel(scale * weight) + _per_channel(bias)
         variance = squares / (total - 1).clamp_min(1)
         ctx.mark_non_differentiable(mean, variance)
-        return found.to(x.dtype), mean, variance
+        return y.to(x.dtype), mean, variance
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, scale, total = ctx.saved_tensors
-        got, normal = gradients[0].float(), (x.float() - _along(mean)) * _along(scale)
-        own = torch.stack([(got * normal).sum((0, 2, 3)), got.sum((0, 2, 3))])  # of this process's rows: add_up's
-        straight, level = distributed.summed(own) / total
-        found = (got - normal * _along(straight) - _along(level)) * _along(scale * weight)
-        return found.to(x.dtype), own[0], own[1], None
+        dy, normal = gradients[0].float(), (x.float() - _per_channel(mean)) * _per_channel(scale)
+        # Of this process's rows alone: `distributed.sum_gradients` adds those of weight and bias up.
+        own = torch.stack([(dy * normal).sum((0, 2, 3)), dy.sum((0, 2, 3))])  # (2, C): of weight and bias
+        mean_dweight, mean_dbias = distributed.all_reduce(own) / total
+        dx = (dy - normal * _per_channel(mean_dweight) - _per_channel(mean_dbias)) * _per_channel(scale * weight)
+        return dx.to(x.dtype), own[0], own[1], None
 
 
-def _along(values: Tensor) -> Tensor:
-    """(C,) beside maps (b, C, H, W)."""
+def _per_channel(values: Tensor) -> Tensor:
+    """(C,) as (C, 1, 1), to broadcast over maps (b, C, H, W)."""
     return values[:, None, None]

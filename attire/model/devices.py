@@ -1,4 +1,4 @@
-"""Which device computes, and in which precision: chosen by measurement, never at import."""
+"""The device that computes and its precision, chosen by measurement and never at import."""
 
 import ctypes
 import math
@@ -15,37 +15,39 @@ import torch
 from torch import Tensor, nn
 
 from attire.errors import AttireError, UsageError
-from attire.model import microbatches, winograd
+from attire.model import winograd
+from attire.model.microbatches import Microbatching
 from attire.storage import files
 
 _Precision = Literal["fp32", "bf16"]
 _DEVICES = ("auto", "cpu", "cuda", "mps")
 _PRECISIONS = ("auto", "fp32", "bf16")
-WINOGRAD = "torch-winograd"  # the backend of a cache entry whose convolutions are `winograd`'s
-_WORTH_MEASURING = 60  # pictures to come for each one that a pass of each layout takes: a twentieth of the work at most
-_WORTH = 1.2  # times as fast as direct: that layer gains more than those before it, which have fewer channels
+WINOGRAD = "torch-winograd"  # the backend of a cache entry whose convolutions are those of `winograd`
+_MEASURED_SHARE = 60  # of the images to come one in so many is spent on each candidate: a twentieth of the work at most
+_LEAST_SPEEDUP = 1.2  # over direct: the measured layer gains more than those before it, which have fewer channels
+_IMAGES_PER_THREAD = 4  # that the measured layer is timed on
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """CUDA where there is one, else MPS, else the CPU; a name other than `auto` is taken at its word.
+    """The device of this name; for `auto` CUDA where there is one, else MPS, else the CPU.
 
-    Raises UsageError for a device that this machine does not have.
+    Raises UsageError for an unknown name and for a device that this machine does not have.
     """
     if name not in _DEVICES:
         raise UsageError("--device", f"expected one of {', '.join(_DEVICES)}, found {name!r}")
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, there in found.items() if there))
-    if not found[name]:
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available[name]:
         raise UsageError("--device", f"{name} was asked for, but PyTorch finds none here", do="try --device auto")
     return torch.device(name)
 
 
 def choose_precision(name: str = "auto", device: torch.device | None = None) -> _Precision:
-    """The faster of fp32 and bf16 for convolutions on this device.
+    """The precision of this name; for `auto` the faster of fp32 and bf16 for convolutions on this device.
 
-    On a CPU the instruction set does not settle it: processors with AVX512_BF16 were measured to run bf16 twice as
-    fast as fp32 (one kind) and half as fast (another). So it is measured.
+    On a CPU the instruction set does not settle which is faster: of two kinds of processor with AVX512_BF16 one ran
+    bf16 twice as fast as fp32 and the other half as fast. So it is measured. Raises UsageError for an unknown name.
     """
     if name in ("fp32", "bf16"):
         return cast(_Precision, name)
@@ -61,10 +63,11 @@ def choose_precision(name: str = "auto", device: torch.device | None = None) -> 
 
 
 def choose_train_precision(name: str, device: torch.device) -> _Precision:
-    """Of the products of training. On a CPU the direct convolution alone has a backward pass to compare bf16 with.
+    """The precision of training's products. On a CPU bf16 competes with the direct convolution alone, since Winograd's
+    has no backward pass.
 
     A step of blocks 3 and 4 took half as long in bf16 (1.97 times the speed, AMD EPYC, family 25 model 17), one of the
-    classifier of `fast` three fifths.
+    head of `fast` three fifths.
     """
     if name != "auto" or device.type != "cpu":
         return choose_precision(name, device) if device.type != "mps" else "fp32"
@@ -75,64 +78,62 @@ def choose_train_precision(name: str, device: torch.device) -> _Precision:
 
 
 def choose_backend(name: str, precision: str, device: torch.device) -> str:
-    """What a cache entry is made by: `torch`, `torch-cuda` or `torch-mps`, whose bits differ, or on a CPU in fp32
-    Winograd's convolutions where they pay."""
+    """The backend that makes a cache entry: `torch`, `torch-cuda` or `torch-mps`, whose bits differ, or on a CPU in
+    fp32 Winograd's convolutions where they are clearly faster."""
     if name == "torch" and device.type != "cpu":
         return f"torch-{device.type}"
     if name != "torch" or precision != "fp32":
         return name
     seconds = _measured_seconds(("direct", "winograd"))
-    return WINOGRAD if _WORTH * seconds["winograd"] < seconds["direct"] else name
+    return WINOGRAD if _LEAST_SPEEDUP * seconds["winograd"] < seconds["direct"] else name
 
 
-def choose_layout(name: str, forward: Callable[[Tensor], Tensor], size: int, rows: int) -> microbatches.Layout:
-    """How a CPU gets through a backbone fastest: measured once, then kept in the cache folder under the processor's name.
+def choose_microbatching(name: str, forward: Callable[[Tensor], Tensor], size: int, rows: int) -> Microbatching:
+    """The fastest way to send images through a backbone on a CPU: measured once, then kept in the cache folder under
+    the processor's name.
 
-    name: of the backbone; forward: its pass over pictures (n, 3, size, size); rows: how many pictures are to come: for
-    few of them it is not measured. Small batches gained 1.3 to 1.7 times (AMD EPYC, direct convolutions, 32 to 224 px),
-    since what lies between two layers stays in the processor's cache. A layout is taken only if it gives the very same
-    bits as all pictures at once.
+    name: of the backbone; forward: its pass over images (n, 3, size, size); rows: how many images are to come, since
+    measuring does not pay for few. Small batches gained 1.3 to 1.7 times (AMD EPYC, direct convolutions, 32 to 224 px),
+    because what lies between two layers stays in the processor's cache. Only a way that gives the very same bits as
+    one whole batch is chosen.
     """
-    path, key = files.cache_dir() / "layouts.json", f"{name} at {size} px"
-    known, here = _read_measurements(path)
-    kept = known.get(here)
-    kept = kept if isinstance(kept, dict) else {}
-    candidates = _layouts(size)
-    if kept.get(key) in [list(layout) for layout in candidates]:
-        return microbatches.Layout(*kept[key])
-    pictures = max(8, torch.get_num_threads() * max(layout.pictures for layout in candidates))
-    if rows < _WORTH_MEASURING * pictures * len(candidates):
-        return microbatches.Layout()
-    x = torch.rand(pictures, 3, size, size, generator=torch.Generator().manual_seed(0))
-    x = x.to(memory_format=torch.channels_last)
-    found = _fastest(forward, x, candidates)
-    files.write_json(path, {**known, here: {**kept, key: list(found)}})
-    return found
+    path, key = files.cache_dir() / "microbatching.json", f"{name} at {size} px"
+    measurements, machine = _read_measurements(path)
+    own = measurements.get(machine)
+    own = own if isinstance(own, dict) else {}
+    candidates = _candidates(size)
+    if own.get(key) in [list(candidate) for candidate in candidates]:
+        return Microbatching(*own[key])
+    images = max(8, torch.get_num_threads() * max(candidate.images for candidate in candidates))
+    if rows < _MEASURED_SHARE * images * len(candidates):
+        return Microbatching()
+    x = torch.rand(images, 3, size, size, generator=torch.Generator().manual_seed(0))
+    fastest = _fastest(forward, x.to(memory_format=torch.channels_last), candidates)
+    files.write_json(path, {**measurements, machine: {**own, key: list(fastest)}})
+    return fastest
 
 
-def _layouts(size: int) -> list[microbatches.Layout]:
-    """All at once, or small batches whose middle layers take 1 to 16 MB."""
-    sizes = sorted({max(1, pixels // size**2) for pixels in (2**13, 2**14, 2**15, 2**16)})
+def _candidates(size: int) -> list[Microbatching]:
+    """The whole batch, or small batches whose middle layers take 1 to 16 MB."""
+    counts = sorted({max(1, pixels // size**2) for pixels in (2**13, 2**14, 2**15, 2**16)})
     return [
-        microbatches.Layout(),
-        microbatches.Layout("in turn", sizes[-1]),
-        *(microbatches.Layout("side by side", n) for n in sizes),
+        Microbatching(),
+        Microbatching("sequential", counts[-1]),
+        *(Microbatching("parallel", count) for count in counts),
     ]
 
 
-def _fastest(
-    forward: Callable[[Tensor], Tensor], x: Tensor, candidates: Sequence[microbatches.Layout]
-) -> microbatches.Layout:
+def _fastest(forward: Callable[[Tensor], Tensor], x: Tensor, candidates: Sequence[Microbatching]) -> Microbatching:
     """By the better of two passes, after one that warms up and shows whether the bits are the same."""
     with torch.inference_mode():
         expected = forward(x)
-        same = [layout for layout in candidates if torch.equal(microbatches.spread(forward, x, layout), expected)]
-        times: dict[microbatches.Layout, float] = dict.fromkeys(same, math.inf)
-        for layout in 2 * same:
+        equal = [candidate for candidate in candidates if torch.equal(candidate.run(forward, x), expected)]
+        times: dict[Microbatching, float] = dict.fromkeys(equal, math.inf)
+        for candidate in 2 * equal:
             start = time.perf_counter()
-            microbatches.spread(forward, x, layout)
-            times[layout] = min(times[layout], time.perf_counter() - start)
-    return min(times, key=lambda layout: times[layout])
+            candidate.run(forward, x)
+            times[candidate] = min(times[candidate], time.perf_counter() - start)
+    return min(times, key=lambda candidate: times[candidate])
 
 
 def has_bf16() -> bool:
@@ -141,38 +142,38 @@ def has_bf16() -> bool:
 
 
 def _measured_seconds(kinds: Sequence[str]) -> dict[str, float]:
-    """What one VGG16 layer takes by each kind of convolution: measured once, then kept in the cache folder under the
-    processor's name."""
+    """Seconds that one VGG16 layer takes by each kind of convolution: measured once, then kept in the cache folder
+    under the processor's name."""
     path = files.cache_dir() / "convolutions.json"
-    if not set(kinds) <= set(found := _kept_seconds(path)[2]):
+    if not set(kinds) <= set(seconds := _stored_seconds(path)[2]):
         with files.lock(path.with_suffix(".lock")):  # of several processes that begin together one decides for all
-            known, here, found = _kept_seconds(path)
-            if missing := [kind for kind in kinds if kind not in found]:
-                found |= {kind: _seconds_per_layer(kind) for kind in missing}
-                files.write_json(path, {**known, here: found})
-    return found
+            measurements, machine, seconds = _stored_seconds(path)
+            if missing := [kind for kind in kinds if kind not in seconds]:
+                seconds |= {kind: _seconds_per_layer(kind) for kind in missing}
+                files.write_json(path, {**measurements, machine: seconds})
+    return seconds
 
 
-def _kept_seconds(path: Path) -> tuple[dict[str, Any], str, dict[str, float]]:
-    """As `read_measurements`, and of what stands there for this machine what can be seconds."""
-    known, here = _read_measurements(path)
-    kept = known.get(here)
-    sound = {k: v for k, v in kept.items() if isinstance(v, float) and v > 0} if isinstance(kept, dict) else {}
-    return known, here, sound
+def _stored_seconds(path: Path) -> tuple[dict[str, Any], str, dict[str, float]]:
+    """What `_read_measurements` returns, and this machine's values of it that can be seconds."""
+    measurements, machine = _read_measurements(path)
+    own = measurements.get(machine)
+    sound = {k: v for k, v in own.items() if isinstance(v, float) and v > 0} if isinstance(own, dict) else {}
+    return measurements, machine, sound
 
 
 def _read_measurements(path: Path) -> tuple[dict[str, Any], str]:
-    """What stands in a file of measurements, nothing where it cannot be read: they are only made again; and the name
-    under which this machine's stand there."""
-    known: dict[str, Any] = {}
+    """A file of measurements, and the key of this machine in it. An unreadable file counts as an empty one, since
+    everything in it can be measured again."""
+    measurements: dict[str, Any] = {}
     if path.exists():
         with suppress(AttireError):
-            known = files.read_json(path)
-    return known, f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+            measurements = files.read_json(path)
+    return measurements, f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def _seconds_per_layer(kind: str) -> float:
-    """The fastest of five passes of a 128-channel VGG16 layer and its ReLU over pictures of 56 px, four a core.
+    """The fastest of five passes of a 128-channel VGG16 layer and its ReLU over images of 56 px, four a thread.
 
     kind: direct or winograd, in fp32, or bf16.
     """
@@ -180,20 +181,21 @@ def _seconds_per_layer(kind: str) -> float:
     convolution = nn.Conv2d(128, 128, 3, padding=1).to(dtype).to(memory_format=torch.channels_last)
     layer: nn.Module = nn.Sequential(convolution, nn.ReLU(inplace=True))
     if kind == "winograd":
-        layer = winograd.Convolution(convolution, pool=False)
-    count = microbatches.LEAST * torch.get_num_threads()
-    x = torch.ones(count, 128, 56, 56, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        layer = winograd.WinogradConv2d(convolution, pool=False)
+    batching = Microbatching("parallel" if kind == "winograd" else "whole")
+    x = torch.ones(_IMAGES_PER_THREAD * torch.get_num_threads(), 128, 56, 56, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
     times = []
     with torch.inference_mode():
         for _ in range(6):
             start = time.perf_counter()
-            microbatches.side_by_side(layer, x) if kind == "winograd" else layer(x)
+            batching.run(layer, x)
             times.append(time.perf_counter() - start)
     return min(times[1:])
 
 
-def processor() -> str:
-    """The processor's name as the system gives it."""
+def processor_name() -> str:
+    """The processor's name as the system reports it, with family and model where Linux tells them."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(errors="replace").splitlines():
@@ -203,7 +205,7 @@ def processor() -> str:
 
 
 def _model_number(info: Path) -> str:
-    """Cloud machines hide the name ("Xeon Processor"); family and model tell the kinds apart."""
+    """Family and model, which tell processors apart whose name a cloud provider hides ("Xeon Processor")."""
     fields = dict(
         line.split(":", 1) for line in info.read_text(errors="replace").split("\n\n")[0].splitlines() if ":" in line
     )
@@ -219,11 +221,11 @@ class _SignalStack(ctypes.Structure):
 
 
 @contextmanager
-def signal_stack_kept() -> Iterator[None]:
-    """Put this thread's alternate signal stack back afterwards; nothing is done elsewhere than on Linux.
+def preserve_signal_stack() -> Iterator[None]:
+    """Restore this thread's alternate signal stack at the end; on Linux alone.
 
-    OpenVINO's processor plugin sets one when it compiles and frees it later: the next signal, be it Ctrl-C, then ended
-    the process with a segmentation fault (measured with OpenVINO 2026.4.1 and Python 3.11).
+    OpenVINO's CPU plugin sets one when it compiles and frees it later. The next signal, such as Ctrl-C, then ended the
+    process with a segmentation fault (seen with OpenVINO 2026.4.1 and Python 3.11).
     """
     if sys.platform != "linux":
         yield
@@ -250,7 +252,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "numpy": numpy.__version__,
         "scikit-learn": sklearn.__version__,
         "system": platform.platform(),
-        "processor": processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,

@@ -1,4 +1,4 @@
-"""A forward pass on every core: small batches that stay in the caches, each worked on by one thread."""
+"""A forward pass in microbatches that stay in the processor's caches, one after another or one a core."""
 
 import os
 from collections.abc import Callable
@@ -10,43 +10,41 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-_PIXELS = 2**16  # of a small batch: 64 pictures of 32 px, 16 of 64; what lies between two layers then takes 17 MB
-LEAST = 4  # pictures of a small batch, however large they are: deep layers are mostly weights
+_PIXELS = 2**16  # of a microbatch: 64 images of 32 px, 16 of 64; what lies between two layers then takes 17 MB
+_LEAST = 4  # images of a microbatch, however large they are: deep layers are mostly weights
 
 
-class Layout(NamedTuple):
-    """How a forward pass is spread over the cores, and of how many pictures a small batch is."""
+class Microbatching(NamedTuple):
+    """How a batch goes through the network: whole, in microbatches one after another, or in microbatches one a core.
 
-    how: Literal["whole", "in turn", "side by side"] = "whole"
-    pictures: int = 0
+    images: of a microbatch; 0: as many as the caches hold.
+    """
 
+    mode: Literal["whole", "sequential", "parallel"] = "whole"
+    images: int = 0
 
-def spread(function: Callable[[Tensor], Tensor], x: Tensor, layout: Layout) -> Tensor:
-    """`function` of all pictures (n, C, H, W) without gradients: all of them at once, or as the layout says."""
-    if layout.how == "side by side":
-        return side_by_side(function, x, layout.pictures)
-    return _in_turn(function, x, layout.pictures) if layout.how == "in turn" else function(x)
-
-
-def _small_batch(x: Tensor) -> int:
-    """How many of the pictures (n, C, H, W) make a small batch where nobody says how many."""
-    return max(LEAST, _PIXELS // (x.shape[2] * x.shape[3]))
+    def run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`function` of all images (n, C, H, W), without gradients where microbatches run in parallel."""
+        if self.mode == "whole":
+            return function(x)
+        images = self.images or max(_LEAST, _PIXELS // (x.shape[2] * x.shape[3]))
+        return (_run_parallel if self.mode == "parallel" else _run_sequentially)(function, x, images)
 
 
-def _in_turn(function: Callable[[Tensor], Tensor], x: Tensor, pictures: int = 0) -> Tensor:
-    """`function` of all pictures (n, C, H, W), one small batch after the other, each on all cores."""
-    return torch.cat([function(part) for part in torch.split(x, pictures or _small_batch(x))])
+def _run_sequentially(function: Callable[[Tensor], Tensor], x: Tensor, images: int) -> Tensor:
+    """One microbatch after another, each on all cores."""
+    return torch.cat([function(part) for part in torch.split(x, images)])
 
 
-def side_by_side(function: Callable[[Tensor], Tensor], x: Tensor, pictures: int = 0) -> Tensor:
-    """`function` of all pictures (n, C, H, W) without gradients, as many small batches at a time as torch has threads.
+def _run_parallel(function: Callable[[Tensor], Tensor], x: Tensor, images: int) -> Tensor:
+    """As many microbatches at a time as torch has threads, each on one of them.
 
     For functions of many short operations: the threads then wait for each other once, not after each operation.
     """
-    threads, pictures = torch.get_num_threads(), pictures or _small_batch(x)
-    parts = -(-len(x) // (pictures * threads)) * threads  # equal ones, so that no core is left over at the end
+    threads = torch.get_num_threads()
+    parts = -(-len(x) // (images * threads)) * threads  # equal ones, so that no core is left over at the end
     if threads == 1 or len(x) < max(parts, 1):
-        return _in_turn(function, x, pictures)
+        return _run_sequentially(function, x, images)
 
     def run(part: Tensor) -> Tensor:
         with torch.no_grad():  # the mode of the calling thread is not that of this one
@@ -63,7 +61,7 @@ def _workers(threads: int, process: int) -> ThreadPoolExecutor:
 
     def start(_: int) -> None:
         torch.set_num_threads(1)  # this thread's, and what other threads begin with
-        torch.get_num_threads()  # this thread has begun: without it, its first operation would begin it once more
+        torch.get_num_threads()  # marks this thread as begun; otherwise its first operation would reset the number
         met.wait()
 
     list(pool.map(start, range(threads)))

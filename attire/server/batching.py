@@ -1,4 +1,4 @@
-"""Micro-batches: a bounded queue between requests and the threads that run the model on whatever waits."""
+"""Micro-batches: a bounded queue between requests and the threads that run the model on all that waits."""
 
 import asyncio
 import queue
@@ -17,7 +17,7 @@ _PREPARERS = 2  # threads that decode: Pillow frees the interpreter lock for par
 
 
 class QueueFull(Exception):  # noqa: N818  (a state, not a fault)
-    """No room for what was asked: try again later."""
+    """As many sources wait as may: try again later."""
 
 
 class DeadlineExceeded(Exception):  # noqa: N818
@@ -26,9 +26,9 @@ class DeadlineExceeded(Exception):  # noqa: N818
 
 @dataclass(eq=False)
 class _Job(Generic[_Source, _Item, _Answer]):
-    """What waits: its source, what became of it, and where the answer goes.
+    """One source that waits, the item that `prepare` made of it, and the future for its answer.
 
-    Whoever asked gives up by cancelling the future; from then on no time is spent on the job.
+    The caller of `ask` gives up by cancelling the future; from then on no time is spent on the job.
     """
 
     source: _Source | None
@@ -41,14 +41,14 @@ class _Job(Generic[_Source, _Item, _Answer]):
 
 
 class MicroBatches(Generic[_Source, _Item, _Answer]):
-    """Asks `prepare` about each source in a few threads, then `answer`, in `workers` threads, about whatever waits.
+    """Calls `prepare` on each source in a few threads, then `answer`, in `workers` threads, on all items that wait.
 
-    The batch is never waited for: a thread takes what is there, at least one item, at most `most`, and while it
-    works the next batch gathers. `limit` bounds all sources between being asked about and being answered; `seconds` is
-    the time each `ask` has. on_batch: told (items, seconds) after each batch, in its thread. begin: called in
-    each of those threads first.
+    No thread waits for a batch to fill: it takes the items that are there, at least one and at most `max_batch`, and
+    the next batch gathers while it works. `max_waiting` bounds the sources that are accepted and not yet answered;
+    `seconds` is the time that each `ask` has. on_batch: called with (items, seconds) after each batch, in its thread.
+    on_thread_start: called first in each thread that answers.
 
-    Belongs to the event loop that calls `start`; every other method but the private ones is called there.
+    An object belongs to the event loop that calls `start`; every other public method is called there.
     """
 
     def __init__(
@@ -56,16 +56,18 @@ class MicroBatches(Generic[_Source, _Item, _Answer]):
         prepare: Callable[[_Source], _Item],
         answer: Callable[[list[_Item]], Sequence[_Answer]],
         *,
-        limit: int,
-        most: int,
+        max_waiting: int,
+        max_batch: int,
         seconds: float,
         workers: int = 1,
         on_batch: Callable[[int, float], None] = lambda items, seconds: None,
-        begin: Callable[[], None] = lambda: None,
+        on_thread_start: Callable[[], None] = lambda: None,
     ) -> None:
-        self.limit, self.most, self.seconds, self.waiting = limit, most, seconds, 0
+        self.waiting = 0  # sources accepted and not yet answered
+        self._max_waiting, self._max_batch, self._seconds = max_waiting, max_batch, seconds
         self._threads = [threading.Thread(target=self._work, name="attire-model", daemon=True) for _ in range(workers)]
-        self._prepare_one, self._answer, self._on_batch, self._begin = prepare, answer, on_batch, begin
+        self._prepare_one, self._answer = prepare, answer
+        self._on_batch, self._on_thread_start = on_batch, on_thread_start
         self._ready: queue.SimpleQueue[_Job[_Source, _Item, _Answer] | None] = queue.SimpleQueue()
 
     def start(self) -> None:
@@ -77,7 +79,7 @@ class MicroBatches(Generic[_Source, _Item, _Answer]):
             thread.start()
 
     async def close(self) -> None:
-        """Answer all that waits, then end the threads."""
+        """Wait until every source is answered, then end the threads."""
         await self._idle.wait()
         for _ in self._threads:
             self._ready.put(None)
@@ -86,13 +88,13 @@ class MicroBatches(Generic[_Source, _Item, _Answer]):
         self._pool.shutdown()
 
     def has_room(self, count: int = 1) -> bool:
-        return self.waiting + count <= self.limit
+        return self.waiting + count <= self._max_waiting
 
     async def ask(self, sources: Sequence[_Source]) -> list[_Answer | Exception]:
         """An answer for each source, or the exception that `prepare` or `answer` raised.
 
-        Raises Full where there is no room for all of them, Late after `seconds`. When the calling task is cancelled,
-        what still waits is dropped.
+        Raises QueueFull where there is no room for all of them, DeadlineExceeded after `seconds`. When the calling task
+        is cancelled, its sources that still wait are dropped.
         """
         if not sources:
             return []
@@ -104,7 +106,7 @@ class MicroBatches(Generic[_Source, _Item, _Answer]):
         for job in jobs:
             self._pool.submit(self._prepare, job)
         try:
-            async with asyncio.timeout(self.seconds):
+            async with asyncio.timeout(self._seconds):
                 return [await job.future for job in jobs]
         except TimeoutError:
             raise DeadlineExceeded from None
@@ -123,10 +125,10 @@ class MicroBatches(Generic[_Source, _Item, _Answer]):
         return self._ready.put(job)
 
     def _work(self) -> None:
-        self._begin()
+        self._on_thread_start()
         while (first := self._ready.get()) is not None:
             jobs, last = [first], False
-            while len(jobs) < self.most:
+            while len(jobs) < self._max_batch:
                 try:
                     job = self._ready.get_nowait()
                 except queue.Empty:
@@ -140,8 +142,9 @@ class MicroBatches(Generic[_Source, _Item, _Answer]):
                 return
 
     def _run(self, jobs: list[_Job[_Source, _Item, _Answer]]) -> None:
-        dropped = [job for job in jobs if job.given_up]
-        wanted = [job for job in jobs if not job.given_up]
+        wanted, dropped = list[_Job[_Source, _Item, _Answer]](), list[_Job[_Source, _Item, _Answer]]()
+        for job in jobs:  # asked once: it may be given up at any moment
+            (dropped if job.given_up else wanted).append(job)
         items = [job.item for job in wanted if job.item is not None]
         start = time.perf_counter()
         answers: Sequence[_Answer | Exception] = []

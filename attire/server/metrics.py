@@ -1,4 +1,4 @@
-"""What Prometheus asks for: requests, batches, what waits. One registry for each app."""
+"""Metrics for Prometheus: requests, batches, pictures that wait. One registry for each app."""
 
 from collections.abc import Callable
 
@@ -10,8 +10,11 @@ _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
-class Meters:
-    """Labels take values of this program alone, never a client's, so that their number stays small."""
+class Metrics:
+    """Labels take only values that this program knows, never a client's, so that their number stays small.
+
+    waiting: returns how many pictures are accepted and not yet answered.
+    """
 
     def __init__(self, waiting: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
@@ -31,11 +34,11 @@ class Meters:
         gauge.set_function(waiting)
         ProcessCollector(registry=self.registry)
 
-    def request(self, route: str, method: str, status: int, seconds: float) -> None:
+    def observe_request(self, route: str, method: str, status: int, seconds: float) -> None:
         self._requests.labels(route, method, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def batch(self, images: int, seconds: float) -> None:
+    def observe_batch(self, images: int, seconds: float) -> None:
         self._sizes.observe(images)
         self._model.observe(seconds)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from attire.server.uploads import PICTURES
+from attire.server.uploads import PICTURE_TYPES
 from attire.version import __version__
 
 _Json = dict[str, Any]
@@ -17,25 +17,25 @@ _STATUSES = {
     400: "Not a request that can be understood.",
     401: "The bearer token is missing or wrong.",
     403: "Asked for by a page of another site.",
-    404: "There is none.",
+    404: "The model has no report.",
     408: "The body did not arrive in time.",
     413: "The body is larger than the limit in /model.",
-    415: "Content-Type or Content-Encoding is none that is taken.",
+    415: "Content-Type or Content-Encoding is not supported.",
     421: "The Host header names a host that this server does not answer to.",
     422: "The picture or the list of pictures cannot be used.",
     431: "Request line and headers are larger than 16 kB.",
     500: "Something failed in the server.",
-    503: "Too much is waiting, or the answer took too long; Retry-After says when to come back.",
+    503: "Too many pictures wait, or the answer took too long; Retry-After says when to try again.",
 }
 _ALWAYS = (400, 421, 431, 500)
 _BODY = (403, 408, 413, 415, 422, 503)
 
 
-def document(classes: Sequence[str], most_images: int, token: bool) -> _Json:
-    """The description of a server with these classes, for batches of so many images, with or without a token."""
+def document(classes: Sequence[str], batch_images: int, token: bool) -> _Json:
+    """The description of a server with these classes. batch_images: most in one batch; token: whether one is wanted."""
     secured: _Json = {"security": [{"bearer": []}]} if token else {}
-    schemas = {**_schemas_of(classes, most_images)}
-    components: _Json = {"schemas": schemas, "responses": {f"Problem{code}": _problem(code) for code in _STATUSES}}
+    problems = {f"Problem{code}": _problem(code) for code in _STATUSES}
+    components: _Json = {"schemas": _schemas_of(classes, batch_images), "responses": problems}
     if token:
         components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     return {
@@ -53,10 +53,10 @@ def document(classes: Sequence[str], most_images: int, token: bool) -> _Json:
 
 
 def _paths(classes: int, token: bool) -> _Json:
-    picture = {"required": True, "content": {name: {"schema": {}} for name in PICTURES}}
+    picture = {"required": True, "content": {name: {"schema": {}} for name in PICTURE_TYPES}}
     batch = {"required": True, "content": {"application/json": {"schema": _ref("Batch")}}}
-    top: _Json = {
-        "name": "top",
+    top_k: _Json = {
+        "name": "top_k",
         "in": "query",
         "description": "How many classes the ranking shows; all by default.",
         "schema": {"type": "integer", "minimum": 1, "maximum": classes},
@@ -77,14 +77,14 @@ def _paths(classes: int, token: bool) -> _Json:
         "/predict/batch": ("predict_batch", "The garments in several pictures.", batch, _of("Predictions")),
         "/explain": ("explain", "One picture, and what the answer rests on.", picture, _of("Explanation")),
     }
-    found: _Json = {}
+    paths: _Json = {}
     for path, (name, summary, content, extra, secured) in gets.items():
         statuses = (*_ALWAYS, *extra, *((401,) if secured else ()))
-        found[path] = {"get": _operation(name, summary, content, statuses, open_to_all=token and not secured)}
+        paths[path] = {"get": _operation(name, summary, content, statuses, open_to_all=token and not secured)}
     for path, (name, summary, body, content) in posts.items():
         made = _operation(name, summary, content, (*_ALWAYS, *_BODY, *((401,) if token else ())))
-        found[path] = {"post": {**made, "parameters": [top], "requestBody": body}}
-    return found
+        paths[path] = {"post": {**made, "parameters": [top_k], "requestBody": body}}
+    return paths
 
 
 def _operation(name: str, summary: str, content: _Json, statuses: Sequence[int], open_to_all: bool = False) -> _Json:
@@ -105,7 +105,7 @@ def _problem(code: int) -> _Json:
     return made
 
 
-def _schemas_of(classes: Sequence[str], most_images: int) -> _Json:
+def _schemas_of(classes: Sequence[str], batch_images: int) -> _Json:
     label = {"type": "string", "enum": list(classes)}
     likely = _record({"label": label, "probability": _PROBABILITY})
     prediction: _Json = {
@@ -114,17 +114,17 @@ def _schemas_of(classes: Sequence[str], most_images: int) -> _Json:
         "ranking": {"type": "array", "items": likely, "minItems": 1, "maxItems": len(classes)},
         "out_of_distribution": {
             "type": ["boolean", "null"],
-            "description": "Whether it is rather none of the classes.",
+            "description": "Whether it is rather none of these classes; null where the model has no such detector.",
         },
-        "distance": {**_DISTANCE, "type": ["number", "null"], "description": "From the training images."},
+        "distance": {**_DISTANCE, "type": ["number", "null"], "description": "From the training images, in feature space; null where unknown."},
         "verdict": {"type": "string", "description": "The answer in words."},
-        "seen": {**_PNG_URI, "description": "What the model saw, 28x28."},
+        "model_input": {**_PNG_URI, "description": "The picture as the model sees it, 28x28."},
         "polarity": {"type": "string", "enum": ["dark on light", "light on dark"]},
         "milliseconds": {"type": "number", "minimum": 0},
     }
     neighbour = _record({"label": {"type": "string"}, "distance": _DISTANCE, "image": _PNG_URI})
     explained = {
-        "heat": _PNG_URI,
+        "heat_map": _PNG_URI,
         "method": {"type": "string"},
         "neighbours": {"type": "array", "items": neighbour},
     }
@@ -134,7 +134,7 @@ def _schemas_of(classes: Sequence[str], most_images: int) -> _Json:
         "Prediction": _record(prediction),
         "Explanation": _record({**prediction, **explained}),
         "Predictions": _record({"predictions": {"type": "array", "items": either, "minItems": 1}}),
-        "Batch": _record({"images": {"type": "array", "items": image, "minItems": 1, "maxItems": most_images}}),
+        "Batch": _record({"images": {"type": "array", "items": image, "minItems": 1, "maxItems": batch_images}}),
         "Samples": _record(
             {"samples": {"type": "array", "items": _record({"name": {"type": "string"}, "image": _PNG_URI})}}
         ),

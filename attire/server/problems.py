@@ -1,14 +1,13 @@
-"""What a request is told when it cannot be answered: RFC 9457, application/problem+json."""
+"""The answer to a request that cannot be served: RFC 9457, application/problem+json."""
 
 import json
 from collections.abc import Mapping
 from http import HTTPStatus
 
-from starlette.requests import Request
 from starlette.responses import Response
 
 MEDIA_TYPE = "application/problem+json"
-RETRY_SECONDS = 1
+_RETRY_SECONDS = 1
 
 
 class Problem(Exception):  # noqa: N818  (the standard's word)
@@ -29,16 +28,10 @@ class Problem(Exception):  # noqa: N818  (the standard's word)
         return Response(self.body(), self.status, self.headers, MEDIA_TYPE)
 
 
-async def answer_problem(_: Request, problem: Exception) -> Response:
-    """Starlette's handler for a Problem that an endpoint raised."""
-    assert isinstance(problem, Problem)
-    return problem.response()
+def queue_full() -> Problem:
+    return try_again("queue-full", "as many pictures are waiting as may")
 
 
-def busy(detail: str = "as many pictures are waiting as may; try again in a moment") -> Problem:
-    return Problem(503, "queue-full", detail, {"Retry-After": str(RETRY_SECONDS)})
-
-
-def late() -> Problem:
-    detail = "no answer within the time a request has; try again in a moment"
-    return Problem(503, "deadline", detail, {"Retry-After": str(RETRY_SECONDS)})
+def try_again(code: str, reason: str) -> Problem:
+    """503, for what may succeed a moment later."""
+    return Problem(503, code, f"{reason}; try again in a moment", {"Retry-After": str(_RETRY_SECONDS)})

@@ -12,74 +12,74 @@ from typing import Any, NoReturn
 from starlette.requests import Request
 
 from attire.errors import AttireError
-from attire.server.problems import RETRY_SECONDS, Problem
+from attire.server.problems import Problem, try_again
 
-PICTURES = ("image/png", "image/jpeg", "image/webp", "image/bmp")
-JSON = ("application/json",)
+PICTURE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp")
+JSON_TYPES = ("application/json",)
 
 
 class ClientGone(Exception):  # noqa: N818
-    """Nobody is left who would read the answer."""
+    """The client has closed its connection: nobody would read the answer."""
 
 
 @dataclass
-class Arrivals:
-    """Bytes of bodies held at this moment by all requests together, so that many uploads cannot fill the memory."""
+class UploadBudget:
+    """Bytes of the bodies that all requests together hold now, so that many uploads cannot fill the memory."""
 
     limit: int
-    held: int = 0
+    used: int = 0
 
-    def take(self, count: int) -> None:
-        if self.held + count > self.limit:
-            detail = "too many uploads are arriving; try again in a moment"
-            raise Problem(503, "uploads-full", detail, {"Retry-After": str(RETRY_SECONDS)})
-        self.held += count
+    def reserve(self, count: int) -> None:
+        """Raises Problem where so many more bytes would exceed the limit."""
+        if self.used + count > self.limit:
+            raise try_again("uploads-full", "too many uploads are arriving")
+        self.used += count
 
 
 @dataclass(frozen=True)
 class BodyLimits:
-    """most: bytes; stall: seconds between two parts; whole: seconds from the first to the last."""
+    """Of one body. stall_seconds: between two of its parts; total_seconds: from the first part to the last."""
 
-    most: int
-    stall: float
-    whole: float
+    max_bytes: int
+    stall_seconds: float
+    total_seconds: float
 
 
-def check_headers(request: Request, media_types: tuple[str, ...], most: int) -> None:
+def check_headers(request: Request, media_types: tuple[str, ...], max_bytes: int) -> None:
     """Raises Problem for what the headers alone rule out, before a byte of the body is read."""
     headers = request.headers
-    told = headers.getlist("content-type")
-    media_type = told[0].partition(";")[0].strip().lower() if len(told) == 1 else ""
+    given = headers.getlist("content-type")
+    media_type = given[0].partition(";")[0].strip().lower() if len(given) == 1 else ""
     if media_type not in media_types:
         wanted = ", ".join(media_types)
         raise Problem(415, "media-type", f"send it as Content-Type {wanted}", {"Accept": wanted})
     if headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise Problem(415, "content-encoding", "send it without Content-Encoding", {"Accept-Encoding": "identity"})
     length = headers.get("content-length", "0")
-    if length.isascii() and length.isdigit() and int(length[:20]) > most:
-        raise _too_large(most)
+    if length.isascii() and length.isdigit() and int(length[:20]) > max_bytes:
+        raise _too_large(max_bytes)
 
 
 @asynccontextmanager
-async def whole_body(request: Request, limits: BodyLimits, arrivals: Arrivals) -> AsyncIterator[bytes]:
-    """The body, which counts among the arrivals until the end of the block.
+async def whole_body(request: Request, limits: BodyLimits, budget: UploadBudget) -> AsyncIterator[bytes]:
+    """The body, which takes its part of the budget until the end of the block.
 
-    Raises Problem where it is empty, too large or too slow, ClientGone where it breaks off.
+    Raises Problem where the body is empty, too large or too slow, ClientGone where it breaks off.
     """
     parts: list[bytes] = []
     size, more = 0, True
     try:
         try:
-            async with asyncio.timeout(limits.whole):
+            async with asyncio.timeout(limits.total_seconds):
                 while more:
-                    async with asyncio.timeout(limits.stall):
+                    async with asyncio.timeout(limits.stall_seconds):
                         message = await request.receive()
                     if message["type"] == "http.disconnect":
                         raise ClientGone
                     part, more = message.get("body", b""), message.get("more_body", False)
-                    if size + len(part) > limits.most:
-                        raise _too_large(limits.most)
-                    arrivals.take(len(part))
+                    if size + len(part) > limits.max_bytes:
+                        raise _too_large(limits.max_bytes)
+                    budget.reserve(len(part))
                     size += len(part)
                     parts.append(part)
         except TimeoutError:
@@ -88,32 +88,32 @@ async def whole_body(request: Request, limits: BodyLimits, arrivals: Arrivals) -
             raise Problem(400, "empty-body", "the body is empty")
         yield parts[0] if len(parts) == 1 else b"".join(parts)
     finally:
-        arrivals.held -= size
+        budget.used -= size
 
 
-def _too_large(most: int) -> Problem:
-    return Problem(413, "body-too-large", f"the body may have {most:,} bytes at most")
+def _too_large(max_bytes: int) -> Problem:
+    return Problem(413, "body-too-large", f"the body may have {max_bytes:,} bytes at most")
 
 
 def not_a_picture(error: AttireError) -> Problem:
-    """Without `where`: that may hold what a decoder said, with names from inside it."""
+    """The Problem for this error, without its `where`: a decoder's message there may name what is inside the server."""
     return Problem(422, "picture", f"{error.what}; {error.do}" if error.do else error.what)
 
 
-def parse_batch(body: bytes, most: int) -> list[bytes | Problem]:
+def parse_batch(body: bytes, max_images: int) -> list[bytes | Problem]:
     """The pictures of `{"images": [base64, ...]}` in their order; what is not base64 is a Problem in its place.
 
     Raises Problem for any other document.
     """
     try:
-        found = json.loads(body, parse_constant=_refuse_constant)
+        batch = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise Problem(400, "json", "the body is not JSON") from None
-    if not isinstance(found, dict) or set(found) != {"images"} or not isinstance(found["images"], list):
+    if not isinstance(batch, dict) or set(batch) != {"images"} or not isinstance(batch["images"], list):
         raise Problem(422, "batch", 'expected {"images": [base64, ...]} and nothing else')
-    images: list[Any] = found["images"]
-    if not 1 <= len(images) <= most:
-        raise Problem(422, "batch-size", f"expected 1 to {most} images, found {len(images):,}")
+    images: list[Any] = batch["images"]
+    if not 1 <= len(images) <= max_images:
+        raise Problem(422, "batch-size", f"expected 1 to {max_images} images, found {len(images):,}")
     if not all(isinstance(image, str) for image in images):
         raise Problem(422, "batch", "expected every image as a string of base64")
     return [_decode_base64(image) for image in images]

@@ -1,4 +1,4 @@
-"""Opens input files, and names what a file really is when its content is not what its name says."""
+"""Open input files, and name the format that a file's first bytes show."""
 
 import io
 from collections.abc import Iterator
@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from attire.errors import AttireError
-from attire.storage.files import cannot
+from attire.storage.files import io_error
 
-# From the formats' own specifications; the first match counts.
+# From the formats' specifications; the first match counts.
 _MAGICS = (
     (b"\x1f\x8b", "gzip-compressed data"),
     (b"PK\x03\x04", "a zip archive"),
@@ -33,41 +33,41 @@ _MAGICS = (
 _HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"mif1", b"msf1"}
 
 
-def name_format(head: bytes) -> str:
-    """What the first bytes of a file (a few hundred or more) show, such as "a PDF document"; "" when unknown."""
-    if head.startswith(b"PK\x03\x04") and (b"[Content_Types].xml" in head or b"xl/" in head):
+def name_format(data: bytes) -> str:
+    """Name the format that a file's first few hundred bytes show, such as "a PDF document"; "" when unknown."""
+    if data.startswith(b"PK\x03\x04") and (b"[Content_Types].xml" in data or b"xl/" in data):
         return "an Excel workbook"
-    if head[4:8] == b"ftyp":
-        return "a HEIC picture" if head[8:12] in _HEIF_BRANDS else "an AVIF picture or a video"
-    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+    if data[4:8] == b"ftyp":
+        return "a HEIC picture" if data[8:12] in _HEIF_BRANDS else "an AVIF picture or a video"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "a WebP picture"
     for magic, name in _MAGICS:
-        if head.startswith(magic):
+        if data.startswith(magic):
             return name
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:512].lower()
+    start = data.removeprefix(b"\xef\xbb\xbf").lstrip()[:512].lower()
     if b"<svg" in start and start.startswith(b"<"):
         return "an SVG drawing"
     if start.startswith((b"<!doctype html", b"<html")):
         return "an HTML page"
-    if b"\x00" in head[:2] and head[:2].strip(b"\x00").isalpha():
+    if b"\x00" in data[:2] and data[:2].strip(b"\x00").isalpha():
         return "UTF-16 text"
     return ""
 
 
-def is_text(head: bytes) -> bool:
-    """Whether the bytes read as UTF-8 without control characters; a character cut at the end is forgiven."""
+def is_text(data: bytes) -> bool:
+    """Check for UTF-8 without control characters. The last character may be cut off."""
     try:
-        text = head.decode()
+        text = data.decode()
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 3:
+        if error.start < len(data) - 3:
             return False
-        text = head[: error.start].decode()
+        text = data[: error.start].decode()
     return all(c.isprintable() or c in "\t\r\n\f\ufeff" for c in text)
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[io.BufferedReader]:
-    """The file, open for reading in binary; every failure to open or read it becomes one AttireError."""
+def open_input(path: Path) -> Iterator[io.BufferedReader]:
+    """Open a file for reading in binary. Every failure to open or read it becomes an AttireError."""
     try:
         if is_folder(path):
             raise AttireError(path, "is a folder, expected a file")
@@ -76,11 +76,11 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
     except FileNotFoundError as error:
         raise AttireError(path, "no such file") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise cannot("read", path, OSError(*error.args)) from error
+        raise io_error("read", path, OSError(*error.args)) from error
 
 
 def is_folder(path: Path) -> bool:
-    """`Path.is_dir`, False also for a name that no file can have."""
+    """`Path.is_dir`, but False for a name that no file can have."""
     try:
         return path.is_dir()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What Debian's and Python's package managers can fetch where the public mirrors are out of reach."""
+"""Download packages by apt-get and pip, where the public mirrors are out of reach."""
 
 import io
 import lzma
@@ -7,14 +7,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from attire.errors import one_line
-from attire.storage.files import cache_dir, make_dir
+from attire.storage.files import cache_dir, temporary_folder
 from attire.storage.http import MirrorError
 
 _SECONDS = 900.0  # 64 MB at 70 kB/s
@@ -22,11 +21,11 @@ _SECONDS = 900.0  # 64 MB at 70 kB/s
 
 @contextmanager
 def apt_package(name: str) -> Iterator[Path]:
-    """The .deb of a Debian package, for the length of the block: `apt-get download`, which needs no root.
+    """Download a Debian package by `apt-get download`, which needs no root; the .deb exists inside the block only.
 
-    Where the system has no package lists (as in container images), lists of our own are fetched first.
+    Where the system has no package lists (as in container images), they are downloaded first. Raises MirrorError.
     """
-    with _scratch() as folder:
+    with temporary_folder(cache_dir() / "downloads" / name) as folder:
         for sub in ("lists/partial", "cache/archives/partial"):
             (folder / sub).mkdir(parents=True)
         quick = ["apt-get", "-q", "-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=10"]
@@ -41,12 +40,12 @@ def apt_package(name: str) -> Iterator[Path]:
 
 @contextmanager
 def pip_sdist(name: str, version: str, digest: str) -> Iterator[Path]:
-    """A source archive from the index that pip is configured for, for the length of the block.
+    """Download a source archive from pip's configured index; it exists inside the block only.
 
-    pip builds a source archive's metadata, which runs its `setup.py`: the hash is therefore given to pip, which then
-    refuses any other archive before it looks inside.
+    pip runs the archive's `setup.py` for its metadata. It is therefore given the SHA-256 `digest`, and refuses any
+    other archive before it looks inside. Raises MirrorError.
     """
-    with _scratch() as folder:
+    with temporary_folder(cache_dir() / "downloads" / name) as folder:
         (folder / "pinned.txt").write_text(f"{name}=={version} --hash=sha256:{digest}\n")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
         command += ["--no-deps", "--no-binary", name, "--require-hashes", "--retries", "1", "--timeout", "10"]
@@ -54,22 +53,15 @@ def pip_sdist(name: str, version: str, digest: str) -> Iterator[Path]:
         yield _only(folder, "*.tar.gz")
 
 
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    """A temporary folder in the cache, since the system's may be small."""
-    with tempfile.TemporaryDirectory(prefix="tmp-", dir=make_dir(cache_dir() / "downloads")) as name:
-        yield Path(name)
-
-
 def _only(folder: Path, pattern: str) -> Path:
-    found = list(folder.glob(pattern))
-    if len(found) != 1:
-        raise MirrorError(f"delivered {len(found)} files, expected 1")
-    return found[0]
+    paths = list(folder.glob(pattern))
+    if len(paths) != 1:
+        raise MirrorError(f"delivered {len(paths)} files, expected 1")
+    return paths[0]
 
 
 def _call(command: list[str], folder: Path) -> bytes:
-    """Run a program in `folder` and return its output; MirrorError, with its own words, where it fails."""
+    """Run a program in `folder` and return its output. Raises MirrorError with the program's own words."""
     if shutil.which(command[0]) is None:
         raise MirrorError(f"no {Path(command[0]).name} here")
     environment = os.environ | {"LC_ALL": "C", "PYTHONWARNINGS": "ignore"}
@@ -83,17 +75,17 @@ def _call(command: list[str], folder: Path) -> bytes:
         raise MirrorError(f"cannot run {command[0]}: {error.strerror}") from error
     if done.returncode:
         lines = [line.strip() for line in done.stderr.decode(errors="replace").split("\n") if line.strip()]
-        said = [line for line in lines if line.startswith(("ERROR", "E:"))] or lines or ["it failed"]
-        raise MirrorError(one_line(said[-1])[:120])
+        errors = [line for line in lines if line.startswith(("ERROR", "E:"))] or lines or ["it failed"]
+        raise MirrorError(one_line(errors[-1])[:120])
     return done.stdout
 
 
 def deb_files(path: Path, limits: Mapping[str, int]) -> dict[str, bytes]:
-    """The named files inside a .deb, each with the most bytes it may have; see deb(5).
+    """Read files of a .deb, see deb(5). limits: the most bytes that each may have, by its name.
 
     Raises MirrorError where the archive is damaged or lacks one.
     """
-    found = {}
+    contents = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(_data_tar(path))) as archive:
             for name, limit in limits.items():
@@ -101,14 +93,14 @@ def deb_files(path: Path, limits: Mapping[str, int]) -> dict[str, bytes]:
                 content = archive.extractfile(member)
                 if content is None or member.size > limit:
                     raise MirrorError(f"its {name} is no file of at most {limit} bytes")
-                found[name] = content.read()
+                contents[name] = content.read()
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, KeyError, ValueError, OSError) as error:
         raise MirrorError("not the expected package, or damaged") from error
-    return found
+    return contents
 
 
 def _data_tar(path: Path) -> bytes:
-    """The archive of a .deb's files, itself the `data.tar.*` member of an `ar` archive."""
+    """Return the archive of a .deb's files: the `data.tar.*` member of an `ar` archive."""
     with path.open("rb") as file:
         if file.read(8) != b"!<arch>\n":
             raise ValueError("not an ar archive")

@@ -1,6 +1,6 @@
-"""A run's folder: a free one found, made and held by one process, told from one that is taken.
+"""A run's folder: find a free one, create it, and lock it for one process.
 
-It imports little: that a folder is taken is said before PyTorch is loaded.
+This module imports little, so that a taken folder is refused before PyTorch is loaded.
 """
 
 import os
@@ -17,13 +17,13 @@ _LOCK, _PID = ".lock", ".pid"  # in a run's folder while a process works on it
 
 
 @contextmanager
-def made_folder(run_dir: str | Path | None) -> Iterator[Path]:
-    """A new folder, held. What fails before there is a checkpoint leaves no folder that was not there before."""
-    folder = free_folder(run_dir)
+def new_run_folder(run_dir: str | Path | None) -> Iterator[Path]:
+    """Create and lock a run folder. A run that fails before its first checkpoint leaves no new folder behind."""
+    folder = find_free_folder(run_dir)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         files.make_dir(folder)
-        with claim(folder):
+        with claim_folder(folder):
             try:
                 yield folder
             except Stopped:
@@ -34,19 +34,22 @@ def made_folder(run_dir: str | Path | None) -> Iterator[Path]:
                 raise
     finally:
         for path in missing:
-            with suppress(OSError):  # it is not empty: the run is there
+            with suppress(OSError):  # not empty: it holds the run
                 path.rmdir()
 
 
-def free_folder(run_dir: str | Path | None) -> Path:
-    """A folder that may be written into, not made yet; the next of `runs/1`, `runs/2` ... for None."""
+def find_free_folder(run_dir: str | Path | None) -> Path:
+    """Return a writable run folder that is empty or does not exist yet; for None the next of `runs/1`, `runs/2` ...
+
+    Raises AttireError where `run_dir` is taken.
+    """
     taken = [int(path.name) for path in Path("runs").glob("*") if path.name.isdigit()]
     folder = Path("runs") / str(max(taken, default=0) + 1) if run_dir is None else Path(run_dir)
     if folder.exists() and not folder.is_dir():
         raise AttireError(folder, "expected a folder, found a file", do="give --out another name")
     if folder.is_dir() and not all(map(_is_leftover, folder.iterdir())):
         if (folder / _LOCK).exists():
-            with _hold(folder):  # who is at work there comes before what lies there
+            with _locked(folder):  # a process at work there is reported before what lies there
                 pass
         do = "give --out another name"
         if any((folder / name).exists() for name in ("checkpoints", "series.json")):
@@ -57,8 +60,8 @@ def free_folder(run_dir: str | Path | None) -> Path:
 
 
 def _is_leftover(path: Path) -> bool:
-    """What a process leaves that was killed before it had written the config of a new run."""
-    return path.name in (_LOCK, _PID) or path.match(f"{files.PART}*.part")
+    """Check for what a process leaves that is killed before it has written the config of a new run."""
+    return path.name in (_LOCK, _PID) or files.is_temporary(path)
 
 
 def _clear(folder: Path) -> None:
@@ -70,13 +73,13 @@ def _clear(folder: Path) -> None:
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[Path]:
-    """One training a folder: a second one is refused at once, and told who holds it.
+def claim_folder(folder: Path) -> Iterator[Path]:
+    """Lock a run folder for one training; a second one raises AttireError that names the first one's process.
 
-    Ctrl-C becomes `Stopped`, and its subject this folder: of a series stopped in one of its runs, the series.
+    Ctrl-C becomes `Stopped` about this folder. Where one run of a series is stopped, that is the series' folder.
     """
     pid = folder / _PID
-    with _hold(folder):
+    with _locked(folder):
         files.write_text(pid, f"{os.getpid()}\n")
         try:
             yield folder
@@ -89,11 +92,11 @@ def claim(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _hold(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock. Raises AttireError that names who has it; who is just leaving is waited for."""
-    with ExitStack() as held:
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock. Raises AttireError that names its holder, after a short wait for one that is ending."""
+    with ExitStack() as stack:
         try:
-            held.enter_context(files.lock(folder / _LOCK, wait=0.2))
+            stack.enter_context(files.lock(folder / _LOCK, wait=0.2))
         except TimeoutError as error:
             pid = folder / _PID
             holder = pid.read_text().strip() if pid.exists() else "unknown"

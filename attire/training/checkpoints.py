@@ -1,4 +1,4 @@
-"""Checkpoints of a training: written, verified, resumed from."""
+"""Checkpoints of a training: written, verified, resumed from. And `history.csv` beside them."""
 
 import csv
 import io
@@ -22,15 +22,18 @@ from attire.model import distributed
 from attire.progress import Epoch
 from attire.storage import files
 
-CHECKPOINT_SECONDS = 300.0  # inside a long epoch; every epoch ends with one anyway
+CHECKPOINT_SECONDS = 300.0  # between checkpoints within a long epoch; every epoch ends with one anyway
 _SCHEMA = 1
-_WRONG_VALUES = (ValueError, KeyError, TypeError, AttributeError)  # of JSON that is not what was written
 KEPT_CHECKPOINTS = 2  # the newest, and the one to fall back on
+_UNREADABLE = (
+    *(zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, TokenError),  # not a zip of arrays
+    *(ValueError, KeyError, TypeError, AttributeError),  # JSON or arrays that are not what was written
+)
 
 
 @dataclass
-class State:
-    """All that a checkpoint restores besides the tensors: where the run stands."""
+class TrainingState:
+    """All that a checkpoint restores besides the tensors: where the training stands."""
 
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the next epoch
@@ -38,52 +41,47 @@ class State:
     seconds: float = 0.0  # spent on those steps
     history: list[Epoch] = field(default_factory=list)
     resumed: bool = False  # whether it came from a checkpoint
-    ranks: int = 1  # processes that train together
-
-
-def digests(classifier: nn.Module) -> dict[str, str]:
-    """A digest of each parameter: to see that it changed takes no second copy of 100 MB."""
-    return {
-        name: files.sha256(parameter.detach().cpu().numpy().tobytes())
-        for name, parameter in classifier.named_parameters()
-        if parameter.requires_grad
-    }
+    world_size: int = 1  # processes that train together
 
 
 def save_checkpoint(
-    classifier: nn.Module,
+    head: nn.Module,
     optimiser: torch.optim.Adam,
-    state: State,
+    state: TrainingState,
     folder: Path,
     average: AveragedModel | None = None,
 ) -> None:
-    """One .npz: weights, Adam's moments, the random state of each process, the rest as JSON; then the SHA-256 of all.
+    """Write one zip of .npy files: weights, Adam's moments, random states, the rest as JSON; its SHA-256 follows it.
 
-    Array by array, so that 315 MB of `classic` are never copied whole.
+    Array by array, so that 315 MB of `classic` are never copied whole. All processes call it, the first one writes.
     """
-    arrays = {f"classifier.{name}": value for name, value in classifier.state_dict().items()}
-    if average is not None:
-        arrays |= {f"average.{name}": value for name, value in average.state_dict().items()}
+    arrays = _module_tensors(head, average)
     for i, moments in optimiser.state_dict()["state"].items():
         arrays |= {f"adam.{i}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-    arrays["random.cpu"] = distributed.stacked(torch.get_rng_state())
-    if next(classifier.parameters()).is_cuda:
-        arrays["random.cuda"] = distributed.stacked(torch.cuda.get_rng_state())
-    if not distributed.leads():
+    arrays["random.cpu"] = distributed.stack_processes(torch.get_rng_state())
+    if next(head.parameters()).is_cuda:
+        arrays["random.cuda"] = distributed.stack_processes(torch.cuda.get_rng_state())
+    if not distributed.is_main_process():
         return
-    told = {name: value for name, value in asdict(state).items() if name != "resumed"}
-    about = files.canonical_json({**told, "schema": _SCHEMA})
+    values = {name: value for name, value in asdict(state).items() if name != "resumed"}
+    about = files.canonical_json({**values, "schema": _SCHEMA})
     path = folder / f"epoch-{state.epoch:03d}-step-{state.step:06d}.ckpt"
-    with files.sealed(path) as file, zipfile.ZipFile(cast(IO[bytes], file), "w") as archive:
+    with files.sealed_file(path) as file, zipfile.ZipFile(cast(IO[bytes], file), "w") as archive:
         archive.writestr(zipfile.ZipInfo("about.json"), about)  # which has no time stamp: equal states, equal bytes
         for name, value in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, value.detach().cpu().numpy(), allow_pickle=False)
-    forget_old(folder)
+    remove_old_checkpoints(folder)
 
 
-def forget_old(folder: Path) -> None:
-    """Remove all checkpoints but those that are kept."""
+def _module_tensors(head: nn.Module, average: AveragedModel | None) -> dict[str, Tensor]:
+    """Weights and buffers by the names that a checkpoint gives them: `head.*`, and `average.*` where there is one."""
+    modules = {"head": head} if average is None else {"head": head, "average": average}
+    return {f"{kind}.{name}": value for kind, module in modules.items() for name, value in module.state_dict().items()}
+
+
+def remove_old_checkpoints(folder: Path) -> None:
+    """Remove all checkpoints but the newest `KEPT_CHECKPOINTS`."""
     for old in _checkpoints(folder)[KEPT_CHECKPOINTS:]:
         old.unlink()
 
@@ -94,28 +92,34 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def resume(
-    classifier: nn.Module, optimiser: torch.optim.Adam, folder: Path, average: AveragedModel | None = None
-) -> State:
-    """Restore the newest sound checkpoint; a damaged one is passed over with a warning. A fresh state without any."""
+    head: nn.Module, optimiser: torch.optim.Adam, folder: Path, average: AveragedModel | None = None
+) -> TrainingState:
+    """Restore the newest sound checkpoint; warn of a damaged one and take the one before. Without any, a new state.
+
+    Raises AttireError where a checkpoint belongs to another head or to another number of processes.
+    """
     for path in _checkpoints(folder):
         try:
             state, tensors = _read_checkpoint(path)
         except AttireError as error:
             warnings.warn(f"{error}; going on from the one before", AttireWarning, stacklevel=3)
             continue
-        if state.ranks != distributed.count():
-            do = f"resume with as many: torchrun --nproc-per-node {state.ranks} -m attire train --resume RUN"
-            do = do if state.ranks > 1 else "resume without torchrun: attire train --resume RUN"
-            raise AttireError(path, f"a checkpoint of {state.ranks} processes, found {distributed.count()}", do=do)
-        _restore(classifier, optimiser, tensors, path, average)
+        if state.world_size != distributed.world_size():
+            do = f"resume with as many: torchrun --nproc-per-node {state.world_size} -m attire train --resume RUN"
+            do = do if state.world_size > 1 else "resume without torchrun: attire train --resume RUN"
+            what = f"a checkpoint of {state.world_size} processes, found {distributed.world_size()}"
+            raise AttireError(path, what, do=do)
+        _restore_modules(head, average, tensors, path)
+        _restore_optimiser(optimiser, tensors)
+        _restore_random_states(tensors)
         return state
-    return State(ranks=distributed.count())
+    return TrainingState(world_size=distributed.world_size())
 
 
-def _read_checkpoint(path: Path) -> tuple[State, dict[str, Tensor]]:
+def _read_checkpoint(path: Path) -> tuple[TrainingState, dict[str, Tensor]]:
     """The parts of a checkpoint. Raises AttireError where a byte is not what was written."""
     try:
-        if not files.is_sound(path):
+        if not files.has_valid_seal(path):
             raise AttireError(path, "not a whole Attire checkpoint: its digest does not match")
         with zipfile.ZipFile(path) as archive:
             values = json.loads(archive.read("about.json"))
@@ -127,56 +131,51 @@ def _read_checkpoint(path: Path) -> tuple[State, dict[str, Tensor]]:
                     array = np.lib.format.read_array(member, allow_pickle=False)
                 tensors[name.removesuffix(".npy")] = torch.from_numpy(array)
         values["history"] = [Epoch(**line) for line in values["history"]]
-        return State(**{**values, "resumed": True}), tensors
+        return TrainingState(**{**values, "resumed": True}), tensors
     except OSError as error:
-        raise files.cannot("read", path, error) from error
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, TokenError, *_WRONG_VALUES) as error:
+        raise files.io_error("read", path, error) from error
+    except _UNREADABLE as error:
         raise AttireError(path, "not an Attire checkpoint", str(error)[:80]) from error
 
 
-def _restore(
-    classifier: nn.Module,
-    optimiser: torch.optim.Adam,
-    tensors: dict[str, Tensor],
-    path: Path,
-    average: AveragedModel | None,
-) -> None:
-    """Put weights, moments and the random state back. Raises AttireError where one does not fit the classifier."""
-    wanted = {f"classifier.{name}": value for name, value in classifier.state_dict().items()}
+def _restore_modules(head: nn.Module, average: AveragedModel | None, tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises AttireError where the checkpoint's tensors are not those of this head."""
+    expected = _module_tensors(head, average)
+    for name, value in tensors.items():
+        if name.startswith(("head.", "average.")) and (name not in expected or expected[name].shape != value.shape):
+            raise AttireError(path, f"{name} does not fit the recipe's head", do="resume with the run's own recipe")
+    if missing := sorted(set(expected) - set(tensors)):
+        raise AttireError(path, f"{missing[0]} is missing", do="resume with the run's own recipe")
+    head.load_state_dict({name: tensors[f"head.{name}"] for name in head.state_dict()})
     if average is not None:
-        wanted |= {f"average.{name}": value for name, value in average.state_dict().items()}
+        average.load_state_dict({name: tensors[f"average.{name}"] for name in average.state_dict()})
+
+
+def _restore_optimiser(optimiser: torch.optim.Adam, tensors: dict[str, Tensor]) -> None:
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        kind, _, rest = name.partition(".")
-        if kind in ("classifier", "average") and (name not in wanted or wanted[name].shape != value.shape):
-            raise AttireError(
-                path, f"{name} does not fit the recipe's classifier", do="resume with the run's own recipe"
-            )
-        if kind == "adam":
-            index, _, moment = rest.partition(".")
-            moments.setdefault(int(index), {})[moment] = _laid_out(value, parameters[int(index)])
-    if missing := sorted(set(wanted) - set(tensors)):
-        raise AttireError(path, f"{missing[0]} is missing", do="resume with the run's own recipe")
-    for kind, module in (("classifier.", classifier), ("average.", average)):
-        if module is not None:
-            own = {name.removeprefix(kind): tensors[name] for name in wanted if name.startswith(kind)}
-            module.load_state_dict(own)
+        if name.startswith("adam."):
+            _, index, moment = name.split(".", 2)
+            moments.setdefault(int(index), {})[moment] = _with_layout_of(parameters[int(index)], value)
     optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
-    random = {name: _own_state(value) for name, value in tensors.items() if name.startswith("random.")}
-    torch.set_rng_state(random["random.cpu"])
-    if "random.cuda" in random:
-        torch.cuda.set_rng_state(random["random.cuda"])
 
 
-def _own_state(value: Tensor) -> Tensor:
-    """Of random states, one a process, this process's."""
-    return value[distributed.rank()].clone() if value.ndim > 1 else value
-
-
-def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+def _with_layout_of(parameter: Tensor, moment: Tensor) -> Tensor:
     """A moment with its channels where the parameter has them: fused Adam goes through both as they lie in memory."""
-    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+    return torch.empty_like(parameter).copy_(moment) if moment.shape == parameter.shape else moment
+
+
+def _restore_random_states(tensors: dict[str, Tensor]) -> None:
+    """A checkpoint of several processes holds a row for each."""
+    states = {
+        name: value[distributed.rank()].clone() if value.ndim > 1 else value
+        for name, value in tensors.items()
+        if name.startswith("random.")
+    }
+    torch.set_rng_state(states["random.cpu"])
+    if "random.cuda" in states:
+        torch.cuda.set_rng_state(states["random.cuda"])
 
 
 def write_history(path: Path, history: list[Epoch]) -> None:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from attire.data.dataset import ImageDataset, Splits
 from attire.errors import AttireError, AttireWarning
-from attire.features.views import DRAWN, STRANGE, mirrored
-from attire.inference.bundle_files import ABOUT, find_bundle
+from attire.features.views import OUTLIER, SYNTHETIC_DRAWING, flipped
+from attire.inference.bundle_files import MODEL_JSON, find_bundle
 from attire.inference.classifier import Classifier, load_bundle
 from attire.inference.ensemble import cached_probabilities
 from attire.progress import Progress
@@ -44,7 +44,7 @@ def choose(given: "Sequence[str | Path] | Mapping[str, Any] | Teacher | None") -
     if isinstance(given, Mapping):
         return Teacher(tuple(given["bundles"]), tuple(given["digests"]))
     folders = [find_bundle(path).absolute() for path in given]
-    return Teacher(tuple(map(str, folders)), tuple(files.sha256_file(folder / ABOUT) for folder in folders))
+    return Teacher(tuple(map(str, folders)), tuple(files.sha256_file(folder / MODEL_JSON) for folder in folders))
 
 
 def targets(
@@ -68,11 +68,11 @@ def targets(
     path, shape = folder / _FILE, (len(views), len(data), len(data.classes))
     if (found := _kept(path, shape)) is None:
         taught = _members(teacher, splits, recipe)
-        asked = dict.fromkeys(_shown(view) for view in views if view != STRANGE)
+        asked = dict.fromkeys(_shown(view) for view in views if view != OUTLIER)
         told = {view: _answers(taught, data, view, progress) for view in asked}
-        told[STRANGE] = np.full(shape[1:], 1 / shape[2], np.float32)
+        told[OUTLIER] = np.full(shape[1:], 1 / shape[2], np.float32)
         found = np.stack([told[_shown(view)] for view in views])
-        with files.sealed(path) as file:
+        with files.sealed_file(path) as file:
             np.lib.format.write_array(cast(IO[bytes], file), found, allow_pickle=False)
     digest = files.sha256(found.tobytes())
     if recorded and recorded.get("targets") != digest:
@@ -82,12 +82,12 @@ def targets(
 
 def _shown(view: str) -> str:
     """The view of the picture that this one was drawn from; of others the view itself."""
-    return {DRAWN: "plain", mirrored(DRAWN): "flip"}.get(view, view)
+    return {SYNTHETIC_DRAWING: "plain", flipped(SYNTHETIC_DRAWING): "flip"}.get(view, view)
 
 
 def _kept(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
     """What `targets` wrote; None where there is nothing sound of this shape, and it is then computed again."""
-    if not path.exists() or not files.is_sound(path):
+    if not path.exists() or not files.has_valid_seal(path):
         return None
     try:
         found = np.lib.format.read_array(io.BytesIO(path.read_bytes()), allow_pickle=False)
@@ -99,13 +99,13 @@ def _kept(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
 def _members(teacher: Teacher, splits: Splits, recipe: Recipe) -> list[Classifier]:
     found, data = [], splits.data
     for folder, digest in zip(map(Path, teacher.bundles), teacher.digests, strict=True):
-        if (now := files.sha256_file(find_bundle(folder) / ABOUT)) != digest:
+        if (now := files.sha256_file(find_bundle(folder) / MODEL_JSON)) != digest:
             what = f"not the teacher that was named: digest {now[:12]}, expected {digest[:12]}"
-            raise AttireError(folder / ABOUT, what, do="start a new run with --teacher")
+            raise AttireError(folder / MODEL_JSON, what, do="start a new run with --teacher")
         member = load_bundle(folder)
         if member.classes != data.classes:
             raise AttireError(folder, f"its classes are not those of {data.source}", do="choose another teacher")
-        _check_split(folder, member.facts, splits, recipe)
+        _check_split(folder, member.metadata, splits, recipe)
         found.append(member)
     return found
 

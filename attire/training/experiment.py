@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from attire.blocks import CHANNELS, ENDS, SHAPES
-from attire.data.dataset import OFFICIAL, ImageDataset, RowIndices, Splits, split_indices
+from attire.blocks import BLOCK_ENDS, CHANNELS, WEIGHT_SHAPES
+from attire.data.dataset import FASHION_MNIST, ImageDataset, RowIndices, Splits, split_indices
 from attire.errors import one_line
 from attire.evaluation import calibration, run_result
 from attire.evaluation.metrics import evaluate
@@ -23,14 +23,19 @@ from attire.evaluation.report import write_report
 from attire.features import cache
 from attire.features import views as features_views
 from attire.features.cache import FeatureSpec
-from attire.features.logits import predict_logits, shared_logits
-from attire.features.sources import WINDOW, CachedSource, GarmentDataset, OnTheFlySource, Standardiser, fit_standardiser
-from attire.features.views import DRAWN, mirrored
-from attire.inference import neighbours as inference_neighbours
-from attire.inference import out_of_distribution
+from attire.features.logits import distributed_logits, predict_logits
+from attire.features.sources import (
+    CachedSource,
+    GarmentDataset,
+    OnTheFlySource,
+    Standardiser,
+    WINDOW_BYTES,
+    fit_standardiser,
+)
+from attire.features.views import SYNTHETIC_DRAWING, flipped
 from attire.inference.classifier import Architecture, Classifier
 from attire.inference.neighbours import Neighbours, choose_neighbour_rows
-from attire.inference.out_of_distribution import OODDetector
+from attire.inference.out_of_distribution import OODDetector, fit_detector, split_calibration_rows
 from attire.model import devices, distributed, heads, pretrained, vgg
 from attire.model.heads import fold_standardisation
 from attire.model.weights import read_weights, tensor_digest
@@ -45,9 +50,9 @@ from attire.training.skew import Skew, sample_rows
 if TYPE_CHECKING:
     import torchvision
 from attire.data.loading import DataChoice
-from attire.features.backbones import CHOSEN, choose_backbone, frozen_backbone
-from attire.features.sources import TunedSource
-from attire.training.outcome import SCORED_ROWS, Outcome, SplitLogits
+from attire.features.backbones import MEASURED_CHOICES, choose_backbone, load_backbone
+from attire.features.sources import FineTunedSource
+from attire.training.outcome import Outcome, SCORED_ROWS, SplitLogits
 
 _CALIBRATION_ROWS = 2048  # whose moments batch normalisation starts from
 _BOUNDS = ("accuracy_low", "accuracy_high")
@@ -72,11 +77,11 @@ class Experiment:
     ) -> None:
         self.recipe, self.device, self.progress, self.make = recipe, device, progress, make
         self.taught: dict[str, Any] | None = None  # the teacher of the run, for data.json
-        distributed.after_first(lambda: url_copies.bring(source.data, source.test, progress=progress.advance))
-        self.splits = distributed.after_first(lambda: source.load(recipe))
+        distributed.main_process_first(lambda: url_copies.prefetch(source.data, source.test, progress=progress.advance))
+        self.splits = distributed.main_process_first(lambda: source.load(recipe))
         progress.note("Data", _describe_data(self.splits))
         self.train, self.val = validation_rows(self.splits.data, self.splits.train_rows, recipe)
-        self.weights = distributed.after_first(lambda: pretrained.vgg16_weights(progress=progress.advance))
+        self.weights = distributed.main_process_first(lambda: pretrained.vgg16_weights(progress=progress.advance))
         progress.note("Weights", "VGG16 ImageNet, 13 convolutions   verified")
         progress.note("Recipe", recipe.describe())
         self.architecture = Architecture(**{field.name: getattr(recipe, field.name) for field in fields(Architecture)})
@@ -85,10 +90,12 @@ class Experiment:
                 "Views", f"{count} of each picture averaged: an answer takes {count} times the forward passes"
             )
         widths = (recipe.freeze_to, recipe.image_size, 0 if recipe.finetune_blocks else recipe.pool)
-        precision, backend = distributed.shared(
+        precision, backend = distributed.from_main_process(
             lambda: choose_backbone(recipe.freeze_to, recipe.backend, recipe.precision, device)
         )
-        self.train_precision = distributed.shared(lambda: devices.choose_train_precision(recipe.precision, device))
+        self.train_precision = distributed.from_main_process(
+            lambda: devices.choose_train_precision(recipe.precision, device)
+        )
         self.digest = tensor_digest(read_weights(self.weights))
         self.spec = FeatureSpec(*widths, self.digest, precision, backend=backend)
 
@@ -96,32 +103,32 @@ class Experiment:
         """Raise AttireError, before long work, where the disk or the limit on memory leaves too little for `runs` runs
         in this folder."""
         recipe, classes = self.recipe, len(self.splits.data.classes)
-        weights = 4 * heads.weight_count(recipe, classes)
+        weights = 4 * heads.parameter_count(recipe, classes)
         checkpoint = (4 if recipe.ema else 3) * weights
         held = sum(path.stat().st_size for path in folder.rglob("*.ckpt"))
         need = (runs * KEPT_CHECKPOINTS + 1) * checkpoint - held
         need += weights + _frozen_bytes(recipe.freeze_to) + _BESIDE
         files.check_room(folder, need, "checkpoints and bundle", "make room, or give --out a folder on another disk")
-        one_picture = 2 * cache.PIXEL_BYTES * recipe.image_size**2
-        need = max(WINDOW + heads.training_bytes(recipe, classes), one_picture)
+        one_picture = 2 * cache.FORWARD_BYTES_PER_PIXEL * recipe.image_size**2
+        need = max(WINDOW_BYTES + heads.training_bytes(recipe, classes), one_picture)
         memory.reserve(need, f"recipe {recipe.name}")
 
     def describe_data(self) -> dict[str, Any]:
         rows = {"train": len(self.train), "val": len(self.val), "test": len(self.splits.test_rows)}
         name = self.splits.data.source
-        told = {"name": "Fashion-MNIST" if name == OFFICIAL else name, "rows": rows, **self.splits.describe()}
+        told = {"name": "Fashion-MNIST" if name == FASHION_MNIST else name, "rows": rows, **self.splits.describe()}
         return {**told, "teacher": self.taught} if self.taught else told
 
     def environment(self) -> dict[str, Any]:
         told: dict[str, Any] = {"precision": self.spec.precision, "backend": self.spec.backend}
-        told |= {"processes": distributed.count()} if distributed.count() > 1 else {}
+        told |= {"processes": distributed.world_size()} if distributed.world_size() > 1 else {}
         return {**devices.environment(self.device), **told, "train_precision": self.train_precision}
 
     def keep(self, begun: dict[str, Any]) -> None:
         """Precision and backend of the environment that a run began in, on the same kind of device: measured again, on
         another machine or beside other work, they may come out otherwise."""
         now = self.environment()
-        if begun.get("device") == now["device"] and all(isinstance(begun.get(name), str) for name in CHOSEN):
+        if begun.get("device") == now["device"] and all(isinstance(begun.get(name), str) for name in MEASURED_CHOICES):
             self.spec = replace(self.spec, precision=begun["precision"], backend=begun["backend"])
             self.train_precision = begun["train_precision"]
 
@@ -129,9 +136,9 @@ class Experiment:
         return vgg.vgg16(self.weights, self.architecture.end, self.recipe.pool, classifier)
 
     @property
-    def load_backbone(self) -> Callable[[], cache.Backbone]:
+    def load_backbone(self) -> Callable[[], cache.FeatureExtractor]:
         """Opens the frozen part alone, on the device and in the precision of the run; it can be sent to a process."""
-        return partial(frozen_backbone, self.weights, self.spec, self.device, len(self.splits.data))
+        return partial(load_backbone, self.weights, self.spec, self.device, len(self.splits.data))
 
     def extract(self, data: ImageDataset, view: str, what: str) -> cache.Features:
         def advance(done: int, total: int) -> None:
@@ -139,7 +146,7 @@ class Experiment:
 
         spec = replace(self.spec, view=view)
         told = (data.images, data.image_digest, spec, self.load_backbone, advance, self.make)
-        return distributed.after_first(lambda: cache.extract(*told))
+        return distributed.main_process_first(lambda: cache.extract(*told))
 
     def extract_all(self) -> list[cache.Features]:
         """Every cache entry that the run reads, and nothing of them in memory."""
@@ -175,7 +182,7 @@ class Experiment:
     def training_views(self) -> tuple[str, ...]:
         """The views that training draws from, in the order of their numbers."""
         recipe = self.recipe
-        return features_views.view_names(
+        return features_views.augmentation_views(
             recipe.flips, recipe.shifts, recipe.synthetic_drawings, recipe.outlier_exposure
         )
 
@@ -192,11 +199,11 @@ class Experiment:
 
     def on_the_fly(self) -> _Sources:
         """No cache: every epoch sends every picture through the backbone again."""
-        backbone, size = distributed.after_first(self.load_backbone), self.recipe.image_size
+        backbone, size = distributed.main_process_first(self.load_backbone), self.recipe.image_size
 
         def source(data: ImageDataset) -> OnTheFlySource:
             dataset = GarmentDataset(data.images, data.labels, size)
-            return OnTheFlySource(dataset, backbone, cache.batch_rows(size), self.view_names())
+            return OnTheFlySource(dataset, backbone, cache.forward_batch_size(size), self.view_names())
 
         trained = source(self.splits.data)
         if self.recipe.standardise:
@@ -220,11 +227,11 @@ class Experiment:
 
     def new_head(self, source: _Source) -> nn.Sequential:
         """The classifier, and in front of it the blocks that are trained, if any; from torch's random state."""
-        head = self.architecture.build(len(self.splits.data.classes))
+        head = self.architecture.build_head(len(self.splits.data.classes))
         if self.recipe.finetune_blocks:
-            tuned = heads.tuned_head(self.weights, self.recipe, head)
+            tuned = heads.FineTunedHead.from_imagenet(self.weights, self.recipe, head)
             if self.recipe.batch_norm:
-                heads.calibrate(tuned, source.batches(self.train[:_CALIBRATION_ROWS], 256, None))
+                tuned.calibrate_batch_norm(source.batches(self.train[:_CALIBRATION_ROWS], 256, None))
             head = tuned
         return head.to(self.device).to(memory_format=torch.channels_last)
 
@@ -260,7 +267,7 @@ class Experiment:
         tested = calibration.softmax(answers.test, temperature)
         test_labels = self.splits.test_data.labels[self.splits.test_rows]
         skewed = self.skew(head, sources[0])
-        behind = [TunedSource(s, head) if isinstance(head, heads.TunedHead) else s for s in sources]
+        behind = [FineTunedSource(s, head) if isinstance(head, heads.FineTunedHead) else s for s in sources]
         ood_detector = self.ood_detector(behind[0], partial(self.sure, head, sources[0], temperature))
         return Outcome(
             temperature,
@@ -269,9 +276,7 @@ class Experiment:
             val=val,
             probabilities=tested,
             ood_detector=ood_detector,
-            ood=out_of_distribution.evaluate_ood(ood_detector, behind[1], self.splits.test_rows, tested)
-            if ood_detector
-            else None,
+            ood=ood_detector.evaluate(behind[1], self.splits.test_rows, tested) if ood_detector else None,
             neighbours=self.neighbours(head, sources[0]),
             skew=skewed,
         )
@@ -295,7 +300,9 @@ class Experiment:
         rows = sample_rows(self.val if len(self.val) else self.train, size, self.recipe.split_seed)
         frozen = vgg.vgg16(self.weights, self.recipe.freeze_to, self.spec.pool, nn.Sequential())
         backbone = vgg.Backbone(frozen, self.device, "fp32")
-        served = OnTheFlySource(GarmentDataset(data.images, data.labels, size), backbone, cache.batch_rows(size))
+        served = OnTheFlySource(
+            GarmentDataset(data.images, data.labels, size), backbone, cache.forward_batch_size(size)
+        )
         served.standardise = source.standardise
         found = training_skew.measure_skew(head, source, served, data.labels, rows)
         self.progress.note("Skew", found.describe())
@@ -305,11 +312,11 @@ class Experiment:
     def logits(self, head: nn.Module, source: _Source, rows: RowIndices) -> NDArray[np.float32]:
         """(n, K), the mean over the views that an answer averages: what the temperature is fitted to."""
         numbers = [source.names.index(name) for name in self.architecture.views]
-        return np.asarray(shared_logits(head, source, rows, 1024, numbers).numpy())
+        return np.asarray(distributed_logits(head, source, rows, 1024, numbers).numpy())
 
     def neighbours(self, head: nn.Sequential, source: _Source) -> Neighbours:
         """Some of the training rows, as the trained head sees them."""
-        data, hidden = self.splits.data, heads.last_hidden(head.eval())
+        data, hidden = self.splits.data, heads.penultimate_layers(head.eval())
         rows = choose_neighbour_rows(self.train, data.labels, self.recipe.split_seed)
         with torch.inference_mode():
             found = source.batches(rows, 1024, None)
@@ -317,25 +324,33 @@ class Experiment:
                 parts = [hidden(x.to(self.device)).float().cpu() for x in found]
             else:  # no hidden layer: what a bundle hands to its one Linear is not standardised
                 parts = [source.standardise.undo(x) for x in found]
-        return inference_neighbours.fit(torch.cat(parts), data.images[rows], data.labels[rows])
+        return Neighbours.fit(torch.cat(parts), data.images[rows], data.labels[rows])
 
     def sure(
         self, head: nn.Module, source: _Source, temperature: float, rows: RowIndices, view: int
     ) -> NDArray[np.float32]:
         """Calibrated probabilities (n, K) of these rows in this view, averaged with the mirrored one as answers are."""
         names = source.names
-        both = [view, *(i for i, name in enumerate(names) if name == mirrored(names[view]))]
+        both = [view, *(i for i, name in enumerate(names) if name == flipped(names[view]))]
         found = predict_logits(head, source, rows, 1024, both[: self.architecture.tta])
         return np.asarray(calibration.softmax(found.numpy(), temperature), np.float32)
 
-    def ood_detector(self, source: "_Source | TunedSource", answers: _Answering) -> OODDetector | None:
+    def ood_detector(self, source: "_Source | FineTunedSource", answers: _Answering) -> OODDetector | None:
         """From training rows alone; its threshold from validation rows, or from a part of the training rows."""
-        rows = out_of_distribution.share_rows(self.train, self.val, self.recipe.split_seed)
-        names, held = self.training_views(), ("plain", DRAWN)
+        fit_rows, calibration_rows = split_calibration_rows(self.train, self.val, self.recipe.split_seed)
+        names, held = self.training_views(), ("plain", SYNTHETIC_DRAWING)
         views = [i for i, name in enumerate(names) if name.removesuffix(" flip") in (*held, "flip")]
         plain = [i for i, name in enumerate(names) if name in held]
-        how = out_of_distribution.Fitting(views, plain, self.recipe.outlier_exposure, answers)
-        return out_of_distribution.fit(source, self.splits.data.labels, rows, CHANNELS[self.architecture.end], how)
+        return fit_detector(
+            source,
+            self.splits.data.labels,
+            fit_rows,
+            calibration_rows,
+            channels=CHANNELS[self.architecture.end],
+            fit_views=views,
+            calibration_views=plain,
+            probabilities=answers if self.recipe.outlier_exposure else None,
+        )
 
     def result(
         self, folder: Path, found: Outcome, history: list[Epoch], seconds: dict[str, float], claimed: float
@@ -362,10 +377,10 @@ class Experiment:
     def assembled(self, head: nn.Sequential) -> "torchvision.models.VGG":
         """The network that ships: a plain VGG16 with the head's classifier, trained blocks put where they came from."""
         head.cpu()
-        if not isinstance(head, heads.TunedHead):
+        if not isinstance(head, heads.FineTunedHead):
             return self.model(head)
-        model = self.model(head.classifier)
-        model.load_state_dict({**model.state_dict(), **heads.folded(head)})
+        model = self.model(head.head)
+        model.load_state_dict({**model.state_dict(), **head.folded_convolutions()})
         return model
 
     def save(
@@ -379,7 +394,7 @@ class Experiment:
             "recipe": self.recipe.to_json(),
             "test": {key: result.test.to_json()[key] for key in ("n", "correct", "accuracy", *_BOUNDS)},
             "test_digest": self.splits.test_data.image_digest,
-            "backbone": self.digest,
+            "backbone_digest": self.digest,
         }
         run_result.save_result(folder, result)
         write_report(folder, result)
@@ -406,14 +421,14 @@ def validation_rows(data: ImageDataset, rows: RowIndices, recipe: Recipe) -> tup
 
 def _describe_data(splits: Splits) -> str:
     name = splits.data.source
-    name = "Fashion-MNIST" if name == OFFICIAL else one_line(name)
+    name = "Fashion-MNIST" if name == FASHION_MNIST else one_line(name)
     return f"{name}, {len(splits.train_rows):,} + {len(splits.test_rows):,} images   verified"
 
 
 def _frozen_bytes(freeze_to: str) -> int:
     """What the backbone takes in a bundle, in 32 bits."""
-    end = ENDS[freeze_to]
-    return 4 * sum(prod(shape) for name, shape in SHAPES.items() if int(name.split(".")[1]) < end)
+    end = BLOCK_ENDS[freeze_to]
+    return 4 * sum(prod(shape) for name, shape in WEIGHT_SHAPES.items() if int(name.split(".")[1]) < end)
 
 
 def _blocks_of(rows: int) -> int:

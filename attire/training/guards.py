@@ -7,25 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from attire.data.dataset import RowIndices
 from attire.errors import AttireError, AttireWarning
-from attire.features.sources import FeatureSource
-from attire.model import distributed
 from attire.progress import Epoch
-from attire.recipes import Recipe
 from attire.storage import files
-from attire.training.checkpoints import State, digests
 
-_STOPS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_STOP_SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def check_first_loss(loss: float, classes: int) -> None:
-    """An untrained classifier guesses, so its loss is near ln(classes); far from it, inputs or labels are wrong."""
+    """Warn where the first loss is far from ln(classes), that of an untrained head: inputs or labels are then wrong."""
     if not 0.5 * math.log(classes) < loss < 2 * math.log(classes):
         warnings.warn(
             f"the first loss is {loss:.2f}, expected about ln({classes}) = {math.log(classes):.2f}: "
@@ -35,39 +28,26 @@ def check_first_loss(loss: float, classes: int) -> None:
         )
 
 
-def check_agreement(
-    source: FeatureSource,
-    labels: NDArray[np.int64],
-    train: RowIndices,
-    val: RowIndices,
-    recipe: Recipe,
-    state: State,
-    soft: NDArray[np.float32] | None,
-) -> None:
-    """Several processes must have been given the same: looked at before the first step, features by a sample."""
-    some = next(iter(source.batches(train[:64], 64, None)))
-    told = files.canonical_json([recipe.to_json(), state.epoch, state.step])
-    arrays = [some.cpu().numpy(), labels, train, val, *([] if soft is None else [soft])]
-    what, do = (
-        "features, rows, recipe or checkpoint",
-        "give them one cache and one run folder, on a disk that they share",
-    )
-    distributed.agree(b"".join([told, *(array.tobytes() for array in arrays)]), what, do)
+def parameter_digests(head: nn.Module) -> dict[str, str]:
+    """SHA-256 of each trained parameter: to see that it changed takes no second copy of 100 MB."""
+    parameters = {name: value for name, value in head.named_parameters() if value.requires_grad}
+    return {name: files.sha256(value.detach().cpu().numpy().tobytes()) for name, value in parameters.items()}
 
 
-def weights_digest(classifier: nn.Module) -> bytes:
+def weights_digest(head: nn.Module) -> bytes:
     """SHA-256 of each weight and buffer, one after the other."""
-    tensors = classifier.state_dict().values()
+    tensors = head.state_dict().values()
     return "".join(files.sha256(tensor.cpu().numpy().tobytes()) for tensor in tensors).encode()
 
 
-def check_all_changed(before: dict[str, str], classifier: nn.Module) -> None:
-    after = digests(classifier)
-    for name, parameter in classifier.named_parameters():
+def check_all_changed(before: dict[str, str], head: nn.Module) -> None:
+    """Raises AttireError where a parameter has the digest it had before the epoch, or is not finite."""
+    after = parameter_digests(head)
+    for name, parameter in head.named_parameters():
         if name in before and before[name] == after[name]:
-            raise AttireError("training", f"classifier.{name} did not change in an epoch; it is not being trained")
+            raise AttireError("training", f"head.{name} did not change in an epoch; it is not being trained")
         if not torch.isfinite(parameter).all():
-            raise AttireError("training", f"classifier.{name} is no longer finite", do="lower --lr")
+            raise AttireError("training", f"head.{name} is no longer finite", do="lower --lr")
 
 
 def check_loss_fell(history: list[Epoch]) -> None:
@@ -78,18 +58,20 @@ def check_loss_fell(history: list[Epoch]) -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list that fills when Ctrl-C, SIGTERM or the end of the terminal comes, so that a step is never cut in two; what
-    is ignored, as under nohup, stays so. Outside the main thread signals cannot be caught, and it stays empty."""
-    asked: list[int] = []
+    """A list that collects Ctrl-C, SIGTERM and SIGHUP, so that no signal cuts a step in two.
+
+    A signal that is ignored, as under nohup, stays ignored. Outside the main thread the list stays empty.
+    """
+    received: list[int] = []
     previous: dict[signal.Signals, Any] = {}
     try:
-        for number in _STOPS:
+        for number in _STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                previous[number] = signal.signal(number, lambda number, frame: asked.append(number))
+                previous[number] = signal.signal(number, lambda number, frame: received.append(number))
     except ValueError:  # not the main thread
         pass
     try:
-        yield asked
+        yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -111,8 +111,8 @@ def train(
         "teacher": taught.to_json() if taught else None,
     }
     watch = progress or NoProgress()
-    with distributed.joined(), new_folder(run_dir) as folder:
-        if distributed.leads():
+    with distributed.process_group(), new_folder(run_dir) as folder:
+        if distributed.is_main_process():
             files.write_json(folder / "config.json", config)
         with _logging(None if cluster else log, folder, watch) as watching:
             if not cluster:
@@ -129,7 +129,7 @@ def resume(run_dir: str | Path, progress: Progress | None = None, cluster: _Mach
     known = _read_config(folder)
     told = (known.recipe, known.source, known.device)
     log, watch = None if cluster else known.log, progress or NoProgress()
-    with distributed.joined(), claimed_folder(folder), _logging(log, folder, watch) as watching:
+    with distributed.process_group(), claimed_folder(folder), _logging(log, folder, watch) as watching:
         if not cluster:
             return _carry_out(folder, *told, known.cache, known.claimed, watching, known.teacher)
         _begin(folder, *told, watching, cluster.extract_shards).extract_all()
@@ -157,19 +157,19 @@ def _read_config(folder: Path) -> _Stored:
 
 def new_folder(run_dir: str | Path | None) -> AbstractContextManager[Path]:
     """`folders.made_folder`, by the first process for all."""
-    return distributed.held(lambda: run_folder.made_folder(run_dir))
+    return distributed.enter_on_main_process(lambda: run_folder.new_run_folder(run_dir))
 
 
 def claimed_folder(folder: Path) -> AbstractContextManager[Path]:
     """`folders.claim`, by the first process for all."""
-    return distributed.held(lambda: run_folder.claim(folder))
+    return distributed.enter_on_main_process(lambda: run_folder.claim_folder(folder))
 
 
 @contextmanager
 def _logging(log: str | None, folder: Path, progress: Progress) -> Iterator[Progress]:
     """`progress`, or one that also writes TensorBoard's files; of several processes the first alone is watched."""
-    if log is None or not distributed.leads():
-        yield progress if distributed.leads() else NoProgress()
+    if log is None or not distributed.is_main_process():
+        yield progress if distributed.is_main_process() else NoProgress()
         return
     if log != "tensorboard":
         raise UsageError("--log", f"expected tensorboard, found {log!r}")
@@ -200,8 +200,8 @@ def _carry_out(
     if teacher:
         progress.note("Teacher", teaching.describe(teacher, recipe))
         told = (stage.splits, stage.training_views(), recipe, folder, progress, stage.taught)
-        soft, stage.taught = distributed.after_first(lambda: teaching.targets(teacher, *told))
-        if distributed.leads():
+        soft, stage.taught = distributed.main_process_first(lambda: teaching.targets(teacher, *told))
+        if distributed.is_main_process():
             files.write_json(folder / "data.json", stage.describe_data())
     extracted = time.perf_counter() - began
     head, history = stage.fit(sources[0], folder, soft)
@@ -217,7 +217,7 @@ def _carry_out(
         progress.tested(accuracy.value, accuracy.low, accuracy.high, len(history))
         done.append(result)
 
-    distributed.shared(finish)
+    distributed.from_main_process(finish)
     progress.close()
     return _Run(folder, done[0] if done else run_result.load_result(folder))
 
@@ -231,16 +231,18 @@ def _begin(
     make: ShardExtractor | None = None,
 ) -> Experiment:
     """The stage of a run, and what it found written down. A run that goes on keeps what it began with."""
-    if distributed.leads():
+    if distributed.is_main_process():
         run_result.reopen(folder)
     stage = Experiment(recipe, source, devices.choose_device(device), progress, make)
-    distributed.shared(lambda: stage.check(folder))
-    memory.keep_freed()  # from here on: what reading a CSV took goes back to the system
+    distributed.from_main_process(lambda: stage.check(folder))
+    memory.keep_freed_memory()  # from here on: what reading a CSV took goes back to the system
     told = [folder / name for name in ("data.json", "environment.json")]
-    data, environment = distributed.shared(lambda: [files.read_json(path) if path.exists() else {} for path in told])
+    data, environment = distributed.from_main_process(
+        lambda: [files.read_json(path) if path.exists() else {} for path in told]
+    )
     stage.taught = data.get("teacher")
     stage.keep(environment)
-    if distributed.leads():
+    if distributed.is_main_process():
         files.write_json(told[0], stage.describe_data())
         files.write_json(told[1], stage.environment())
     return stage

@@ -83,8 +83,8 @@ def train_seeds(count: int, recipe: Recipe, *, run_dir: str | Path | None = None
         raise UsageError("--seeds", f"expected 2 or more, found {count}")
     progress = arguments.pop("progress", None)
     about = {"schema": 1, "kind": "seeds", "count": count, "recipe": recipe.to_json(), "arguments": _plain(arguments)}
-    with distributed.joined(), new_folder(run_dir) as folder:
-        if distributed.leads():
+    with distributed.process_group(), new_folder(run_dir) as folder:
+        if distributed.is_main_process():
             files.write_json(folder / "series.json", about)
         return _seeds_in(folder, count, recipe, arguments, progress)
 
@@ -96,7 +96,7 @@ def _seeds_in(
     for i, run in enumerate(runs):
         if progress:
             progress.note("Seed", f"{recipe.seed + i}   ({i + 1} of {count})")
-        there = distributed.shared(partial(_begun, run))
+        there = distributed.from_main_process(partial(_begun, run))
         if there == "finished":
             continue
         if there == "begun":
@@ -104,7 +104,7 @@ def _seeds_in(
         else:
             train(recipe=replace(recipe, seed=recipe.seed + i), run_dir=run, progress=progress, **arguments)
     found = Seeds(folder, runs, tuple(load_result(run) for run in runs))
-    if distributed.leads():
+    if distributed.is_main_process():
         files.write_json(folder / "seeds.json", found.to_json())
     return found
 
@@ -140,8 +140,8 @@ def cross_validate(
     paths = [None if path is None else str(path) for path in (data, test)]
     choice = DataChoice(paths[0], paths[1], test_size, None if classes is None else tuple(classes))
     config = {"schema": 1, "folds": folds, "recipe": recipe.to_json(), "data": asdict(choice), "device": device}
-    with distributed.joined(), new_folder(run_dir) as folder:
-        if distributed.leads():
+    with distributed.process_group(), new_folder(run_dir) as folder:
+        if distributed.is_main_process():
             files.write_json(folder / "series.json", {**config, "kind": "folds", "claimed": claimed})
         return _folds_in(folder, folds, recipe, choice, device, claimed, progress or NoProgress())
 
@@ -152,7 +152,7 @@ def _folds_in(
     began = time.perf_counter()
     stage = Experiment(recipe, choice, devices.choose_device(device), progress)
     stage.check(folder, folds)
-    memory.keep_freed()
+    memory.keep_freed_memory()
     source, data = stage.train_features(), stage.splits.data
     extracted = time.perf_counter() - began
     everything = stage.splits.train_rows
@@ -180,7 +180,7 @@ def _folds_in(
         data={"name": rows.source, "rows": {"out of fold": len(rows)}, "test": rows.describe()},
         claimed=claimed,
     )
-    distributed.shared(partial(_write_folds, folder, result))
+    distributed.from_main_process(partial(_write_folds, folder, result))
     progress.close()
     return Folds(folder, result)
 
@@ -217,7 +217,7 @@ def _one_fold(
         logits = stage.logits(head, source, stage.val)
         temperature = calibration.fit_temperature(logits, stage.splits.data.labels[stage.val])
     found = calibration.softmax(stage.logits(head, source, out), temperature).astype(np.float32)
-    if distributed.leads():
+    if distributed.is_main_process():
         buffer = io.BytesIO()
         np.save(buffer, found)
         files.write_bytes(kept, buffer.getvalue())
@@ -272,7 +272,7 @@ def resume_series(folder: str | Path, progress: Progress | None = None) -> Seeds
             go_on = partial(_folds_in, folder, *told, progress or NoProgress())
     except (KeyError, TypeError) as error:
         raise AttireError(folder / "series.json", "not a series of runs", str(error)[:80]) from error
-    with distributed.joined(), claimed_folder(folder):
+    with distributed.process_group(), claimed_folder(folder):
         return go_on()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attire import plan
-from attire.recipes import _CLASSIC, FAST
+from attire.recipes import FAST, _CLASSIC
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "scale.md"

@@ -8,8 +8,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 import attire
-from attire.cli.options import _FIELD_HELP, _shown
-from attire.recipes import RECIPES
+from attire.cli.options import format_setting
+from attire.recipes import RECIPES, SETTINGS
 
 NOTEBOOK = Path(__file__).parent.parent.parent / "examples" / "story.ipynb"
 NAMES = "<!-- public names -->"
@@ -55,7 +55,7 @@ def names() -> str:
 def recipes() -> str:
     """A table: every field in each named recipe, and what it is."""
     lines = [f"| flag | {' | '.join(f'`{name}`' for name in RECIPES)} | |", "|---|" + "---|" * (len(RECIPES) + 1)]
-    for field, meaning in _FIELD_HELP.items():
-        values = " | ".join(_shown(getattr(recipe, field)) for recipe in RECIPES.values())
-        lines.append(f"| `--{field.replace('_', '-')}` | {values} | {meaning} |")
+    for name, setting in SETTINGS.items():
+        values = " | ".join(format_setting(getattr(recipe, name)) for recipe in RECIPES.values())
+        lines.append(f"| `--{name.replace('_', '-')}` | {values} | {setting.metadata['help']} |")
     return "\n".join(lines)

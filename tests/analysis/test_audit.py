@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attire.analysis.audit import _accuracies, _Audit, _together, audit, write_audit
+from attire.analysis.audit import _Audit, _accuracies, _together, audit, write_audit
 from attire.analysis.duplicates import NearPairs
 from attire.data.dataset import ImageDataset
 from attire.data.loading import write_csv

@@ -31,7 +31,7 @@ def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     def dead(url: str) -> None:
         raise MirrorError("no answer in 3 s")
 
-    monkeypatch.setattr(doctor, "probe", dead)
+    monkeypatch.setattr(doctor, "check_reachable", dead)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_place_without_data_and_mirrors_can_still_predict(cache: Path) -> None
 
 @pytest.mark.usefixtures("cached")
 def test_lines_for_people_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "probe", lambda url: pytest.fail("asked a mirror"))
+    monkeypatch.setattr(doctor, "check_reachable", lambda url: pytest.fail("asked a mirror"))
     for columns in ("40", "100"):
         monkeypatch.setenv("COLUMNS", columns)
         done = attire("doctor", "--offline")
@@ -119,7 +119,7 @@ def test_damaged_data_and_weights_are_noted_and_left_alone(cache: Path) -> None:
 
 
 def weight_name(cache: Path) -> str:
-    return pretrained.weight_file(cache, WEIGHTS_DIGEST).name
+    return pretrained._cached_path(WEIGHTS_DIGEST).name
 
 
 def test_a_damaged_model_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,10 +163,10 @@ def test_mirrors_are_asked_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None
         if "debian" not in url:
             raise MirrorError("connection refused")
 
-    monkeypatch.setattr(doctor, "probe", probe)
+    monkeypatch.setattr(doctor, "check_reachable", probe)
     found = doctor._mirrors(False)
     hosts = {
-        http.host(url)
+        http.host_of(url)
         for url in (
             *fashion_mnist.DATA_MIRRORS,
             *fashion_mnist.DEBIAN_MIRRORS,
@@ -176,4 +176,4 @@ def test_mirrors_are_asked_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None
     }
     assert set(found.facts) == hosts
     assert (found.state, found.told) == ("ok", f"1 of {len(hosts)} answer (deb.debian.org)")
-    assert vars(doctor)["probe"] is not http.probe
+    assert vars(doctor)["check_reachable"] is not http.check_reachable

@@ -15,7 +15,6 @@ from PIL import Image
 
 from attire.analysis import sweep
 from attire.cli import main
-from attire.cli.options import _FIELD_HELP
 from attire.data import fashion_mnist, loading, table_cache
 from attire.data.dataset import FASHION_CLASSES, ImageDataset
 from attire.data.loading import load_dataset
@@ -23,6 +22,7 @@ from attire.errors import AttireWarning
 from attire.evaluation.run_result import load_result
 from attire.features import cache as feature_cache
 from attire.model import pretrained
+from attire.recipes import SETTINGS
 from attire.training import seeds_and_folds
 from attire.version import __version__
 from tests.command import TINY, Done, attire
@@ -57,7 +57,7 @@ def test_every_command_has_help(command: list[str], flag: str) -> None:
 def test_help_lists_every_command_and_every_field_of_a_recipe() -> None:
     assert all(re.search(rf"^  {name} +\w", attire("--help").out, re.M) for name in COMMANDS)
     told = attire("train", "--help").out
-    assert all(f"--{name.replace('_', '-')} " in told or f"--{name}/" in told for name in _FIELD_HELP)
+    assert all(f"--{name.replace('_', '-')} " in told or f"--{name}/" in told for name in SETTINGS)
     assert attire("--version").out == f"attire, version {__version__}\n"
 
 

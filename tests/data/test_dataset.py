@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attire.data.dataset import FASHION_CLASSES, ImageDataset, count_shared, split_indices
+from attire.data.dataset import FASHION_CLASSES, ImageDataset, count_shared_images, split_indices
 from attire.data.loading import _read_csv, _read_idx_folder, _read_image_folder, load_dataset, load_splits, write_csv
 from attire.errors import AttireError, AttireWarning, UsageError
 
@@ -327,9 +327,9 @@ class TestSplitIndices:
 
 def test_count_shared_counts_rows_of_the_second() -> None:
     a, b = dataset(10).images, dataset(10, seed=1).images
-    assert count_shared(a, b) == 0
-    assert count_shared(a, np.concatenate([b, a[:1], a[:1]])) == 2
-    assert count_shared(np.concatenate([b, a[:1], a[:1]]), a) == 1
+    assert count_shared_images(a, b) == 0
+    assert count_shared_images(a, np.concatenate([b, a[:1], a[:1]])) == 2
+    assert count_shared_images(np.concatenate([b, a[:1], a[:1]]), a) == 1
 
 
 def test_described_rows_are_described_as_their_copy_is(synthetic: ImageDataset) -> None:
@@ -342,7 +342,7 @@ def test_described_rows_are_described_as_their_copy_is(synthetic: ImageDataset) 
 def test_shared_images_are_counted_among_the_chosen_rows(synthetic: ImageDataset) -> None:
     images = synthetic.images
     again = np.concatenate([images[:5], 255 - images[5:9], images[:1]])
-    assert count_shared(images, again) == 6
-    assert count_shared(images, again, np.arange(2, 60), np.arange(10)) == 3
-    assert count_shared(images, again, np.arange(60), np.array([4, 9])) == 2
-    assert count_shared(images, 255 - images) == 0
+    assert count_shared_images(images, again) == 6
+    assert count_shared_images(images, again, np.arange(2, 60), np.arange(10)) == 3
+    assert count_shared_images(images, again, np.arange(60), np.array([4, 9])) == 2
+    assert count_shared_images(images, 255 - images) == 0

@@ -14,7 +14,7 @@ import safetensors.numpy
 import torch
 
 from attire import blocks
-from attire.blocks import SHAPES
+from attire.blocks import WEIGHT_SHAPES
 from attire.data import fashion_mnist
 from attire.data.fashion_mnist import official_data
 from attire.errors import AttireError, AttireWarning
@@ -160,8 +160,8 @@ def test_a_gzip_bomb_stops_at_the_expected_size() -> None:
 @pytest.fixture
 def vgg(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
     """Zero weights of VGG16's shapes, small, which this test run takes for torchvision's."""
-    shapes = {name: shape for name, shape in SHAPES.items() if name.startswith("features.0.")}
-    monkeypatch.setattr(blocks, "SHAPES", shapes)
+    shapes = {name: shape for name, shape in WEIGHT_SHAPES.items() if name.startswith("features.0.")}
+    monkeypatch.setattr(blocks, "WEIGHT_SHAPES", shapes)
     tensors = {name: np.full(shape, 0.5, "f4") for name, shape in shapes.items()}
     monkeypatch.setattr(pretrained, "WEIGHTS_DIGEST", tensor_digest(tensors))
     return tensors
@@ -229,7 +229,7 @@ def test_damaged_weights_are_set_aside_and_fetched_again(
         with pytest.warns(AttireWarning, match="damaged; set aside") as caught:
             assert vgg16_weights() == path
         assert len(caught) == 1
-        assert pretrained.digest_of_weights(path) == WEIGHTS_DIGEST
+        assert tensor_digest(read_weights(path)) == WEIGHTS_DIGEST
 
 
 def test_own_weights_are_allowed_with_a_warning(mirror: Mirror, vgg: dict[str, np.ndarray], tmp_path: Path) -> None:
@@ -251,6 +251,6 @@ def test_the_real_inputs() -> None:
     for name, (size, _) in fashion_mnist._DATA_FILES.items():
         assert (folder / name).stat().st_size == size
     tensors = read_weights(vgg16_weights())
-    assert {name: value.shape for name, value in tensors.items()} == SHAPES
+    assert {name: value.shape for name, value in tensors.items()} == WEIGHT_SHAPES
     np.testing.assert_allclose(tensors["features.0.weight"][0, 0, 0], [-0.5537, 0.1427, 0.5290], atol=5e-5)
     assert tensor_digest(tensors) == WEIGHTS_DIGEST

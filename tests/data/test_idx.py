@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attire.data.idx import _Kind, _read_idx, find_pair, partner, read_idx_pair
+from attire.data.idx import _Kind, _read_idx, find_pair, find_partner, read_pair
 from attire.errors import AttireError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 28, 28), np.uint8)
@@ -32,7 +32,7 @@ def message(path: Path, content: bytes, kind: _Kind | None = None) -> str:
 def test_images_and_labels_plain_and_gz(tmp_path: Path, pack: type[bytes]) -> None:
     (tmp_path / "i").write_bytes(pack(image_bytes()))
     (tmp_path / "l").write_bytes(pack(label_bytes()))
-    images, labels = read_idx_pair(tmp_path / "i", tmp_path / "l")
+    images, labels = read_pair(tmp_path / "i", tmp_path / "l")
     assert np.array_equal(images, IMAGES)
     assert images.dtype == np.uint8
     assert np.array_equal(labels, LABELS)
@@ -111,9 +111,9 @@ def test_swapped_files_and_unequal_counts(tmp_path: Path) -> None:
     with pytest.raises(
         AttireError, match=r"i: holds images, expected labels \(magic 0x00000803\); are the two swapped"
     ):
-        read_idx_pair(labels, images)
+        read_pair(labels, images)
     with pytest.raises(AttireError, match=r"l: 4 labels for the 5 images of i; the two must belong together$"):
-        read_idx_pair(images, labels)
+        read_pair(images, labels)
 
 
 def test_finding_the_files_of_a_folder(tmp_path: Path) -> None:
@@ -123,11 +123,11 @@ def test_finding_the_files_of_a_folder(tmp_path: Path) -> None:
     with pytest.raises(AttireError, match=r"no train-labels-idx1-ubyte \(or .gz\) \(beside train-images-idx3-ubyte.gz"):
         find_pair(tmp_path, "train")
     with pytest.raises(AttireError, match=r"no file of labels beside it \(expected train-labels-idx1-ubyte\)"):
-        partner(images)
+        find_partner(images)
     labels = tmp_path / "train-labels-idx1-ubyte"
     labels.write_bytes(b"")
-    assert find_pair(tmp_path, "train") == partner(images) == partner(labels) == (images, labels)
+    assert find_pair(tmp_path, "train") == find_partner(images) == find_partner(labels) == (images, labels)
     assert find_pair(tmp_path, "test") is None
-    assert partner(tmp_path / "mine.csv") is None
+    assert find_partner(tmp_path / "mine.csv") is None
     with pytest.raises(AttireError, match=r"t10k-images-idx3-ubyte: no such file$"):
-        partner(tmp_path / "t10k-images-idx3-ubyte")
+        find_partner(tmp_path / "t10k-images-idx3-ubyte")

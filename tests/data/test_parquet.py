@@ -16,7 +16,7 @@ from attire.data import parquet, table_cache
 from attire.data.dataset import FASHION_CLASSES, ImageDataset
 from attire.data.loading import _read_parquet, load_dataset, load_splits
 from attire.errors import AttireError, AttireWarning
-from attire.storage.stores import place
+from attire.storage.stores import open_location
 from tests.command import TINY, attire
 from tests.stores import png, write_parquet
 
@@ -198,13 +198,13 @@ def test_a_damaged_page_is_noticed(tmp_path: Path) -> None:
 def test_memory_is_bounded_by_batches(synthetic: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = dataset(tmp_path / "a.parquet", synthetic, group=60)
     monkeypatch.setattr(parquet, "_BATCH_BYTES", path.stat().st_size // 10)
-    sizes = [len(batch) for batch in parquet.ParquetSource(place(path)).batches()]
+    sizes = [len(batch) for batch in parquet.ParquetSource(open_location(path)).batches()]
     assert sum(sizes) == 60
     assert max(sizes) <= 7
 
 
 def test_row_groups_before_the_first_row_are_not_read(synthetic: ImageDataset, tmp_path: Path) -> None:
-    source = parquet.ParquetSource(place(dataset(tmp_path / "a.parquet", synthetic, group=20)))
+    source = parquet.ParquetSource(open_location(dataset(tmp_path / "a.parquet", synthetic, group=20)))
     for first in (0, 7, 20, 59, 60):
         found = [label for batch in source.batches(["label"], first) for label in batch.column(0).to_pylist()]
         assert found == synthetic.labels[first:].tolist()
@@ -214,7 +214,7 @@ def test_row_groups_before_the_first_row_are_not_read(synthetic: ImageDataset, t
 def test_a_run_trains_from_parquet_in_a_store(bucket: str, synthetic: ImageDataset, tmp_path: Path) -> None:
     for i in range(2):
         path = dataset(tmp_path / f"p{i}.parquet", synthetic.subset(range(30 * i, 30 * i + 30)))
-        place(f"{bucket}/in").write(path.name, path.read_bytes())
+        open_location(f"{bucket}/in").write(path.name, path.read_bytes())
     done = attire("train", "--data", f"{bucket}/in/", *TINY, "--out", "run", "--json")
     assert done.status == 0, done
     assert load_dataset(f"{bucket}/in/p1.parquet").labels.tolist() == synthetic.labels[30:].tolist()

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from attire.data.loading import load_dataset
-from attire.data.photos import Steps, _Photo, prepare, strip
+from attire.data.photos import Steps, _PreparedPhoto, comparison_strip, prepare
 from attire.errors import AttireError
 from attire.inference import classifier
 
@@ -35,7 +35,7 @@ def trousers(paper: Any = (255, 255, 255), cloth: Any = (30, 40, 90), mode: str 
 EXPECTED = prepare(encode(trousers())).image.astype(int)
 
 
-def close(photo: _Photo, least: float = 0.9) -> bool:
+def close(photo: _PreparedPhoto, least: float = 0.9) -> bool:
     """Whether this is the shape of the trousers, whatever their shade."""
     return float(np.corrcoef(photo.image.ravel(), EXPECTED.ravel())[0, 1]) >= least
 
@@ -280,7 +280,7 @@ def test_a_file_is_read_by_its_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(200, 240), (28, 28), (800, 40), (40, 800)])
 def test_the_strip_shows_original_crop_and_result(size: tuple[int, int]) -> None:
     photo = prepare(encode(trousers(cloth=(60, 60, 60)).resize(size)))
-    with Image.open(io.BytesIO(strip(photo, 112))) as image:
+    with Image.open(io.BytesIO(comparison_strip(photo, 112))) as image:
         image.load()
     assert (image.format, image.mode, image.height) == ("PNG", "RGB", 112)
     assert 112 + 2 * 56 <= image.width <= 5 * 112 + 8

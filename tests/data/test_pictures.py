@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attire.data.image_folder import read_folder
+from attire.data.image_folder import read_class_folders
 from attire.data.pictures import _decode, read_image
 from attire.errors import AttireError
 
@@ -172,21 +172,21 @@ def folder(tmp_path: Path) -> Path:
 
 def refusal(folder: Path, classes: tuple[str, ...] | None = None) -> str:
     with pytest.raises(AttireError) as caught:
-        read_folder(folder, classes)
+        read_class_folders(folder, classes)
     return str(caught.value).removeprefix(f"{folder}")
 
 
 def test_folders_are_classes(folder: Path) -> None:
-    images, labels, classes = read_folder(folder)
+    images, labels, classes = read_class_folders(folder)
     assert classes == ("bag", "shoe")
     assert labels.tolist() == [0, 1, 1]
     assert images[:, 0, 0].tolist() == [30, 10, 20]
-    assert read_folder(folder, ("shoe", "bag"))[1].tolist() == [0, 0, 1]
+    assert read_class_folders(folder, ("shoe", "bag"))[1].tolist() == [0, 0, 1]
 
 
 def test_a_slash_in_a_class_is_an_underscore_on_disk(folder: Path) -> None:
     (folder / "bag").rename(folder / "T-shirt_top")
-    assert read_folder(folder, ("T-shirt/top", "shoe"))[1].tolist() == [0, 1, 1]
+    assert read_class_folders(folder, ("T-shirt/top", "shoe"))[1].tolist() == [0, 1, 1]
 
 
 def test_folders_that_are_refused(folder: Path) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from attire.data import csv_table, table_cache
-from attire.data.csv_table import _COLUMNS, _HEADER, Table, write_table
+from attire.data.csv_table import Table, _COLUMNS, _HEADER, write_table
 from attire.data.idx import _read_idx
 from attire.errors import AttireError, AttireWarning
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from attire.data import synthetic
-from attire.data.photos import rendered
+from attire.data.photos import render
 from attire.errors import UsageError
 from attire.features import views as features_views
 from attire.recipes import FAST, Recipe
@@ -30,7 +30,7 @@ def garments() -> np.ndarray:
     return images
 
 
-@pytest.mark.parametrize("make", [synthetic.drawn, synthetic.strange])
+@pytest.mark.parametrize("make", [synthetic.draw_garments, synthetic.draw_outliers])
 def test_what_is_drawn_depends_on_the_image_alone(
     make: Callable[[np.ndarray], np.ndarray], garments: np.ndarray
 ) -> None:
@@ -48,13 +48,13 @@ def test_a_drawing_keeps_the_garments_place_and_a_strange_shape_does_not(garment
         ours, theirs = whole > synthetic._CLOTH, found > synthetic._CLOTH
         return float(np.median((ours & theirs).sum((1, 2)) / (ours | theirs).sum((1, 2))))
 
-    whole = np.stack([rendered(image.astype(float), image > 8, synthetic._STEPS)[1] for image in garments])
-    assert overlap(synthetic.drawn(garments), whole) > 0.7
-    assert overlap(synthetic.strange(garments), whole) < 0.6
+    whole = np.stack([render(image.astype(float), image > 8, synthetic._STEPS)[1] for image in garments])
+    assert overlap(synthetic.draw_garments(garments), whole) > 0.7
+    assert overlap(synthetic.draw_outliers(garments), whole) < 0.6
 
 
 def test_what_is_drawn_is_wider_or_narrower_and_fills_the_picture(garments: np.ndarray) -> None:
-    found = synthetic.drawn(np.concatenate([garments + np.uint8(i) * (garments > 0) for i in range(4)]))
+    found = synthetic.draw_garments(np.concatenate([garments + np.uint8(i) * (garments > 0) for i in range(4)]))
     high, wide = (found.any(axis).sum(1) for axis in (2, 1))
     assert (np.maximum(high, wide) == 28).mean() > 0.95
     shapes = wide / high
@@ -63,26 +63,26 @@ def test_what_is_drawn_is_wider_or_narrower_and_fills_the_picture(garments: np.n
 
 def test_views_change_their_name_with_what_is_drawn() -> None:
     """Cached features of another drawing would be taken for those of this one."""
-    assert str(synthetic.VERSION) in features_views.DRAWN
-    assert str(synthetic.VERSION) in features_views.STRANGE
+    assert str(synthetic.VERSION) in features_views.SYNTHETIC_DRAWING
+    assert str(synthetic.VERSION) in features_views.OUTLIER
 
 
 @pytest.mark.parametrize("level", [0, 255, 10])
 def test_an_image_without_a_garment_is_drawn_without_fault(level: int) -> None:
     image = np.full((1, 28, 28), level, np.uint8)
-    assert synthetic.drawn(image).shape == synthetic.strange(image).shape == image.shape
-    assert synthetic.strange(image).any()
+    assert synthetic.draw_garments(image).shape == synthetic.draw_outliers(image).shape == image.shape
+    assert synthetic.draw_outliers(image).any()
 
 
 def test_views_are_numbered_with_the_strange_one_last(garments: np.ndarray) -> None:
-    names = features_views.view_names(True, 1, True, True)
-    ours = (features_views.DRAWN, f"{features_views.DRAWN} flip", features_views.STRANGE)
+    names = features_views.augmentation_views(True, 1, True, True)
+    ours = (features_views.SYNTHETIC_DRAWING, f"{features_views.SYNTHETIC_DRAWING} flip", features_views.OUTLIER)
     assert names == ("plain", "flip", "shift+0-2", "shift+0-2 flip", *ours)
     recipe = Recipe(shifts=1, synthetic_drawings=True, outlier_exposure=True)
     assert recipe.training_views == len(names)
-    drawn, mirrored = (features_views.seen(garments, name) for name in ours[:2])
+    drawn, mirrored = (features_views.apply_view(garments, name) for name in ours[:2])
     assert np.array_equal(mirrored, drawn[:, :, ::-1])
-    assert np.array_equal(features_views.seen(garments, features_views.STRANGE), synthetic.strange(garments))
+    assert np.array_equal(features_views.apply_view(garments, features_views.OUTLIER), synthetic.draw_outliers(garments))
     _, views = _epoch_order(np.arange(3000), recipe, 0)
     assert views is not None
     shares = np.bincount(views, minlength=7) / 3000

@@ -246,7 +246,7 @@ def test_images_survive_the_sheet() -> None:
 
 def test_drawings_are_the_same_every_time() -> None:
     result = made()
-    first, second = (figures.svg(figures.confusion(result.test.confusion, CLASSES)) for _ in range(2))
+    first, second = (figures.svg(figures.confusion_matrix(result.test.confusion, CLASSES)) for _ in range(2))
     assert first == second
     assert b"T-shirt/top" in first
 

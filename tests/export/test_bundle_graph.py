@@ -17,7 +17,7 @@ from attire.errors import AttireError
 from attire.export.bundle_graph import write_graph
 from attire.export.export import export
 from attire.inference.classifier import Architecture, Classifier, load_bundle
-from attire.inference.out_of_distribution import OODDetector, _fit_classes, nearest, pooled
+from attire.inference.out_of_distribution import OODDetector, _fit_classes, mahalanobis_distance, pool_features
 from attire.inference.runtimes import load_export, load_graph
 from attire.model import vgg
 
@@ -29,9 +29,9 @@ pytest.importorskip("onnxscript")
 @pytest.fixture
 def rejecting(classifier: Classifier, synthetic: ImageDataset) -> Classifier:
     """Rejects about a half of the synthetic images."""
-    x = torch.cat([pooled(part, 128) for part in classifier._features(synthetic.images)])
+    x = torch.cat([pool_features(part, 128) for part in classifier._features(synthetic.images)])
     centre, whiten, means = _fit_classes(x, torch.from_numpy(synthetic.labels), shrinkage=0.9)  # 60 rows, 128 channels
-    far = nearest(x, centre, whiten, means).sort().values
+    far = mahalanobis_distance(x, centre, whiten, means).sort().values
     classifier.ood_detector = OODDetector(centre, whiten, means, float(far[29] + far[30]) / 2, 60)
     return classifier
 
@@ -62,7 +62,7 @@ def test_a_convolutional_classifier_has_a_graph_of_the_bundles_own_weights(
     """The exporter folds batch normalisation into the convolution before it, where it finds one."""
     torch.manual_seed(0)
     architecture = Architecture("block2", 16, 0, (), 0.0, conv=(16, 16))
-    head = architecture.build(10)
+    head = architecture.build_head(10)
     for name, value in head.state_dict().items():
         if value.ndim == 1:
             torch.nn.init.uniform_(value, 0.5, 1.5)  # moments and weights of batch normalisation that are not its first
@@ -129,7 +129,7 @@ def test_an_onnx_export_gives_verdicts_too(rejecting: Classifier, synthetic: Ima
     made = export(tmp_path / "bundle", "onnx", out=tmp_path / "m.onnx", data=synthetic)
     expected = [found.out_of_distribution for found in rejecting.predict(synthetic.images)]
     assert [found.out_of_distribution for found in made.predict(synthetic.images)] == expected
-    assert (made.facts["gate"]["verdicts"], made.facts["gate"]["distance"] < 1e-3) == (0, True)
+    assert (made.metadata["gate"]["verdicts"], made.metadata["gate"]["distance"] < 1e-3) == (0, True)
 
 
 def flip(path: Path, at: float) -> None:

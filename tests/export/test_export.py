@@ -28,7 +28,7 @@ from attire.errors import AttireError, UsageError
 from attire.export.export import export
 from attire.inference import scoring
 from attire.inference.classifier import load_bundle
-from attire.inference.runtimes import METADATA, NO_SEAL, SUFFIXES, Exported, load_export, records_digest, seal_bytes
+from attire.inference.runtimes import ExportedModel, METADATA_FILE, NO_SEAL, SUFFIXES, load_export, records_digest, seal_bytes
 from attire.recipes import Recipe
 from attire.storage import files
 from attire.training import run
@@ -66,8 +66,8 @@ def test_an_export_answers_as_its_bundle_for_any_number_of_images(
         assert found.shape == (rows, 10)
         assert np.abs(found - expected).max() < 1e-4
     assert made.classes == classifier.classes
-    assert made.facts["gate"]["n"] == 60
-    assert made.facts["gate"]["agreement"]["value"] == 1
+    assert made.metadata["gate"]["n"] == 60
+    assert made.metadata["gate"]["agreement"]["value"] == 1
     assert made.predict(synthetic.images[:1])[0].label == classifier.predict(synthetic.images[0]).label
     assert made.predict_proba(synthetic.images[:0]).shape == (0, 10)
 
@@ -101,8 +101,8 @@ def test_smaller_precisions_are_measured_and_smaller(
     exact = export(bundle, kind, out=tmp_path / f"exact{suffix}", data=synthetic)
     small = export(bundle, kind, out=tmp_path / f"small{suffix}", precision=precision, max_drop=1, data=synthetic)
     assert size(small.path) < 0.6 * size(exact.path)
-    assert small.facts["gate"]["largest"] > exact.facts["gate"]["largest"]
-    assert 0.5 < small.facts["gate"]["agreement"]["value"] <= 1
+    assert small.metadata["gate"]["largest"] > exact.metadata["gate"]["largest"]
+    assert 0.5 < small.metadata["gate"]["agreement"]["value"] <= 1
 
 
 def size(path: Path) -> int:
@@ -112,7 +112,7 @@ def size(path: Path) -> int:
 def test_an_export_that_is_not_equal_is_not_written(
     bundle: Path, synthetic: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attire.model.vgg.MEAN", (0.5, 0.4, 0.4))  # what a hand-written preprocessing would get wrong
+    monkeypatch.setattr("attire.model.vgg.IMAGENET_MEAN", (0.5, 0.4, 0.4))  # what a hand-written preprocessing would get wrong
     expected = load_bundle(bundle).predict_proba(synthetic.images)
     monkeypatch.undo()
     monkeypatch.setattr("attire.inference.classifier.Classifier.predict_proba", lambda self, images: expected)
@@ -310,9 +310,9 @@ def test_the_official_images_are_the_gate(tmp_path: Path) -> None:
     csv = tmp_path / "some.csv"
     write_csv(load_dataset().subset(range(400)), csv)
     bundle = run.train(csv, recipe, run_dir=tmp_path / "run").bundle
-    made: Exported = export(bundle, "onnx", out=tmp_path / "m.onnx")
-    assert made.facts["gate"]["n"] == 2000
-    assert made.facts["gate"]["agreement"]["value"] == 1
+    made: ExportedModel = export(bundle, "onnx", out=tmp_path / "m.onnx")
+    assert made.metadata["gate"]["n"] == 2000
+    assert made.metadata["gate"]["agreement"]["value"] == 1
 
 
 TELL = """<script>const told = document.getElementById("answer");
@@ -392,7 +392,7 @@ def with_records(path: Path, change: Callable[[dict[str, bytes]], None]) -> None
     with zipfile.ZipFile(path) as archive:
         records = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
     change(records)
-    facts = json.loads(records.pop(f"extra/{METADATA}"))
+    facts = json.loads(records.pop(f"extra/{METADATA_FILE}"))
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in records.items():
             archive.writestr(f"x/{name}", data)
@@ -400,7 +400,7 @@ def with_records(path: Path, change: Callable[[dict[str, bytes]], None]) -> None
     del facts["seal"]
     sealed = {**facts, "seal": files.sha256(files.canonical_json(facts))}
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(f"x/extra/{METADATA}", json.dumps(sealed))
+        archive.writestr(f"x/extra/{METADATA_FILE}", json.dumps(sealed))
 
 
 def test_no_pickle_in_an_exported_program_is_ever_run(bundle: Path, synthetic: ImageDataset, tmp_path: Path) -> None:

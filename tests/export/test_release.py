@@ -52,7 +52,7 @@ def test_a_released_bundle_is_complete_and_says_what_is_true(
     assert (told["correct"], told["n"], told["first"]) == (right, 60, {"n": 60, "correct": right})
     assert f"| all | {right} | 60 |" in (out / "MODEL_CARD.md").read_text()
     assert str(run.parent) not in (out / "MODEL_CARD.md").read_text().partition("| Setting |")[0]
-    assert classifier.facts["release"]["digests"]["report.html"] == files.sha256_file(out / "report.html")
+    assert classifier.metadata["release"]["digests"]["report.html"] == files.sha256_file(out / "report.html")
     assert told["bytes"] == sum(path.stat().st_size for path in out.iterdir())
     assert _check_release(out, synthetic) == []
     (out / "report.html").write_text("another")
@@ -127,7 +127,7 @@ SHIPPED = bundle_files.SHIPPED
 
 def test_what_ships_is_whole_and_small_enough() -> None:
     classifier = load_bundle(device="cpu")
-    told = classifier.facts["release"]
+    told = classifier.metadata["release"]
     assert all(files.sha256_file(SHIPPED / name) == digest for name, digest in told["digests"].items())
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 16_000_000
     assert classifier.ood_detector is not None

@@ -15,7 +15,7 @@ from torch import Tensor
 from attire.data.dataset import ImageDataset
 from attire.errors import AttireError, AttireWarning
 from attire.features import cache
-from attire.features.cache import Features, FeatureSpec, extract
+from attire.features.cache import FeatureSpec, Features, extract
 
 SPEC = FeatureSpec("block2", 16, 0, "w" * 64)  # 4 x 4 x 128 = 2,048 features
 Shrunk = Callable[[], "CountingBackbone"]
@@ -55,7 +55,7 @@ def test_features_are_computed_once(synthetic: ImageDataset) -> None:
     assert (first.calls, second.calls) == (4, 0)
     assert made.shape == (60, 2048)
     assert np.array_equal(rows_of(made), rows_of(again))
-    assert np.array_equal(rows_of(made), cache.compute(synthetic.images, SPEC, CountingBackbone()))
+    assert np.array_equal(rows_of(made), cache.compute_features(synthetic.images, SPEC, CountingBackbone()))
 
 
 def test_whatever_decides_a_feature_is_in_the_key() -> None:
@@ -78,7 +78,7 @@ def test_a_stopped_extraction_redoes_at_most_one_shard(fail_at: int, synthetic: 
     rest = CountingBackbone()
     found = run(synthetic, rest)
     assert rest.calls == 4 - (fail_at - 1)
-    assert np.array_equal(rows_of(found), cache.compute(synthetic.images, SPEC, CountingBackbone()))
+    assert np.array_equal(rows_of(found), cache.compute_features(synthetic.images, SPEC, CountingBackbone()))
     assert sorted(path.suffix for path in found.folder.iterdir()) == [".json"] + 4 * [".npy"]  # the manifest alone
 
 
@@ -150,10 +150,10 @@ def test_rows_come_in_the_order_asked_for_across_shards(synthetic: ImageDataset)
 
 def test_the_other_views_are_the_mirrored_and_the_negative_image(synthetic: ImageDataset) -> None:
     backbone = CountingBackbone()
-    flipped = cache.compute(synthetic.images, cache._with_view(SPEC, "flip"), backbone)
-    assert np.array_equal(flipped, cache.compute(synthetic.images[:, :, ::-1].copy(), SPEC, backbone))
-    negative = cache.compute(synthetic.images, cache._with_view(SPEC, "negative"), backbone)
-    assert np.array_equal(negative, cache.compute(255 - synthetic.images, SPEC, backbone))
+    flipped = cache.compute_features(synthetic.images, cache._with_view(SPEC, "flip"), backbone)
+    assert np.array_equal(flipped, cache.compute_features(synthetic.images[:, :, ::-1].copy(), SPEC, backbone))
+    negative = cache.compute_features(synthetic.images, cache._with_view(SPEC, "negative"), backbone)
+    assert np.array_equal(negative, cache.compute_features(255 - synthetic.images, SPEC, backbone))
     assert not np.array_equal(flipped, negative)
 
 

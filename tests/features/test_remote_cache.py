@@ -11,7 +11,7 @@ from attire.data.dataset import ImageDataset
 from attire.errors import AttireWarning, UsageError
 from attire.features import cache, remote_cache
 from attire.storage import files
-from attire.storage.stores import StorageLocation, StoreError, place
+from attire.storage.stores import StorageLocation, StoreError, open_location
 from tests.features.test_cache import SPEC, CountingBackbone, rows_of, run, small_shards  # noqa: F401  (a fixture)
 
 
@@ -19,7 +19,7 @@ from tests.features.test_cache import SPEC, CountingBackbone, rows_of, run, smal
 def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StorageLocation:
     root = str(tmp_path / "shared") if request.param == "folder" else request.getfixturevalue("bucket")
     monkeypatch.setenv(remote_cache._VARIABLE, f"{root}/features/")
-    return place(f"{root}/features")
+    return open_location(f"{root}/features")
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def entry(remote: StorageLocation, synthetic: ImageDataset) -> StorageLocation:
     """What the first machine shared; the local cache is empty again."""
     run(synthetic, CountingBackbone())
     forget()
-    return place(f"{remote.url}/{SPEC.key(synthetic.image_digest)}")
+    return open_location(f"{remote.url}/{SPEC.key(synthetic.image_digest)}")
 
 
 def forget() -> None:
@@ -42,7 +42,7 @@ def test_what_one_machine_made_another_pulls(entry: StorageLocation, synthetic: 
     )
     assert backbone.calls == 0
     assert told[:4] == [(16, 60), (32, 60), (48, 60), (60, 60)]
-    assert np.array_equal(rows_of(found), cache.compute(synthetic.images, SPEC, CountingBackbone()))
+    assert np.array_equal(rows_of(found), cache.compute_features(synthetic.images, SPEC, CountingBackbone()))
     assert sorted(path.name for path in found.folder.iterdir()) == [
         "MANIFEST.json",
         *(f"shard-{i:05d}.npy" for i in range(4)),
@@ -69,7 +69,7 @@ def test_a_damaged_shard_is_computed_here(harm: str, entry: StorageLocation, syn
     with pytest.warns(AttireWarning, match=line) as told:
         found = run(synthetic, backbone)
     assert (backbone.calls, len(told)) == (1, 1)
-    assert np.array_equal(rows_of(found), cache.compute(synthetic.images, SPEC, CountingBackbone()))
+    assert np.array_equal(rows_of(found), cache.compute_features(synthetic.images, SPEC, CountingBackbone()))
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b'{"shards": []}', b'{"shards": 1}'])
@@ -105,7 +105,7 @@ def test_a_push_that_was_stopped_is_finished_later(
     with pytest.raises(KeyboardInterrupt):
         run(synthetic, CountingBackbone())
     monkeypatch.setattr(StorageLocation, "write", real)
-    at = place(f"{remote.url}/{SPEC.key(synthetic.image_digest)}")
+    at = open_location(f"{remote.url}/{SPEC.key(synthetic.image_digest)}")
     assert "MANIFEST.json" not in at.sizes()
     backbone = CountingBackbone()
     run(synthetic, backbone)
@@ -121,7 +121,7 @@ def test_two_machines_that_made_it_differently_do_not_mix(entry: StorageLocation
     assert len(entry.sizes()) == len(there) + 4
     forget()
     found = run(synthetic, CountingBackbone(fail_at=1))
-    assert np.array_equal(rows_of(found), cache.compute(synthetic.images, SPEC, Doubled()))
+    assert np.array_equal(rows_of(found), cache.compute_features(synthetic.images, SPEC, Doubled()))
 
 
 class Doubled(CountingBackbone):

@@ -9,7 +9,7 @@ from torch import nn
 
 from attire.data.dataset import ImageDataset
 from attire.features import cache, sources
-from attire.features.cache import Features, FeatureSpec
+from attire.features.cache import FeatureSpec, Features
 from attire.features.sources import CachedSource, OnTheFlySource, Standardiser, fit_standardiser
 from attire.model import vgg
 from attire.recipes import FAST

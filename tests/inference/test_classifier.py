@@ -62,7 +62,7 @@ def test_a_loaded_bundle_answers_as_the_one_that_was_saved(
 ) -> None:
     loaded = load_bundle(bundle)
     assert np.array_equal(loaded.predict_proba(synthetic.images), classifier.predict_proba(synthetic.images))
-    assert (loaded.classes, loaded.temperature, loaded.facts) == (FASHION_CLASSES, 1.7, {"name": "small"})
+    assert (loaded.classes, loaded.temperature, loaded.metadata) == (FASHION_CLASSES, 1.7, {"name": "small"})
     assert loaded.architecture == classifier.architecture
     assert not any(parameter.requires_grad for parameter in loaded.model.features.parameters())
 
@@ -138,9 +138,9 @@ def test_several_views_are_averaged_and_distances_are_of_the_plain_one(
     classifier: Classifier, synthetic: ImageDataset, tmp_path: Path
 ) -> None:
     images = synthetic.images[:9]
-    names = views.answer_views(4)
+    names = views.tta_views(4)
     assert names == ("plain", "flip", "shift+0-2", "shift+0-2 flip")
-    expected = torch.stack([classifier.logits(views.seen(images, name)) for name in names]).mean(0)
+    expected = torch.stack([classifier.logits(views.apply_view(images, name)) for name in names]).mean(0)
     plain = classifier.predict_proba(images)
     classifier.architecture = replace(classifier.architecture, tta=4)
     assert torch.allclose(classifier.logits(images), expected, atol=1e-5)

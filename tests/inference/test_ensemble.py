@@ -26,7 +26,7 @@ from tests.model.test_heads import TUNED
 def pair(classifier: Classifier, tmp_path: Path) -> tuple[Path, Path]:
     """Two bundles on one backbone whose heads differ; the second averages two views."""
     classifier.save(tmp_path / "first")
-    head = classifier.architecture.build(10)
+    head = classifier.architecture.build_head(10)
     architecture = replace(classifier.architecture, tta=2)
     classifier.model.classifier = head
     other = Classifier(classifier.model, architecture, FASHION_CLASSES, 0.4, {"recipe": {"name": "other", "seed": 3}})

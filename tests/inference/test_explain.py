@@ -16,18 +16,8 @@ from attire.data.dataset import FASHION_CLASSES, ImageDataset
 from attire.data.loading import load_dataset, write_csv
 from attire.errors import AttireError, UsageError
 from attire.inference.classifier import Classifier, load_bundle
-from attire.inference.explain import (
-    _METHOD,
-    _Explanation,
-    _log_odds,
-    _occlusion,
-    _overlay,
-    _squares,
-    explain,
-    heat_png,
-    to_json,
-)
-from attire.inference.neighbours import FILE, Neighbour
+from attire.inference.explain import _METHOD, _Explanation, _log_odds, _occlusion, _overlay, _squares, explain
+from attire.inference.neighbours import NEIGHBOURS, Neighbour
 from attire.inference.prediction import Prediction
 from attire.training import run
 from tests.command import Done, attire
@@ -49,16 +39,17 @@ def picture(tmp_path: Path) -> Path:
 
 def block_of(label: int) -> NDArray[np.bool_]:
     """Where the class's bright block lies, the one informative place of the picture."""
-    found = np.zeros((28, 28), bool)
+    block = np.zeros((28, 28), bool)
     top, left = 2 + 13 * (label // 5), 1 + 5 * (label % 5)
-    found[top : top + 11, left : left + 5] = True
-    return found
+    block[top : top + 11, left : left + 5] = True
+    return block
 
 
-def explained(*labels: str) -> _Explanation:
+def explained(labels: tuple[str, ...] = ()) -> _Explanation:
     near = tuple(Neighbour(label, 0.1, np.zeros((28, 28), np.uint8)) for label in labels)
+    prediction = Prediction("Coat", 1.0, (("Coat", 1.0),))
     return _Explanation(
-        "Coat", np.zeros((28, 28), np.float32), _METHOD, Prediction("Coat", 1.0, (("Coat", 1.0),)), near
+        np.zeros((28, 28), np.uint8), "Coat", np.zeros((28, 28), np.float32), _METHOD, prediction, near
     )
 
 
@@ -66,7 +57,7 @@ def test_the_heat_of_a_picture_with_one_informative_block_lies_on_the_block(trai
     data = blocks_and_noise(20, seed=5)
     inside = []
     for image, label in zip(data.images, data.labels.tolist(), strict=True):
-        heat, block = explain(trained, image, FASHION_CLASSES[label]).heat, block_of(label)
+        heat, block = explain(trained, image, FASHION_CLASSES[label]).heat_map, block_of(label)
         inside.append(heat[block].mean() > 2 * heat[~block].mean() and block[np.unravel_index(heat.argmax(), (28, 28))])
     assert np.mean(inside) >= 0.8
 
@@ -74,16 +65,16 @@ def test_the_heat_of_a_picture_with_one_informative_block_lies_on_the_block(trai
 def test_heat_is_28_x_28_from_0_to_1_and_the_same_each_time(trained: Classifier, synthetic: ImageDataset) -> None:
     for image in synthetic.images[:5]:
         first, second = (explain(trained, image) for _ in range(2))
-        assert first.heat.shape == (28, 28)
-        assert first.heat.dtype == np.float32
-        assert first.heat.min() >= 0
-        assert first.heat.max() == 1
-        assert np.array_equal(first.heat, second.heat)
+        assert first.heat_map.shape == (28, 28)
+        assert first.heat_map.dtype == np.float32
+        assert first.heat_map.min() >= 0
+        assert first.heat_map.max() == 1
+        assert np.array_equal(first.heat_map, second.heat_map)
         assert first.method == _METHOD
 
 
 def test_a_black_picture_has_no_heat(trained: Classifier) -> None:
-    assert not explain(trained, np.zeros((28, 28), np.uint8)).heat.any()
+    assert not explain(trained, np.zeros((28, 28), np.uint8)).heat_map.any()
 
 
 def test_the_answer_is_that_of_predict_and_another_class_may_be_asked_about(
@@ -95,7 +86,7 @@ def test_the_answer_is_that_of_predict_and_another_class_may_be_asked_about(
     assert own.prediction == other.prediction == trained.predict(image)
     assert own.label == own.prediction.label
     assert other.label == "Bag"
-    assert not np.array_equal(own.heat, other.heat)
+    assert not np.array_equal(own.heat_map, other.heat_map)
 
 
 @pytest.mark.parametrize(
@@ -152,22 +143,22 @@ def test_log_odds_are_those_of_the_softmax() -> None:
     ],
 )
 def test_neighbours_are_counted_in_words(labels: tuple[str, ...], said: str) -> None:
-    assert explained(*labels).tally == said
+    assert explained(labels).tally == said
 
 
 def test_a_training_picture_is_its_own_nearest(trained: Classifier) -> None:
     assert trained.neighbours is not None
     image = trained.neighbours.images[7].numpy()
-    found = explain(trained, image).neighbours
-    assert len(found) == 5
-    assert np.array_equal(found[0].image, image)
-    assert found[0].label == FASHION_CLASSES[int(trained.neighbours.labels[7])]
+    nearest = explain(trained, image).neighbours
+    assert len(nearest) == 5
+    assert np.array_equal(nearest[0].image, image)
+    assert nearest[0].label == FASHION_CLASSES[int(trained.neighbours.labels[7])]
 
 
 def test_without_neighbours_the_heat_is_there_all_the_same(classifier: Classifier, synthetic: ImageDataset) -> None:
-    found = explain(classifier, synthetic.images[0])
-    assert found.neighbours == ()
-    assert found.heat.max() == 1
+    explanation = explain(classifier, synthetic.images[0])
+    assert explanation.neighbours == ()
+    assert explanation.heat_map.max() == 1
 
 
 def test_the_overlay_is_lighter_where_it_is_hotter() -> None:
@@ -180,29 +171,29 @@ def test_the_overlay_is_lighter_where_it_is_hotter() -> None:
 
 
 def test_a_heat_map_becomes_a_png_of_the_size_asked_for(synthetic: ImageDataset) -> None:
-    data = heat_png(synthetic.images[0], np.zeros((28, 28), np.float32), 100)
-    with Image.open(io.BytesIO(data)) as found:
-        assert (found.format, found.mode, found.size) == ("PNG", "RGB", (100, 100))
-    assert data == heat_png(synthetic.images[0], np.zeros((28, 28), np.float32), 100)
-    hot = heat_png(synthetic.images[0], np.ones((28, 28), np.float32), 100)
-    assert hot != data
+    cold = replace(explained(), image=synthetic.images[0])
+    data = cold.heat_map_png(100)
+    with Image.open(io.BytesIO(data)) as picture:
+        assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (100, 100))
+    assert data == cold.heat_map_png(100)
+    assert replace(cold, heat_map=np.ones((28, 28), np.float32)).heat_map_png(100) != data
 
 
 def test_json_holds_the_answer_the_heat_and_the_neighbours(trained: Classifier, synthetic: ImageDataset) -> None:
-    found = explain(trained, synthetic.images[0], "Bag")
-    told = json.loads(json.dumps(to_json(found)))
-    assert (told["explained"], told["label"]) == ("Bag", found.prediction.label)
-    assert np.allclose(told["heat"], found.heat, atol=1e-3)
-    assert [near["label"] for near in told["neighbours"]] == [near.label for near in found.neighbours]
+    explanation = explain(trained, synthetic.images[0], "Bag")
+    values = json.loads(json.dumps(explanation.to_json()))
+    assert (values["explained_label"], values["label"]) == ("Bag", explanation.prediction.label)
+    assert np.allclose(values["heat_map"], explanation.heat_map, atol=1e-3)
+    assert [near["label"] for near in values["neighbours"]] == [near.label for near in explanation.neighbours]
 
 
 def test_explain_prints_the_answer_and_writes_a_picture(finished: tuple[Path, Done], picture: Path, here: Path) -> None:
     done = attire("explain", picture, "--model", finished[0])
-    found = explain(load_bundle(finished[0], "cpu"), np.asarray(Image.open(picture)))
+    explanation = explain(load_bundle(finished[0], "cpu"), np.asarray(Image.open(picture)))
     assert (done.status, done.err) == (0, "")
     lines = done.out.splitlines()
-    assert lines[0].split(maxsplit=1) == [str(picture), str(found.prediction)]
-    assert lines[1].split(maxsplit=1)[1].startswith(found.tally)
+    assert lines[0].split(maxsplit=1) == [str(picture), str(explanation.prediction)]
+    assert lines[1].split(maxsplit=1)[1].startswith(explanation.tally)
     assert lines[2].split() == ["picture", "shoe-explained.png"]
     with Image.open(here / "shoe-explained.png") as sheet:
         sheet.load()
@@ -217,10 +208,10 @@ def test_json_is_an_object_a_line_and_equal_names_get_files_of_their_own(
     other = tmp_path / "other" / "shoe.png"
     Image.fromarray(blocks_and_noise(1).images[0]).save(other)
     done = attire("explain", picture, other, "--model", finished[0], "--out", tmp_path / "new", "--json")
-    told = [json.loads(line) for line in done.out.splitlines()]
-    assert [one["file"] for one in told] == [str(picture), str(other)]
-    assert [Path(one["picture"]).name for one in told] == ["shoe-explained.png", "shoe-2-explained.png"]
-    assert all(Path(one["picture"]).is_file() for one in told)
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    assert [line["file"] for line in lines] == [str(picture), str(other)]
+    assert [Path(line["picture"]).name for line in lines] == ["shoe-explained.png", "shoe-2-explained.png"]
+    assert all(Path(line["picture"]).is_file() for line in lines)
 
 
 def test_a_bad_file_is_one_line_and_the_others_are_explained(
@@ -270,14 +261,14 @@ def test_a_real_answer_is_undone_by_hiding_what_is_hot(tmp_path: Path) -> None:
     write_csv(load_dataset().subset(range(500)), tmp_path / "some.csv")
     recipe = replace(recipes.FAST, epochs=3, batch_size=32, hidden=(32,))
     model = load_bundle(run.train(tmp_path / "some.csv", recipe, run_dir=tmp_path / "run").bundle, "cpu")
-    assert (tmp_path / "run" / "model" / FILE).stat().st_size < 1_000_000
+    assert (tmp_path / "run" / "model" / NEIGHBOURS).stat().st_size < 1_000_000
     rng = np.random.default_rng(0)
     hot: list[float] = []
     anywhere: list[float] = []
     for image in load_dataset(part="test").images[:20]:
-        found = explain(model, image)
-        k = model.classes.index(found.label)
-        for costs, order in ((hot, found.heat), (anywhere, rng.random((28, 28)))):
+        explanation = explain(model, image)
+        k = model.classes.index(explanation.label)
+        for costs, order in ((hot, explanation.heat_map), (anywhere, rng.random((28, 28)))):
             hidden = np.where(order > np.quantile(order, 0.75), 0, image).astype(np.uint8)
-            costs.append(found.prediction.probability - float(model.predict_proba(hidden[None])[0, k]))
+            costs.append(explanation.prediction.probability - float(model.predict_proba(hidden[None])[0, k]))
     assert np.mean(hot) > np.mean(anywhere) + 0.1

@@ -10,7 +10,7 @@ from PIL import Image
 from attire.data.dataset import FASHION_CLASSES
 from attire.errors import AttireError
 from attire.inference import inputs
-from attire.inference.inputs import PictureInput, expand, read_ahead
+from attire.inference.inputs import PictureInput, expand_paths, read_inputs
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -23,7 +23,7 @@ def picture(path: Path | str, level: int = 0) -> str:
 
 
 def found(*arguments: str) -> list[str]:
-    return [str(item) for item in expand(arguments)]
+    return [str(item) for item in expand_paths(arguments)]
 
 
 def test_folders_are_searched_to_the_bottom_in_the_order_of_names() -> None:
@@ -49,7 +49,7 @@ def test_patterns_are_understood_where_no_shell_expands_them() -> None:
 def test_order_is_kept_and_errors_stand_in_their_places() -> None:
     paths = [picture(f"{i}.png", i) for i in range(40)]
     Path("5.png").write_text("spoilt")
-    items = list(read_ahead(iter(paths), FASHION_CLASSES))
+    items = list(read_inputs(iter(paths), FASHION_CLASSES))
     assert isinstance(items[5], AttireError)
     assert [item.image[0, 0] for item in items if isinstance(item, PictureInput)] == [i for i in range(40) if i != 5]
 
@@ -64,7 +64,7 @@ def test_few_pictures_wait_however_many_there_are(monkeypatch: pytest.MonkeyPatc
             taken += 1
             yield one
 
-    asked = read_ahead(endless(), FASHION_CLASSES)
+    asked = read_inputs(endless(), FASHION_CLASSES)
     for _ in range(10):
         next(asked)
     assert taken <= 10 + 4

@@ -15,7 +15,7 @@ from attire.data.dataset import ImageDataset
 from attire.errors import AttireError
 from attire.inference import neighbours
 from attire.inference.classifier import Classifier, load_bundle
-from attire.inference.neighbours import FILE, Neighbours, choose_neighbour_rows, fit, read
+from attire.inference.neighbours import NEIGHBOURS, Neighbours, choose_neighbour_rows, read_neighbours
 from attire.recipes import Recipe
 from attire.storage import files
 from attire.training import run as training_run
@@ -32,12 +32,12 @@ def hidden_of(images: Any) -> Tensor:
 @pytest.fixture
 def stored() -> Neighbours:
     images = blocks_and_noise(30).images
-    return fit(hidden_of(images), images, np.arange(30) % 3)
+    return Neighbours.fit(hidden_of(images), images, np.arange(30) % 3)
 
 
 def test_a_stored_picture_is_its_own_nearest_at_no_distance(stored: Neighbours) -> None:
     images = blocks_and_noise(30).images
-    for i, found in enumerate(stored.nearest(hidden_of(images), NAMES)):
+    for i, found in enumerate(stored.nearest(hidden_of(images), NAMES, 5)):
         assert found[0].distance == 0
         assert np.array_equal(found[0].image, images[i])
         assert found[0].label == NAMES[i % 3]
@@ -49,7 +49,7 @@ def test_neighbours_come_nearest_first_and_are_those_of_the_whole_hidden_layer(s
     alike = torch.cosine_similarity(hidden_of(asked)[:, None] - centre, hidden_of(images) - centre, 2)  # (5, 30)
     wanted = alike.argsort(1, descending=True)[:, :5]
     seen: list[list[float]] = []
-    for found, rows in zip(stored.nearest(hidden_of(asked), NAMES), wanted, strict=True):
+    for found, rows in zip(stored.nearest(hidden_of(asked), NAMES, 5), wanted, strict=True):
         gaps = [one.distance for one in found]
         assert gaps == sorted(gaps)
         assert [one.image.tobytes() for one in found] == [images[i].tobytes() for i in rows]  # 8 components of 8
@@ -69,9 +69,9 @@ def test_more_are_asked_for_than_stored(stored: Neighbours) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_few_images_and_equal_ones_are_stored_all_the_same(rows: int) -> None:
     images = np.repeat(blocks_and_noise(1).images, rows, 0)
-    found = fit(hidden_of(images), images, np.zeros(rows, np.int64))
+    found = Neighbours.fit(hidden_of(images), images, np.zeros(rows, np.int64))
     assert torch.isfinite(found.points).all()
-    (near,) = found.nearest(hidden_of(images[:1]), NAMES)
+    (near,) = found.nearest(hidden_of(images[:1]), NAMES, 5)
     assert len(near) == rows
     assert near[0].distance == 0
 
@@ -79,7 +79,7 @@ def test_few_images_and_equal_ones_are_stored_all_the_same(rows: int) -> None:
 def test_fitting_twice_gives_the_same_bytes_and_leaves_torch_s_random_state() -> None:
     images = blocks_and_noise(30).images
     state = torch.random.get_rng_state()
-    first, second = (fit(hidden_of(images), images, np.arange(30) % 3).encoded() for _ in range(2))
+    first, second = (Neighbours.fit(hidden_of(images), images, np.arange(30) % 3).encoded() for _ in range(2))
     assert first == second
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -146,7 +146,7 @@ def explained(classifier: Classifier, tmp_path: Path, synthetic: ImageDataset) -
     """A bundle with neighbours, whose hidden layer has 8 values."""
     with torch.inference_mode():
         hidden = torch.cat([classifier.model.classifier[:-1](x) for x in classifier._features(synthetic.images)])
-    classifier.neighbours = fit(hidden, synthetic.images, synthetic.labels)
+    classifier.neighbours = Neighbours.fit(hidden, synthetic.images, synthetic.labels)
     classifier.save(tmp_path / "explained")
     return tmp_path / "explained"
 
@@ -160,7 +160,7 @@ def test_neighbours_survive_the_journey_to_disk(
     assert loaded.neighbours.encoded() == classifier.neighbours.encoded()
     for image, found in zip(synthetic.images, loaded.nearest(synthetic.images), strict=True):
         assert any(np.array_equal(one.image, image) for one in found if one.distance < 1e-3)
-    assert files.read_json(explained / "model.json")["neighbours"] == {"sha256": files.sha256_file(explained / FILE)}
+    assert files.read_json(explained / "model.json")["neighbours"] == {"sha256": files.sha256_file(explained / NEIGHBOURS)}
 
 
 def test_answers_are_the_same_with_and_without(bundle: Path, explained: Path, synthetic: ImageDataset) -> None:
@@ -170,26 +170,26 @@ def test_answers_are_the_same_with_and_without(bundle: Path, explained: Path, sy
 
 def test_a_bundle_without_them_loads_and_finds_none(bundle: Path, synthetic: ImageDataset) -> None:
     model = load_bundle(bundle, "cpu")
-    assert not (bundle / FILE).exists()
+    assert not (bundle / NEIGHBOURS).exists()
     assert model.neighbours is None
     assert model.nearest(synthetic.images[:3]) == [(), (), ()]
 
 
 def test_the_file_may_be_deleted(explained: Path, synthetic: ImageDataset) -> None:
-    (explained / FILE).unlink()
+    (explained / NEIGHBOURS).unlink()
     assert load_bundle(explained, "cpu").nearest(synthetic.images[:1]) == [()]
 
 
 def test_saving_without_them_takes_an_earlier_file_away(explained: Path, classifier: Classifier) -> None:
     classifier.neighbours = None
     classifier.save(explained)
-    assert not (explained / FILE).exists()
+    assert not (explained / NEIGHBOURS).exists()
     assert load_bundle(explained, "cpu").neighbours is None
 
 
 @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
 def test_a_damaged_file_is_refused_in_one_line(explained: Path, change: Callable[[bytes], bytes]) -> None:
-    path = explained / FILE
+    path = explained / NEIGHBOURS
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(AttireError) as caught:
         load_bundle(explained, "cpu")
@@ -198,17 +198,17 @@ def test_a_damaged_file_is_refused_in_one_line(explained: Path, change: Callable
 
 
 def test_a_folder_in_its_place_is_refused(explained: Path) -> None:
-    (explained / FILE).unlink()
-    (explained / FILE).mkdir()
+    (explained / NEIGHBOURS).unlink()
+    (explained / NEIGHBOURS).mkdir()
     with pytest.raises(AttireError, match="cannot read"):
         load_bundle(explained, "cpu")
 
 
 def refused(tmp_path: Path, body: bytes, about: Any = None) -> str:
-    (tmp_path / FILE).write_bytes(body)
+    (tmp_path / NEIGHBOURS).write_bytes(body)
     with pytest.raises(AttireError) as caught:
-        read(tmp_path, about or {"sha256": files.sha256(body)}, len(NAMES), WIDTH)
-    return str(caught.value).removeprefix(f"{tmp_path / FILE}: ")
+        read_neighbours(tmp_path, about or {"sha256": files.sha256(body)}, len(NAMES), WIDTH)
+    return str(caught.value).removeprefix(f"{tmp_path / NEIGHBOURS}: ")
 
 
 @pytest.mark.parametrize(

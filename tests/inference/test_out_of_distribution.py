@@ -24,15 +24,13 @@ from attire.features.sources import Standardiser
 from attire.inference import out_of_distribution
 from attire.inference.classifier import Classifier, load_bundle
 from attire.inference.out_of_distribution import (
-    PREFIX,
     OODDetector,
-    _find_doubt,
+    _find_confidence_weight,
     _find_threshold,
     _fit_classes,
-    nearest,
-    pooled,
-    restore,
-    share_rows,
+    mahalanobis_distance,
+    pool_features,
+    split_calibration_rows,
 )
 from attire.recipes import Recipe
 from attire.storage import files
@@ -66,11 +64,11 @@ def many_csv(tmp_path: Path) -> Path:
 
 def test_pooled_takes_the_root_of_each_channel_s_mean_over_the_map() -> None:
     features = torch.tensor([[1.0, 2, 3, 10, 16, 16, 16, 16]])  # two channels of 2 x 2, channel after channel
-    assert pooled(features, 2).tolist() == [[2.0, 4.0]]
+    assert pool_features(features, 2).tolist() == [[2.0, 4.0]]
 
 
 def test_a_rounding_below_zero_is_no_nan() -> None:
-    assert pooled(torch.tensor([[-1e-7, 0.0]]), 1).tolist() == [[0.0]]
+    assert pool_features(torch.tensor([[-1e-7, 0.0]]), 1).tolist() == [[0.0]]
 
 
 def test_the_distance_is_mahalanobis_s_to_the_nearest_class() -> None:
@@ -82,14 +80,14 @@ def test_the_distance_is_mahalanobis_s_to_the_nearest_class() -> None:
     points = torch.tensor([[25.0, 20, 1, -1], [0, 0, 0, 0], [51, 0, 2, 0]], dtype=torch.double)
     gaps = points[:, None] - class_means  # (3, K, 4)
     wanted = torch.einsum("nkc,cd,nkd->nk", gaps, precision, gaps).amin(1).sqrt()
-    assert torch.allclose(nearest(points.float(), centre, whiten, means).double(), wanted, atol=1e-3)
+    assert torch.allclose(mahalanobis_distance(points.float(), centre, whiten, means).double(), wanted, atol=1e-3)
 
 
 def test_a_class_mean_lies_at_no_distance_and_garments_at_about_the_root_of_the_width() -> None:
     x, labels = clusters()
     fitted = _fit_classes(x, labels, shrinkage=0)
-    assert nearest(x[labels == 1].mean(0, keepdim=True).float(), *fitted).item() < 0.05
-    assert nearest(x.float(), *fitted).square().mean().item() == pytest.approx(4, rel=0.02)
+    assert mahalanobis_distance(x[labels == 1].mean(0, keepdim=True).float(), *fitted).item() < 0.05
+    assert mahalanobis_distance(x.float(), *fitted).square().mean().item() == pytest.approx(4, rel=0.02)
 
 
 def test_a_class_without_a_row_has_no_mean() -> None:
@@ -101,7 +99,7 @@ def test_a_class_without_a_row_has_no_mean() -> None:
 
 def test_fewer_rows_than_channels_give_finite_distances() -> None:
     x = torch.from_numpy(np.random.default_rng(0).random((12, 40)))
-    distances = nearest(x.float(), *_fit_classes(x, torch.arange(12) % 3))
+    distances = mahalanobis_distance(x.float(), *_fit_classes(x, torch.arange(12) % 3))
     assert torch.isfinite(distances).all()
 
 
@@ -128,20 +126,20 @@ def test_fresh_rows_exceed_the_threshold_as_often_as_stated() -> None:
 
 
 def test_the_threshold_is_set_on_validation_rows() -> None:
-    fitted, held = share_rows(np.arange(100), np.arange(200, 230), seed=1)
+    fitted, held = split_calibration_rows(np.arange(100), np.arange(200, 230), seed=1)
     assert fitted.tolist() == list(range(100))
     assert held.tolist() == list(range(200, 230))
 
 
 def test_without_validation_rows_a_tenth_is_kept_from_the_fit() -> None:
-    fitted, held = share_rows(np.arange(1000), np.empty(0, np.int64), seed=1)
+    fitted, held = split_calibration_rows(np.arange(1000), np.empty(0, np.int64), seed=1)
     assert (len(fitted), len(held)) == (900, 100)
     assert sorted([*fitted, *held]) == list(range(1000))
-    assert np.array_equal(held, share_rows(np.arange(1000), np.empty(0, np.int64), seed=1)[1])
+    assert np.array_equal(held, split_calibration_rows(np.arange(1000), np.empty(0, np.int64), seed=1)[1])
 
 
 def test_many_rows_are_sampled_in_ascending_order() -> None:
-    fitted, held = share_rows(np.arange(48_000), np.empty(0, np.int64), seed=1)
+    fitted, held = split_calibration_rows(np.arange(48_000), np.empty(0, np.int64), seed=1)
     assert (len(fitted), len(held)) == (5000, 4800)
     assert (np.diff(fitted) > 0).all()
     assert (np.diff(held) > 0).all()
@@ -177,7 +175,7 @@ def test_metrics_tell_the_share_of_test_rows_rejected(
     model = load_bundle(run.bundle, "cpu")
     assert model.ood_detector is not None
     assert told["threshold"] == model.ood_detector.threshold
-    assert (told["rate"], told["rows"], told["test"]["n"]) == (0.05, 20, 52)
+    assert (told["false_alarm_rate"], told["calibration_rows"], told["test"]["n"]) == (0.05, 20, 52)
     assert told["test"]["low"] <= told["test"]["value"] <= told["test"]["high"]
     assert attire.evaluation.run_result.load_result(run.folder).ood == told
 
@@ -199,7 +197,7 @@ def test_every_recipe_gets_a_threshold(
 ) -> None:
     model = trained(many_csv, replace(tiny, **change), tmp_path / "run")
     assert model.ood_detector is not None
-    assert model.ood_detector.rows == 20
+    assert model.ood_detector.calibration_rows == 20
 
 
 def test_the_cache_changes_nothing(weights: Path, many_csv: Path, tiny: Recipe, tmp_path: Path) -> None:
@@ -241,7 +239,7 @@ def test_a_rejecter_survives_the_journey_to_disk(
     classifier.save(tmp_path / "model")
     loaded = load_bundle(tmp_path / "model", "cpu")
     assert loaded.ood_detector is not None
-    assert (loaded.ood_detector.threshold, loaded.ood_detector.rows, loaded.ood_detector.rate) == (6.0, 100, 0.05)
+    assert (loaded.ood_detector.threshold, loaded.ood_detector.calibration_rows, loaded.ood_detector.false_alarm_rate) == (6.0, 100, 0.05)
     distances = loaded.distances(synthetic.images)
     assert distances.shape == (60,)
     assert np.array_equal(distances, classifier.distances(synthetic.images))
@@ -261,7 +259,7 @@ def test_what_is_answered_in_doubt_is_farther(
 ) -> None:
     classifier.ood_detector = ood_detector
     plain, sure = classifier.distances(synthetic.images), classifier.predict_proba(synthetic.images).max(1)
-    classifier.ood_detector = replace(ood_detector, doubt=2.5)
+    classifier.ood_detector = replace(ood_detector, confidence_weight=2.5)
     assert np.allclose(classifier.distances(synthetic.images), plain - 2.5 * np.log(sure), atol=1e-4)
     assert np.allclose(
         [one.distance for one in classifier.predict(synthetic.images)], plain - 2.5 * np.log(sure), atol=1e-4
@@ -269,16 +267,16 @@ def test_what_is_answered_in_doubt_is_farther(
     classifier.save(tmp_path / "model")
     loaded = load_bundle(tmp_path / "model", "cpu")
     assert loaded.ood_detector is not None
-    assert loaded.ood_detector.doubt == 2.5
+    assert loaded.ood_detector.confidence_weight == 2.5
 
 
 def test_distance_and_doubt_spread_alike_among_garments() -> None:
     rng = np.random.default_rng(0)
     distances = torch.from_numpy(rng.normal(15, 2, 500)).float()
     sure = torch.from_numpy(np.exp(-rng.exponential(0.1, (500, 1)))).float()
-    doubt = _find_doubt(distances, sure)
+    doubt = _find_confidence_weight(distances, sure)
     assert (doubt * sure.amax(1).log()).std().item() == pytest.approx(2, rel=0.1)
-    assert np.isfinite(_find_doubt(distances, torch.ones(500, 1)))
+    assert np.isfinite(_find_confidence_weight(distances, torch.ones(500, 1)))
 
 
 @pytest.mark.filterwarnings("ignore:the first loss")  # of a random backbone's features of strange shapes
@@ -286,14 +284,14 @@ def test_doubt_counts_where_strange_shapes_were_trained_on(
     weights: Path, many_csv: Path, tiny: Recipe, tmp_path: Path
 ) -> None:
     plain = trained(many_csv, tiny, tmp_path / "plain").ood_detector
-    strange = trained(
-        many_csv, replace(tiny, synthetic_drawings=True, outlier_exposure=True), tmp_path / "strange"
+    exposed = trained(
+        many_csv, replace(tiny, synthetic_drawings=True, outlier_exposure=True), tmp_path / "exposed"
     ).ood_detector
     assert plain is not None
-    assert strange is not None
-    assert plain.doubt == 0
-    assert strange.doubt > 0
-    assert (plain.rows, strange.rows) == (20, 40)  # the threshold is set on drawn views as well
+    assert exposed is not None
+    assert plain.confidence_weight == 0
+    assert exposed.confidence_weight > 0
+    assert (plain.calibration_rows, exposed.calibration_rows) == (20, 40)  # the threshold is set on drawn views as well
 
 
 def test_a_verdict_is_a_distance_above_the_threshold(
@@ -307,23 +305,23 @@ def test_a_verdict_is_a_distance_above_the_threshold(
     assert all(one.out_of_distribution == (one.distance > distances[29]) for one in found)
 
 
-@pytest.mark.parametrize(("name", "value"), [("centre", torch.zeros(3)), ("whiten", torch.full((128, 128), torch.nan))])
+@pytest.mark.parametrize(("name", "value"), [("centre", torch.zeros(3)), ("whitening", torch.full((128, 128), torch.nan))])
 def test_tensors_that_do_not_belong_are_refused(ood_detector: OODDetector, name: str, value: Tensor) -> None:
     with pytest.raises(AttireError, match="ood: "):
-        restore({**ood_detector.tensors(), PREFIX + name: value}, ood_detector.about(), 128, "bundle")
+        OODDetector.from_bundle({**ood_detector.tensors(), OODDetector.PREFIX + name: value}, ood_detector.to_json(), 128, "bundle")
 
 
 def test_a_missing_tensor_is_refused(ood_detector: OODDetector) -> None:
     tensors = ood_detector.tensors()
-    del tensors[PREFIX + "means"]
+    del tensors[OODDetector.PREFIX + "class_means"]
     with pytest.raises(AttireError, match=r"expected tensors for 128 channels, found \(128,\), \(0,\), \(128, 128\)"):
-        restore(tensors, ood_detector.about(), 128, "bundle")
+        OODDetector.from_bundle(tensors, ood_detector.to_json(), 128, "bundle")
 
 
-@pytest.mark.parametrize("change", [{"threshold": None}, {"threshold": float("nan")}, {"rate": 1}, {"rows": "many"}])
+@pytest.mark.parametrize("change", [{"threshold": None}, {"threshold": float("nan")}, {"false_alarm_rate": 1}, {"calibration_rows": "many"}])
 def test_a_threshold_that_is_none_is_refused(ood_detector: OODDetector, change: dict[str, Any]) -> None:
     with pytest.raises(AttireError, match="not what a bundle holds"):
-        restore(ood_detector.tensors(), {**ood_detector.about(), **change}, 128, "bundle")
+        OODDetector.from_bundle(ood_detector.tensors(), {**ood_detector.to_json(), **change}, 128, "bundle")
 
 
 def test_tensors_left_without_a_threshold_are_not_used(
@@ -335,7 +333,7 @@ def test_tensors_left_without_a_threshold_are_not_used(
     del about["seal"], about["ood"]
     about["seal"] = files.sha256(files.canonical_json(about))
     (tmp_path / "model.json").write_text(json.dumps(about))
-    assert any(name.startswith(PREFIX) for name in load_file(tmp_path / "model.safetensors"))
+    assert any(name.startswith(OODDetector.PREFIX) for name in load_file(tmp_path / "model.safetensors"))
     assert load_bundle(tmp_path, "cpu").ood_detector is None
 
 
@@ -386,5 +384,5 @@ def test_digits_and_noise_are_rejected_and_garments_are_not(tmp_path: Path) -> N
 
 
 def test_the_stated_rate_is_the_one_in_the_help() -> None:
-    assert out_of_distribution._FALSE_REJECTS == 0.05
+    assert out_of_distribution._FALSE_ALARM_RATE == 0.05
     assert "5 % of garments" in " ".join(CliRunner().invoke(cli, ["predict", "--help"]).output.split())

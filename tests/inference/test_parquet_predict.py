@@ -18,7 +18,7 @@ from attire.data.dataset import FASHION_CLASSES, ImageDataset
 from attire.errors import AttireError, Stopped, UsageError
 from attire.inference import parquet_predict
 from attire.inference.predict import BATCH
-from attire.storage.stores import place
+from attire.storage.stores import open_location
 from tests.command import attire
 from tests.inference.test_predict import Brightness, brightness  # noqa: F401  (a fixture)
 from tests.stores import png, write_parquet
@@ -44,7 +44,7 @@ def write(path: Path | str, rows: range, bad: tuple[int, ...] = (), **more: Any)
 
 
 def run(where: object, out: object, model: Any = None, **more: Any) -> parquet_predict._Done:
-    return parquet_predict.predict(str(where), str(out), model or Brightness(), "digest", top=1, **more)
+    return parquet_predict.predict_parquet(str(where), str(out), model or Brightness(), "digest", top=1, **more)
 
 
 def check(table: Any, rows: range, bad: tuple[int, ...] = ()) -> None:
@@ -182,7 +182,7 @@ def test_parts_of_other_work_are_not_taken(changed: str) -> None:
     else:
         write("in.parquet", range(1, 121))
         os.utime("in.parquet", (1, 1))
-    parquet_predict.predict("in.parquet", "out.parquet", model, digest, top=top)
+    parquet_predict.predict_parquet("in.parquet", "out.parquet", model, digest, top=top)
     assert len(model.batches) == 3
 
 
@@ -258,7 +258,7 @@ def test_another_s_folder_is_not_mixed_with(tmp_path: Path) -> None:
         run("in.parquet", "out")
     run("in.parquet", "mine")
     with pytest.raises(UsageError, match=r"mine/part-000000\.parquet is no part of these answers"):
-        parquet_predict.predict("in.parquet", "mine", Brightness(), "another")
+        parquet_predict.predict_parquet("in.parquet", "mine", Brightness(), "another")
     again = Brightness()
     run("in.parquet", "mine", again)
     assert not again.batches
@@ -284,18 +284,18 @@ def test_an_input_that_cannot_be_answered_is_refused() -> None:
 def test_from_a_store_to_a_store(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, rows in (("a", range(70)), ("b", range(70, 120))):
         path = write(f"{name}.parquet", rows, (3,))
-        place(f"{bucket}/in").write(path.name, path.read_bytes())
+        open_location(f"{bucket}/in").write(path.name, path.read_bytes())
     with pytest.raises(Stopped):
         run(f"{bucket}/in", f"{bucket}/out/answers.parquet", Stopping(3))
-    assert len(place(f"{bucket}/out/answers.parquet.parts").sizes()) == 2
+    assert len(open_location(f"{bucket}/out/answers.parquet.parts").sizes()) == 2
     rest = Brightness()
     run(f"{bucket}/in", f"{bucket}/out/answers.parquet", rest)
     assert len(rest.batches) == 1
-    assert place(f"{bucket}/out/answers.parquet.parts").sizes() == {}
-    with place(f"{bucket}/out").open("answers.parquet") as file:
+    assert open_location(f"{bucket}/out/answers.parquet.parts").sizes() == {}
+    with open_location(f"{bucket}/out").open("answers.parquet") as file:
         check(pq.read_table(file), range(120), (3,))
     run(f"{bucket}/in/*.parquet", f"{bucket}/parts")
-    assert len(place(f"{bucket}/parts").sizes()) == 4
+    assert len(open_location(f"{bucket}/parts").sizes()) == 4
 
 
 # The command.

@@ -73,7 +73,7 @@ def test_a_narrow_terminal_gets_a_line_for_each_class(columns: int, monkeypatch:
     ranking = (("Ankle boot", 0.9), ("Sneaker", 0.08), ("Sandal", 0.02))
     answer = Prediction("Ankle boot", 0.9, ranking, 1.0, False)
     monkeypatch.setattr(inference_predict, "read_ahead", lambda found, classes: (item for item in [asked]))
-    inference_predict.tell(
+    inference_predict.print_answers(
         [], SimpleNamespace(classes=FASHION_CLASSES, predict=lambda images: [answer]), out=out, top=2
     )
     narrow = "a-picture-with-a-long-name.png\n  Ankle boot   0.900\n  Sneaker      0.080\n"
@@ -207,7 +207,7 @@ def test_the_speed_is_told_to_a_terminal_alone(brightness: Brightness, monkeypat
     out = io.StringIO()
     for i in range(200):
         picture(f"f/{i}.png")
-    assert inference_predict.tell(["f"], brightness, out=out) == 0
+    assert inference_predict.print_answers(["f"], brightness, out=out) == 0
     assert "200 pictures in " in screen.getvalue().splitlines()[-1]
     assert len(out.getvalue().splitlines()) == 200  # the bar did not take the answers
 

@@ -127,7 +127,7 @@ def test_only_fp32_on_a_cpu_has_another_convolution(timed: Timed) -> None:
 def test_a_damaged_note_of_the_measurement_is_made_again(timed: Timed, cache: Path) -> None:
     timed(direct=2.0, winograd=1.5, bf16=1.0)
     cache.mkdir(exist_ok=True)
-    here = f"{devices.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    here = f"{devices.processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     for damaged in ("{", '{"x": 1}', json.dumps({here: "fp7"}), json.dumps({here: {"bf16": -1.0, "direct": None}})):
         (cache / "convolutions.json").write_text(damaged)
         assert devices.choose_precision("auto", CPU) == "bf16"
@@ -143,7 +143,7 @@ def test_the_environment_says_what_a_figure_depends_on() -> None:
     assert found["torch"] == torch.__version__
     assert found["device"] == "cpu"
     assert {"python", "torchvision", "numpy", "scikit-learn", "system", "processor", "cores", "threads"} <= set(found)
-    assert devices.processor() in str(found["processor"])
+    assert devices.processor_name() in str(found["processor"])
 
 
 def test_processors_without_a_name_are_told_by_family_and_model(tmp_path: Path) -> None:
@@ -161,19 +161,19 @@ def test_a_layout_is_measured_once_and_only_where_there_is_work(cache: Path) -> 
         calls.append(len(x))
         return x.flatten(1).sum(1, keepdim=True)
 
-    assert devices.choose_layout("block1 fp32", forward, 224, 400) == microbatches.Layout()
+    assert devices.choose_microbatching("block1 fp32", forward, 224, 400) == microbatches.Microbatching()
     assert not calls
     assert not (cache / "layouts.json").exists()
-    found = devices.choose_layout("block1 fp32", forward, 224, 10_000)
+    found = devices.choose_microbatching("block1 fp32", forward, 224, 10_000)
     assert found in devices._layouts(224)
     assert calls
     calls.clear()
-    assert devices.choose_layout("block1 fp32", forward, 224, 1) == found
+    assert devices.choose_microbatching("block1 fp32", forward, 224, 1) == found
     assert not calls
     kept = json.loads((cache / "layouts.json").read_text())
     (here,) = kept
     (cache / "layouts.json").write_text(json.dumps({here: {"block1 fp32 at 224 px": ["sideways", -1]}}))
-    assert devices.choose_layout("block1 fp32", forward, 224, 10_000) in devices._layouts(224)
+    assert devices.choose_microbatching("block1 fp32", forward, 224, 10_000) in devices._layouts(224)
     assert calls
 
 
@@ -182,4 +182,4 @@ def test_a_layout_that_gives_other_bits_is_never_taken(monkeypatch: pytest.Monke
         return x.flatten(1) + len(x)  # what a kernel does that adds in another order for small batches
 
     x = torch.zeros(16, 3, 4, 4)
-    assert devices._fastest(forward, x, devices._layouts(224)) == microbatches.Layout()
+    assert devices._fastest(forward, x, devices._layouts(224)) == microbatches.Microbatching()

@@ -30,12 +30,12 @@ LOST = "another process of this training ended, or does not answer"
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_shares_are_neighbours_that_together_are_every_row_once(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "count", lambda: count)
+    monkeypatch.setattr(distributed, "world_size", lambda: count)
     for rows in (0, 1, 2, 3, 11, 16, 100):
         found = []
         for rank in range(count):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-            found.append(range(rows)[distributed.share_of(rows)])
+            found.append(range(rows)[distributed.own_rows(rows)])
         assert [row for part in found for row in part] == list(range(rows))
         assert max(map(len, found)) - min(map(len, found)) <= 1
 
@@ -45,14 +45,14 @@ def test_shares_are_neighbours_that_together_are_every_row_once(count: int, monk
 def test_of_each_step_every_row_is_learnt_from_once(
     rows: int, start: int, size: int, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed, "count", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     learnt: list[list[int]] = []
     for rank in range(3):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        plan = distributed.shares(rows, start, size, whole)
+        plan = distributed.plan_steps(rows, start, size, whole)
         read = [range(rows)[share.read] for share in plan]
         assert all(read), "a process that reads nothing knows of no shape"
-        assert max([1, *map(len, read)]) == distributed.most_read(plan)
+        assert max([1, *map(len, read)]) == distributed.read_batch_size(plan)
         assert [share.rows for share in plan] == [min(size, rows - first) for first in range(start, rows, size)]
         learnt += [list(part[share.own]) for part, share in zip(read, plan, strict=True)]
     assert Counter(row for part in learnt for row in part) == Counter(range(start, rows))
@@ -60,25 +60,25 @@ def test_of_each_step_every_row_is_learnt_from_once(
 
 def test_alone_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")  # of somebody else, who has not said how many there are
-    with distributed.joined():
-        assert (distributed.count(), distributed.rank(), distributed.leads(), distributed.command()) == (1, 0, True, "")
+    with distributed.process_group():
+        assert (distributed.world_size(), distributed.rank(), distributed.is_main_process(), distributed.torchrun_prefix()) == (1, 0, True, "")
     value = torch.rand(3, 2)
-    assert distributed.gathered(value, 3) is value
-    assert distributed.stacked(value) is value
-    assert distributed.any_of(True, False) == [True, False]
-    assert distributed.shared(lambda: (1, "a")) == (1, "a")
-    assert distributed.after_first(lambda: value) is value
-    distributed.agree(b"", "anything", "")
+    assert distributed.gather_rows(value, 3) is value
+    assert distributed.stack_processes(value) is value
+    assert distributed.any_process(True, False) == [True, False]
+    assert distributed.from_main_process(lambda: (1, "a")) == (1, "a")
+    assert distributed.main_process_first(lambda: value) is value
+    distributed.check_equal(b"", "anything", "")
     with pytest.raises(UsageError, match="--out: wrong"):
-        distributed.shared(lambda: (_ for _ in ()).throw(UsageError("--out", "wrong")))
+        distributed.from_main_process(lambda: (_ for _ in ()).throw(UsageError("--out", "wrong")))
 
 
 def test_each_process_has_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     found = set()
     for rank in range(4):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        found |= {distributed.own_seed(0), distributed.own_seed(1)}
-        torch.manual_seed(distributed.own_seed(0))
+        found |= {distributed.process_seed(0), distributed.process_seed(1)}
+        torch.manual_seed(distributed.process_seed(0))
     assert len(found) == 8
 
 

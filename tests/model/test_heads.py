@@ -39,9 +39,9 @@ TUNED = Recipe(
 )
 
 
-def head_of(weights: Path, recipe: Recipe = TUNED) -> heads.TunedHead:
+def head_of(weights: Path, recipe: Recipe = TUNED) -> heads.FineTunedHead:
     torch.manual_seed(0)
-    return heads.tuned_head(weights, recipe, heads.build((256, 2, 2), (), (16,), 10, 0.5)).eval()
+    return heads.FineTunedHead.from_imagenet(weights, recipe, heads.build_head((256, 2, 2), (), (16,), 10, 0.5)).eval()
 
 
 @pytest.fixture
@@ -54,33 +54,33 @@ def rows(random_weights: Path, synthetic: ImageDataset) -> Tensor:
 
 def test_untrained_blocks_are_torchvision_s(random_weights: Path, rows: Tensor, synthetic: ImageDataset) -> None:
     head = head_of(random_weights, replace(TUNED, batch_norm=False))
-    whole = vgg.vgg16(random_weights, "block3", 2, head.classifier.eval())
+    whole = vgg.vgg16(random_weights, "block3", 2, head.head.eval())
     expected = whole(vgg.preprocess(synthetic.images, 16))
     assert torch.allclose(head(rows), expected, rtol=1e-4, atol=1e-4)
-    assert not heads._norms(head)
+    assert not head.norms()
 
 
 def test_normalisation_is_put_in_without_changing_the_function(random_weights: Path, rows: Tensor) -> None:
     plain, normed = head_of(random_weights, replace(TUNED, batch_norm=False)), head_of(random_weights)
-    heads.calibrate(normed, [rows[:40], rows[40:]])
-    assert len(heads._norms(normed)) == 5
+    normed.calibrate_batch_norm([rows[:40], rows[40:]])
+    assert len(normed.norms()) == 5
     expected = plain(rows)
     assert torch.allclose(normed.eval()(rows), expected, rtol=1e-3, atol=1e-3)
-    heads.set_phase(normed, False)
-    one_batch = normed.tuned(rows)  # the same moments, taken from the batch this time
-    assert torch.allclose(one_batch, plain.tuned(rows), rtol=1e-2, atol=1e-2)
+    heads.set_train_mode(normed, False)
+    one_batch = normed.forward_features(rows)  # the same moments, taken from the batch this time
+    assert torch.allclose(one_batch, plain.forward_features(rows), rtol=1e-2, atol=1e-2)
 
 
 def test_normalisation_folds_away(random_weights: Path, rows: Tensor, synthetic: ImageDataset) -> None:
     head = head_of(random_weights)
-    heads.calibrate(head, [rows])
+    head.calibrate_batch_norm([rows])
     with torch.no_grad():
-        for norm in heads._norms(head):
+        for norm in head.norms():
             norm.weight.mul_(1.1), norm.bias.add_(0.1)
     head.eval()
-    model = vgg.vgg16(random_weights, "block3", 2, head.classifier)
+    model = vgg.vgg16(random_weights, "block3", 2, head.head)
     before = model(vgg.preprocess(synthetic.images, 16))
-    model.load_state_dict({**model.state_dict(), **heads.folded(head)})
+    model.load_state_dict({**model.state_dict(), **head.folded_convolutions()})
     after = model(vgg.preprocess(synthetic.images, 16))
     assert torch.allclose(after, head(rows), rtol=1e-3, atol=1e-3)
     assert not torch.allclose(after, before, atol=1e-2)
@@ -88,11 +88,11 @@ def test_normalisation_folds_away(random_weights: Path, rows: Tensor, synthetic:
 
 def test_the_probe_trains_the_classifier_alone(random_weights: Path) -> None:
     head = head_of(random_weights)
-    heads.set_phase(head, True)
+    heads.set_train_mode(head, True)
     assert not head.blocks.training
-    assert head.classifier.training
-    assert {name.split(".")[0] for name, p in head.named_parameters() if p.requires_grad} == {"classifier"}
-    heads.set_phase(head, False)
+    assert head.head.training
+    assert {name.split(".")[0] for name, p in head.named_parameters() if p.requires_grad} == {"head"}
+    heads.set_train_mode(head, False)
     assert head.blocks.training
     assert all(p.requires_grad for p in head.parameters())
 
@@ -101,22 +101,22 @@ def test_the_learning_rate_falls_from_block_to_block(random_weights: Path) -> No
     head = head_of(random_weights)
     groups = heads.parameter_groups(head, 0.5)
     scale = {id(p): group["scale"] for group in groups for p in group["params"]}
-    assert {scale[id(p)] for p in head.classifier.parameters()} == {1.0}
+    assert {scale[id(p)] for p in head.head.parameters()} == {1.0}
     assert {scale[id(p)] for p in head.blocks[1].parameters()} == {0.5}
     assert {scale[id(p)] for p in head.blocks[0].parameters()} == {0.25}
     assert sum(len(group["params"]) for group in groups) == len(list(head.parameters()))
 
 
 def test_a_plain_classifier_is_one_group() -> None:
-    head = heads.build((3, 2, 2), (), (8,), 10, 0.5)
+    head = heads.build_head((3, 2, 2), (), (8,), 10, 0.5)
     (group,) = heads.parameter_groups(head, 0.5)
     assert [id(p) for p in group["params"]] == [id(p) for p in head.parameters()]
 
 
 def test_a_convolutional_classifier_takes_flat_rows() -> None:
-    head = heads.build((6, 4, 4), (8, 12), (16,), 10, 0.5)
+    head = heads.build_head((6, 4, 4), (8, 12), (16,), 10, 0.5)
     assert head(torch.randn(5, 96)).shape == (5, 10)
-    assert heads.classes_of(head) == 10
+    assert heads.last_linear(head).out_features == 10
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,6 @@ def test_a_convolutional_classifier_takes_flat_rows() -> None:
         ),
         ({"ema": 1.0}, "--ema: expected at least 0, below 1"),
         ({"random_erasing": 1.5}, "--random-erasing: expected a probability"),
-        ({"jitter": -0.5}, "--jitter: expected a probability"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_named(changes: dict[str, object], line: str) -> None:
@@ -164,7 +163,7 @@ def test_a_tuned_run_ends_in_a_plain_bundle(small_csv: Path, tmp_path: Path, ran
 def test_where_nothing_is_frozen_every_convolution_is_trained_and_no_cache_is_needed(
     small_csv: Path, tmp_path: Path, random_weights: Path
 ) -> None:
-    recipe = replace(TUNED, freeze_to="none", flips=True, jitter=0.5, tta=2)
+    recipe = replace(TUNED, freeze_to="none", flips=True, tta=2)
     run = attire.train(small_csv, recipe, run_dir=tmp_path / "run", cache=False)
     assert not cache.cache_entries()
     model = load_bundle(run.bundle)
@@ -188,10 +187,10 @@ def test_a_convolutional_run_is_saved_and_loaded(small_csv: Path, tmp_path: Path
 
 
 def test_views_are_numbered_and_shifted() -> None:
-    assert views.view_names(True, 1) == ("plain", "flip", "shift+0-2", "shift+0-2 flip")
-    assert views.view_names(False, 0) == ("plain",)
+    assert views.augmentation_views(True, 1) == ("plain", "flip", "shift+0-2", "shift+0-2 flip")
+    assert views.augmentation_views(False, 0) == ("plain",)
     image = np.zeros((1, 28, 28), np.uint8)
     image[0, 10, 10] = 9
-    assert views.seen(image, "shift+1-2")[0, 11, 8] == 9
-    assert views.seen(image, "shift+1-2 flip")[0, 11, 27 - 8] == 9
-    assert views.seen(image, "shift-2+2").sum() == 9
+    assert views.apply_view(image, "shift+1-2")[0, 11, 8] == 9
+    assert views.apply_view(image, "shift+1-2 flip")[0, 11, 27 - 8] == 9
+    assert views.apply_view(image, "shift-2+2").sum() == 9

@@ -84,5 +84,5 @@ def test_a_layout_changes_nothing_but_the_batches(how: Any) -> None:
         sizes.append(len(part))
         return double(part)
 
-    assert torch.equal(microbatches.spread(note, x, microbatches.Layout(how, 4)), double(x))
+    assert torch.equal(microbatches.spread(note, x, microbatches.Microbatching(how, 4)), double(x))
     assert max(sizes) == (21 if how == "whole" else 4)

@@ -13,7 +13,7 @@ from torch import nn
 from attire.data.dataset import ImageDataset
 from attire.errors import AttireError, UsageError
 from attire.model import devices, vgg
-from attire.model.openvino import INT8, CompiledBackbone, Int8Backbone, _backend, choose_precision
+from attire.model.openvino import CompiledBackbone, INT8, Int8Backbone, _backend, choose_precision
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")

@@ -56,12 +56,12 @@ def test_the_dataset_turns_a_row_of_784_pixels_into_a_picture(synthetic: ImageDa
     by_hand = np.stack(
         [np.asarray(Image.fromarray(synthetic.images[7]).resize((64, 64), Image.Resampling.BILINEAR))] * 3
     )
-    scaled = (by_hand / 255 - np.array(vgg.MEAN)[:, None, None]) / np.array(vgg.STD)[:, None, None]
+    scaled = (by_hand / 255 - np.array(vgg.IMAGENET_MEAN)[:, None, None]) / np.array(vgg.IMAGENET_STD)[:, None, None]
     assert np.abs(picture.numpy() - scaled).max() < 0.02  # Pillow rounds to whole grey levels
 
 
 def test_only_the_new_classifier_is_trainable(random_weights: Path) -> None:
-    model = vgg.vgg16(random_weights, "block3", 0, vgg.build_classifier(4096, (512,), 10, 0.5))
+    model = vgg.vgg16(random_weights, "block3", 0, heads.build_mlp(4096, (512,), 10, 0.5))
     assert isinstance(model, torchvision.models.VGG)
     assert not any(parameter.requires_grad for parameter in model.features.parameters())
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -115,12 +115,12 @@ def test_on_cuda_features_stay_close_to_the_cpu_s(
     exact = vgg.Backbone(vgg.vgg16(random_weights, "block3", 0, nn.Sequential()), CPU, "fp32")
     cuda = vgg.Backbone(vgg.vgg16(random_weights, "block3", 0, nn.Sequential()), torch.device("cuda"), precision)
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in cuda.features.parameters() if p.ndim == 4)
-    expected, found = (cache.compute(images, spec, backbone).astype(np.float32) for backbone in (exact, cuda))
+    expected, found = (cache.compute_features(images, spec, backbone).astype(np.float32) for backbone in (exact, cuda))
     assert 0 < np.linalg.norm(expected - found) / np.linalg.norm(expected) < most
 
 
 def test_the_classifier_is_linear_relu_dropout_then_linear() -> None:
-    layers = vgg.build_classifier(100, (32, 16), 10, 0.25)
+    layers = heads.build_mlp(100, (32, 16), 10, 0.25)
     kinds = [type(layer).__name__ for layer in layers]
     assert kinds == ["Linear", "ReLU", "Dropout", "Linear", "ReLU", "Dropout", "Linear"]
     assert [layer.out_features for layer in layers if isinstance(layer, nn.Linear)] == [32, 16, 10]

@@ -33,7 +33,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Tensors:
     for index, (outputs, inputs) in SMALL.items():
         shapes |= {f"features.{index}.weight": (outputs, inputs, 3, 3), f"features.{index}.bias": (outputs,)}
     monkeypatch.setattr(blocks, "CONVOLUTIONS", SMALL)
-    monkeypatch.setattr(blocks, "SHAPES", shapes)
+    monkeypatch.setattr(blocks, "WEIGHT_SHAPES", shapes)
     random = np.random.default_rng(0)
     return {name: random.normal(size=shape).astype("f4") for name, shape in shapes.items()}
 
@@ -70,8 +70,8 @@ def test_shapes_are_torchvisions_vgg16() -> None:
     with torch.device("meta"):
         model = torchvision.models.vgg16()
     theirs = {f"features.{k}": tuple(v.shape) for k, v in model.features.state_dict().items()}
-    assert theirs == blocks.SHAPES
-    assert list(blocks.SHAPES) == list(theirs)
+    assert theirs == blocks.WEIGHT_SHAPES
+    assert list(blocks.WEIGHT_SHAPES) == list(theirs)
 
 
 def test_the_digest_is_over_the_documented_bytes(small: Tensors) -> None:

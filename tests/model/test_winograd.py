@@ -86,17 +86,17 @@ def test_frozen_weights_and_a_frozen_input_cost_no_gradient() -> None:
 def test_a_layer_is_convolution_relu_and_pooling(height: int, width: int, pool: bool) -> None:
     x, weight, bias = problem(16, 20, height, width)
     with torch.inference_mode():
-        found = winograd.Convolution(layer(weight, bias), pool)(x)
+        found = winograd.WinogradConv2d(layer(weight, bias), pool)(x)
         exact = F.relu(F.conv2d(x.double(), weight.double(), bias.double(), padding=1))
         assert error(found, F.max_pool2d(exact, 2) if pool else exact) < 3e-6
 
 
 @pytest.mark.parametrize("tiles", [1, 3, 4, 7, 16, 1000])
 def test_a_layer_does_not_depend_on_how_it_is_cut(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd.Convolution, "tiles", tiles)
+    monkeypatch.setattr(winograd.WinogradConv2d, "tiles", tiles)
     x, weight, bias = problem(16, 16, 14, 11, n=5)
     with torch.inference_mode():
-        found = winograd.Convolution(layer(weight, bias), pool=True)(x)
+        found = winograd.WinogradConv2d(layer(weight, bias), pool=True)(x)
         exact = F.max_pool2d(F.relu(F.conv2d(x, weight, bias, padding=1)), 2)
     assert error(found, exact) < 3e-6
 
@@ -104,7 +104,7 @@ def test_a_layer_does_not_depend_on_how_it_is_cut(tiles: int, monkeypatch: pytes
 def test_scratch_made_in_inference_mode_serves_outside_of_it_too() -> None:
     def run() -> None:  # in a thread, whose scratch is new
         x, weight, bias = problem(16, 16, 8, 8)
-        convolution = winograd.Convolution(layer(weight, bias), pool=False)
+        convolution = winograd.WinogradConv2d(layer(weight, bias), pool=False)
         with torch.inference_mode():
             inside = convolution(x)
         found.append(torch.equal(convolution(x), inside))
@@ -151,6 +151,6 @@ def test_real_features_are_those_of_the_direct_convolution() -> None:
         with torch.inference_mode():
             exact = model().features.double()(pictures.double()).flatten(1)
             direct = error(vgg.Backbone(model(), cpu, "fp32")(pictures), exact)
-            quick = error(vgg.Backbone(model(), cpu, "fp32", fast=True)(pictures), exact)
+            quick = error(vgg.Backbone(model(), cpu, "fp32", use_winograd=True)(pictures), exact)
         assert direct < 2e-6
         assert quick < 1e-5  # a hundredth of what the cache's float16 rounds away

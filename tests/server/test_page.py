@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from attire.data.dataset import ImageDataset
+from attire.evaluation.png import data_uri, grey_png
 from attire.inference.classifier import Classifier
 from attire.inference.out_of_distribution import OODDetector
 from attire.server import app
-from attire.server.samples import data_uri, grey_png
 from tests.visitor import PATIENCE, Visitor
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def visit(
     samples = [(f"Sample {i}", image) for i, image in enumerate(synthetic.images[:4])]
     monkeypatch.setattr(app, "read_samples", lambda: samples)
     monkeypatch.setattr(app, "_explanation", explanation)
-    classifier.facts.update(
+    classifier.metadata.update(
         recipe={"name": "tiny", "epochs": 3, "flips": True},
         test={"n": 2000, "correct": 1880, "accuracy": 0.94, "accuracy_low": 0.9287, "accuracy_high": 0.9496},
         backbone="ab" * 32,

@@ -42,7 +42,7 @@ def test_an_exception_inside_leaves_the_old_file_and_no_other(tmp_path: Path) ->
     path.write_text("old")
 
     def fail_half_way() -> None:
-        with files.atomic(path) as file:
+        with files.atomic_file(path) as file:
             file.write(b"half")
             raise ZeroDivisionError
 
@@ -54,7 +54,7 @@ def test_an_exception_inside_leaves_the_old_file_and_no_other(tmp_path: Path) ->
 
 def test_the_new_name_appears_only_when_all_is_written(tmp_path: Path) -> None:
     path = tmp_path / "new"
-    with files.atomic(path) as file:
+    with files.atomic_file(path) as file:
         file.write(b"all of it")
         assert not path.exists()
     assert path.read_bytes() == b"all of it"
@@ -71,8 +71,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(AttireError) as caught:
         files.write_bytes(path, b"new")
-    told = f"{path}: cannot write (No space left on device); make room: "
-    assert re.fullmatch(re.escape(told) + r"\d[\d.]* \w+ are free there", str(caught.value))
+    line = f"{path}: cannot write (No space left on device); make room: "
+    assert re.fullmatch(re.escape(line) + r"\d[\d.]* \w+ are free there", str(caught.value))
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
     assert path.read_text() == "old"
 
@@ -81,8 +81,8 @@ WRITER = """
 import sys, time
 from collections.abc import Iterator
 from pathlib import Path
-from attire.storage.files import atomic
-with atomic(Path(sys.argv[1])) as file:
+from attire.storage.files import atomic_file
+with atomic_file(Path(sys.argv[1])) as file:
     file.write(b"half")
     file.flush()
     print("writing", flush=True)
@@ -101,10 +101,10 @@ def test_writers_in_one_folder_do_not_sweep_each_other(tmp_path: Path) -> None:
 def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_a_live_one_writes_is_not(tmp_path: Path) -> None:
     def writer(name: str) -> "subprocess.Popen[str]":
         command = [sys.executable, "-c", WRITER, str(tmp_path / name)]
-        found = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert found.stdout
-        assert found.stdout.readline() == "writing\n"
-        return found
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout
+        assert process.stdout.readline() == "writing\n"
+        return process
 
     mine = tmp_path / ".attire.of-somebody-else"
     mine.touch()
@@ -140,8 +140,8 @@ def test_a_temporary_file_swept_before_it_was_locked_is_made_again(
 
 def test_room_is_looked_for_before_it_is_needed(tmp_path: Path) -> None:
     files.check_room(tmp_path / "not" / "there" / "yet", 1, "a byte")
-    found = re.escape(f"{tmp_path}: not enough room for the features (") + r"1\d{9}\.\d GB needed, .* free\); make room"
-    with pytest.raises(AttireError, match=found):
+    line = re.escape(f"{tmp_path}: not enough room for the features (") + r"1\d{9}\.\d GB needed, .* free\); make room"
+    with pytest.raises(AttireError, match=line):
         files.check_room(tmp_path, 10**18 + 1, "the features")
 
 
@@ -172,7 +172,7 @@ def test_permissions_follow_the_umask(tmp_path: Path, mask: int) -> None:
     before = os.umask(mask)
     try:
         files.write_text(tmp_path / "file", "text")
-        assert files.umask() == mask
+        assert files._umask() == mask
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~mask
@@ -321,8 +321,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_on_a_disk_that_is_really_full_the_old_file_stays_and_nothing_else_does(small_disk: Path) -> None:
     files.write_bytes(small_disk / "model", b"old" * 100_000)
-    told = rf"{small_disk}/model: cannot write \(No space left on device\); make room: \d+\.\d kB are free there"
-    with pytest.raises(AttireError, match=told):
+    line = rf"{small_disk}/model: cannot write \(No space left on device\); make room: \d+\.\d kB are free there"
+    with pytest.raises(AttireError, match=line):
         files.write_bytes(small_disk / "model", b"new" * 300_000)
     assert [path.name for path in small_disk.iterdir()] == ["model"]
     assert (small_disk / "model").read_bytes() == b"old" * 100_000
@@ -364,7 +364,7 @@ def test_who_writes_beside_it_does_not_sweep_a_file_that_is_about_to_be_renamed(
     replace = Path.replace
 
     def swept_first(part: Path, path: Path) -> Path:
-        files.sweep(part.parent)
+        files.remove_leftovers(part.parent)
         return replace(part, path)
 
     monkeypatch.setattr(Path, "replace", swept_first)
@@ -377,10 +377,10 @@ def test_a_folder_gets_its_name_when_all_of_it_is_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("new", "deep/new", "empty"):
         with files.atomic_folder(tmp_path / name) as part:
-            files.write_text(part / "told", "whole")
-            assert not (tmp_path / name / "told").exists()
+            files.write_text(part / "text", "whole")
+            assert not (tmp_path / name / "text").exists()
             files.write_text(tmp_path / "other", "")  # whoever writes beside it does not sweep it
-        assert (tmp_path / name / "told").read_text() == "whole"
+        assert (tmp_path / name / "text").read_text() == "whole"
     with pytest.raises(AttireError, match="half"), files.atomic_folder(tmp_path / "stopped") as part:
         files.read_json(part / "half")
     with pytest.raises(AttireError, match="other: cannot write"), files.atomic_folder(tmp_path / "other") as part:
@@ -388,11 +388,26 @@ def test_a_folder_gets_its_name_when_all_of_it_is_there(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "empty", "new", "other"]
 
 
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.write_text(tmp_path / "bundle" / "old", "")
+    with files.atomic_folder(tmp_path / "bundle", replace=True) as part:
+        files.write_text(part / "new", "")
+    assert [path.name for path in (tmp_path / "bundle").iterdir()] == ["new"]
+
+    def refuse(part: Path, path: Path) -> Path:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(AttireError, match="bundle: cannot write"), files.atomic_folder(tmp_path / "bundle", True):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["bundle", "new"]
+
+
 def test_a_folder_that_a_killed_process_left_is_swept(tmp_path: Path) -> None:
     code = f"""import os, pathlib
-from attire import files
+from attire.storage import files
 with files.atomic_folder(pathlib.Path({str(tmp_path / "new")!r})) as part:
-    files.write_text(part / "told", "half")
+    files.write_text(part / "text", "half")
     os.kill(os.getpid(), 9)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9

@@ -8,7 +8,7 @@ import pytest
 
 from attire.errors import AttireError
 from attire.storage import http as module
-from attire.storage.http import MirrorError, download, reason
+from attire.storage.http import MirrorError, describe_error, download
 from tests.mirror import Mirror, content, raw, serve
 
 DATA = bytes(range(256)) * 8000  # 2 MB
@@ -190,6 +190,6 @@ def test_a_cache_that_cannot_be_written_is_no_fault_of_the_mirror(mirror: Mirror
 
 
 def test_reason_is_a_few_words_on_one_line() -> None:
-    assert reason(socket.gaierror(-2, "Name or service not known")) == "its name cannot be resolved"
-    assert reason(OSError("two\nlines")) == "two\\nlines"
-    assert reason(ValueError()) == "ValueError"
+    assert describe_error(socket.gaierror(-2, "Name or service not known")) == "its name cannot be resolved"
+    assert describe_error(OSError("two\nlines")) == "two\\nlines"
+    assert describe_error(ValueError()) == "ValueError"

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from attire.errors import AttireError, UsageError
-from attire.storage.stores import StorageLocation, StoreError, file_path, is_url, place, scheme_of
+from attire.storage.stores import StorageLocation, StoreError, file_path, is_url, open_location, scheme_of
 
 
 @pytest.fixture(params=["folder", "s3"])
 def where(request: pytest.FixtureRequest, tmp_path: Path) -> StorageLocation:
     root = str(tmp_path / "shared") if request.param == "folder" else request.getfixturevalue("bucket")
-    return place(f"{root}/some place")
+    return open_location(f"{root}/some place")
 
 
 def test_what_was_written_is_read_again(where: StorageLocation) -> None:
@@ -19,7 +19,7 @@ def test_what_was_written_is_read_again(where: StorageLocation) -> None:
     assert where.size("a") is None
     where.write("a", b"one")
     where.write("b/c", b"below")
-    with where.writing("a") as file:
+    with where.open_output("a") as file:
         file.write(b"tw")
         file.write(b"os")
     assert where.sizes() == {"a": 4}
@@ -33,7 +33,7 @@ def test_what_was_written_is_read_again(where: StorageLocation) -> None:
 
 def test_what_fails_half_way_is_not_there(where: StorageLocation) -> None:
     def stop() -> None:
-        with where.writing("a") as file:
+        with where.open_output("a") as file:
             file.write(b"half")
             raise KeyboardInterrupt
 
@@ -54,7 +54,7 @@ def test_a_store_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StoreError, match=r"^s3://b/k/x: the store did not serve it \(NETWORK_CONNECTION: [^;]*\)$"):
-        place("s3://b/k").size("x")
+        open_location("s3://b/k").size("x")
 
 
 def test_urls_are_told_from_paths() -> None:
@@ -76,20 +76,20 @@ def test_urls_are_told_from_paths() -> None:
 )
 def test_a_url_that_cannot_be_meant_is_refused(url: str, line: str) -> None:
     with pytest.raises(UsageError) as caught:
-        scheme_of(url), place(url)
+        scheme_of(url), open_location(url)
     assert str(caught.value) == f"{url}: {line}"
 
 
 def test_azure_wants_an_account(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT", raising=False)
     with pytest.raises(UsageError, match="AZURE_STORAGE_ACCOUNT"):
-        place("az://box/key")
+        open_location("az://box/key")
 
 
 def test_the_other_stores_are_pyarrow_s_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is asked of them: what these are given is all that can be shown without an account."""
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "me")
     monkeypatch.setenv("AZURE_STORAGE_KEY", "c2VjcmV0")
-    azure, google = place("az://box/a/b"), place("gs://anonymous@bucket/a/b")
+    azure, google = open_location("az://box/a/b"), open_location("gs://anonymous@bucket/a/b")
     assert (azure.filesystem.type_name, azure.path) == ("abfs", "box/a/b")
     assert (google.filesystem.type_name, google.path) == ("gcs", "bucket/a/b")

@@ -16,8 +16,8 @@ from attire.data.dataset import ImageDataset
 from attire.data.loading import load_dataset, load_splits, write_csv
 from attire.errors import AttireError, AttireWarning, UsageError
 from attire.storage import url_copies
-from attire.storage.stores import StorageLocation, StoreError, place
-from attire.storage.url_copies import local
+from attire.storage.stores import StorageLocation, StoreError, open_location
+from attire.storage.url_copies import local_copy
 from tests.command import TINY, attire
 from tests.mirror import Mirror, content, serve
 
@@ -37,25 +37,25 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_path_is_itself(tmp_path: Path) -> None:
-    assert local(tmp_path / "a.csv") == tmp_path / "a.csv"
-    assert local("a.csv") == Path("a.csv")
-    assert local(f"file://{tmp_path}/a.csv") == tmp_path / "a.csv"
+    assert local_copy(tmp_path / "a.csv") == tmp_path / "a.csv"
+    assert local_copy("a.csv") == Path("a.csv")
+    assert local_copy(f"file://{tmp_path}/a.csv") == tmp_path / "a.csv"
 
 
 def test_an_object_is_copied_once_and_again_when_it_changes(bucket: str, counted: list[str]) -> None:
-    place(bucket).write("data/mine.csv", b"one")
+    open_location(bucket).write("data/mine.csv", b"one")
     for _ in range(2):
-        found = local(f"{bucket}/data/mine.csv")
+        found = local_copy(f"{bucket}/data/mine.csv")
         assert (found.name, found.read_bytes()) == ("mine.csv", b"one")
     assert counted == [f"{bucket}/data/mine.csv"]
-    place(bucket).write("data/mine.csv", b"two")
-    assert local(f"{bucket}/data/mine.csv").read_bytes() == b"two"
+    open_location(bucket).write("data/mine.csv", b"two")
+    assert local_copy(f"{bucket}/data/mine.csv").read_bytes() == b"two"
     assert len(counted) == 2
 
 
 def test_the_record_holds_size_etag_and_digest(bucket: str) -> None:
-    place(bucket).write("a.csv", b"hello")
-    folder = local(f"{bucket}/a.csv").parent
+    open_location(bucket).write("a.csv", b"hello")
+    folder = local_copy(f"{bucket}/a.csv").parent
     record = json.loads((folder / url_copies._RECORD).read_text())
     assert record["url"] == f"{bucket}/a.csv"
     line = record["objects"][""]
@@ -65,17 +65,17 @@ def test_the_record_holds_size_etag_and_digest(bucket: str) -> None:
 
 
 def test_a_damaged_copy_is_made_again(bucket: str, counted: list[str]) -> None:
-    place(bucket).write("a.csv", b"hello")
-    local(f"{bucket}/a.csv").write_bytes(b"hallo")
+    open_location(bucket).write("a.csv", b"hello")
+    local_copy(f"{bucket}/a.csv").write_bytes(b"hallo")
     with pytest.warns(AttireWarning, match="damaged and made again"):
-        assert local(f"{bucket}/a.csv").read_bytes() == b"hello"
+        assert local_copy(f"{bucket}/a.csv").read_bytes() == b"hello"
     assert len(counted) == 2
 
 
 def test_a_copy_goes_on_where_it_stopped(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(url_copies, "_BLOCK", 10)
     body = bytes(range(100))
-    place(bucket).write("a.bin", body)
+    open_location(bucket).write("a.bin", body)
     seen: list[int] = []
 
     def stop(what: str, done: int, total: int) -> None:
@@ -84,16 +84,16 @@ def test_a_copy_goes_on_where_it_stopped(bucket: str, monkeypatch: pytest.Monkey
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        local(f"{bucket}/a.bin", stop)
-    assert local(f"{bucket}/a.bin", stop).read_bytes() == body
+        local_copy(f"{bucket}/a.bin", stop)
+    assert local_copy(f"{bucket}/a.bin", stop).read_bytes() == body
     assert seen == [10, 20, 30, 40, 50, 60, 70, 80, 90, 100]
 
 
 def test_a_prefix_becomes_a_folder_that_follows_the_store(bucket: str, counted: list[str]) -> None:
-    at = place(f"{bucket}/photos")
+    at = open_location(f"{bucket}/photos")
     for name in ("coat/1.png", "coat/2.png", "hat/1.png"):
         at.write(name, name.encode())
-    found = local(f"{bucket}/photos/")
+    found = local_copy(f"{bucket}/photos/")
     assert found.name == "photos"
     assert sorted(path.relative_to(found).as_posix() for path in found.rglob("*.png")) == [
         "coat/1.png",
@@ -102,7 +102,7 @@ def test_a_prefix_becomes_a_folder_that_follows_the_store(bucket: str, counted: 
     ]
     at.remove("coat/2.png")
     at.write("hat/2.png", b"new")
-    local(f"{bucket}/photos/")
+    local_copy(f"{bucket}/photos/")
     assert [path.name for path in (found / "coat").iterdir()] == ["1.png"]
     assert (found / "hat" / "2.png").read_bytes() == b"new"
     assert len(counted) == 4
@@ -110,28 +110,28 @@ def test_a_prefix_becomes_a_folder_that_follows_the_store(bucket: str, counted: 
 
 def test_a_pattern_takes_what_it_matches(bucket: str) -> None:
     for name in ("a-1.parquet", "a-2.parquet", "b-1.parquet", "deep/a-3.parquet"):
-        place(bucket).write(f"data/{name}", b"x")
-    found = local(f"{bucket}/data/a-*.parquet")
+        open_location(bucket).write(f"data/{name}", b"x")
+    found = local_copy(f"{bucket}/data/a-*.parquet")
     assert sorted(path.name for path in found.iterdir()) == ["a-1.parquet", "a-2.parquet"]
     with pytest.raises(UsageError, match="only the last part"):
-        local(f"{bucket}/*/a.parquet")
+        local_copy(f"{bucket}/*/a.parquet")
 
 
 def test_without_the_store_a_sound_copy_is_used(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    place(bucket).write("a.csv", b"hello")
-    copy = local(f"{bucket}/a.csv")
+    open_location(bucket).write("a.csv", b"hello")
+    copy = local_copy(f"{bucket}/a.csv")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.warns(AttireWarning, match="did not serve it .*; the copy that was made before is used"):
-        assert local(f"{bucket}/a.csv") == copy
+        assert local_copy(f"{bucket}/a.csv") == copy
     copy.write_bytes(b"hallo")
     with pytest.raises(StoreError, match="did not serve it"):
-        local(f"{bucket}/a.csv")
+        local_copy(f"{bucket}/a.csv")
 
 
 def test_what_is_not_there_is_told(bucket: str) -> None:
     for url in (f"{bucket}/none.csv", f"{bucket}/none/", "s3://no-such-bucket/x.csv"):
         with pytest.raises(AttireError, match=f"^{url}: no such object$"):
-            local(url)
+            local_copy(url)
 
 
 @pytest.mark.parametrize("name", ["../x", "a//b", "a/./b", "a\\b"])
@@ -142,7 +142,7 @@ def test_a_key_cannot_lie_outside_the_copy(name: str, tmp_path: Path) -> None:
 
 def test_a_copy_that_ends_early_is_no_copy(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"short")
-    one = url_copies.StoredObject(place(tmp_path / "a"), 9, "v")
+    one = url_copies.StoredObject(open_location(tmp_path / "a"), 9, "v")
     with pytest.raises(StoreError, match="5 bytes came, 9 expected"):
         one.copy(tmp_path / "copy", tmp_path / "part", lambda *_: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
@@ -161,10 +161,10 @@ def test_a_file_over_http_is_copied_and_renewed(web: Mirror) -> None:
     web.routes["/d/mine.csv"] = content(b"one")
     url = f"{web.url}d/mine.csv"
     for _ in range(2):
-        assert local(url).read_bytes() == b"one"
+        assert local_copy(url).read_bytes() == b"one"
     assert [path for path, _ in web.requests] == ["/d/mine.csv"]  # HEAD it does not know
     with pytest.raises(StoreError, match="HTTP 404"):
-        local(f"{web.url}none.csv")
+        local_copy(f"{web.url}none.csv")
 
 
 def test_a_newer_file_over_http_is_fetched_again(tmp_path: Path) -> None:
@@ -176,17 +176,17 @@ def test_a_newer_file_over_http_is_fetched_again(tmp_path: Path) -> None:
         thread.start()
         try:
             url = f"http://127.0.0.1:{server.server_port}/a.csv"
-            assert local(url).read_bytes() == b"one"
+            assert local_copy(url).read_bytes() == b"one"
             (tmp_path / "a.csv").write_bytes(b"two")
             os.utime(tmp_path / "a.csv", (1, 1))
-            assert local(url).read_bytes() == b"two"
+            assert local_copy(url).read_bytes() == b"two"
             with pytest.raises(AttireError, match="HTTP 404: no such file"):
-                local(f"{url}x")
+                local_copy(f"{url}x")
         finally:
             server.shutdown()
             thread.join()
     with pytest.warns(AttireWarning, match="cannot be reached .*the copy that was made before is used"):
-        assert local(url).read_bytes() == b"two"
+        assert local_copy(url).read_bytes() == b"two"
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -205,14 +205,14 @@ def upload(at: StorageLocation, path: Path, name: str) -> None:
 
 
 def test_a_csv_file_in_a_store_is_a_data_set(bucket: str, small_csv: Path, synthetic: ImageDataset) -> None:
-    upload(place(bucket), small_csv, "in/mine.csv")
+    upload(open_location(bucket), small_csv, "in/mine.csv")
     found = load_dataset(f"{bucket}/in/mine.csv")
     assert same(found, synthetic)
     assert found.source == "mine.csv"
 
 
 def test_an_error_names_the_object_not_the_copy(bucket: str) -> None:
-    place(bucket).write("in/mine.csv", b"label,pixel1\n1,2\n")
+    open_location(bucket).write("in/mine.csv", b"label,pixel1\n1,2\n")
     with pytest.raises(AttireError) as caught:
         load_dataset(f"{bucket}/in/mine.csv")
     assert str(caught.value).startswith(f"{bucket}/in/mine.csv: ")
@@ -221,10 +221,10 @@ def test_an_error_names_the_object_not_the_copy(bucket: str) -> None:
 def test_a_prefix_of_class_folders_is_a_data_set(bucket: str, synthetic: ImageDataset, tmp_path: Path) -> None:
     for i in range(4):
         Image.fromarray(synthetic.images[i]).save(tmp_path / "x.png")
-        upload(place(f"{bucket}/photos"), tmp_path / "x.png", f"{('coat', 'hat')[i % 2]}/{i}.png")
+        upload(open_location(f"{bucket}/photos"), tmp_path / "x.png", f"{('coat', 'hat')[i % 2]}/{i}.png")
     found = load_dataset(f"{bucket}/photos")
     assert (found.classes, found.labels.tolist()) == (("coat", "hat"), [0, 0, 1, 1])
-    place(f"{bucket}/photos").write("hat/5.png", b"no picture")
+    open_location(f"{bucket}/photos").write("hat/5.png", b"no picture")
     with pytest.raises(AttireError, match=f"^{bucket}/photos/hat/5.png: "):
         load_dataset(f"{bucket}/photos")
 
@@ -232,7 +232,7 @@ def test_a_prefix_of_class_folders_is_a_data_set(bucket: str, synthetic: ImageDa
 def test_training_and_test_files_may_lie_in_different_places(
     bucket: str, small_csv: Path, synthetic: ImageDataset, tmp_path: Path
 ) -> None:
-    upload(place(bucket), small_csv, "train.csv")
+    upload(open_location(bucket), small_csv, "train.csv")
     write_csv(synthetic.subset(range(10)), tmp_path / "test.csv")
     with pytest.warns(AttireWarning, match="10 of 10 test images"):
         found = load_splits(f"{bucket}/train.csv", test=f"file://{tmp_path}/test.csv")
@@ -241,7 +241,7 @@ def test_training_and_test_files_may_lie_in_different_places(
 
 @pytest.mark.usefixtures("weights", "here")
 def test_a_run_trains_from_a_store_and_remembers_where_it_was(bucket: str, small_csv: Path) -> None:
-    upload(place(bucket), small_csv, "in/small.csv")
+    upload(open_location(bucket), small_csv, "in/small.csv")
     url = f"{bucket}/in/small.csv"
     done = attire("train", "--data", url, *TINY, "--out", "run", "--json")
     assert done.status == 0, done

@@ -10,7 +10,7 @@ import pytest
 
 from attire.data.dataset import ImageDataset, Splits
 from attire.errors import AttireError, AttireWarning, Stopped
-from attire.features.views import DRAWN, STRANGE, seen, view_names
+from attire.features.views import OUTLIER, SYNTHETIC_DRAWING, apply_view, augmentation_views
 from attire.inference.classifier import Classifier, load_bundle
 from attire.progress import NoProgress
 from attire.recipes import FAST, Recipe
@@ -25,7 +25,7 @@ VIEWS = ("plain", "flip")
 def taught(bundle: Path, classifier: Classifier, synthetic: ImageDataset) -> Path:
     """A bundle that says it was trained as `tiny` is on `small_csv`: with the same validation and test rows."""
     test = {"test_digest": synthetic.image_digest, "test": {"n": 12}}
-    classifier.facts = {"recipe": FAST.to_json(), **test}
+    classifier.metadata = {"recipe": FAST.to_json(), **test}
     classifier.save(bundle)
     return bundle
 
@@ -50,7 +50,7 @@ def test_each_view_of_each_image_has_the_mean_of_the_members_answers(
     assert chosen is not None
     found, told = answers(chosen, synthetic, replace(tiny, distill_temperature=1.0), tmp_path)
     for number, view in enumerate(VIEWS):
-        images = seen(synthetic.images, view)
+        images = apply_view(synthetic.images, view)
         expected = np.mean([load_bundle(path, "cpu").predict_proba(images) for path in (taught, other)], 0)
         assert np.allclose(found[number], expected, atol=5e-3)
     assert told["digests"] == [files.sha256_file(path / "model.json") for path in (taught, other)]
@@ -66,13 +66,13 @@ def test_of_a_drawing_a_teacher_is_asked_for_what_was_drawn(
 ) -> None:
     chosen = distillation.choose([taught])
     assert chosen is not None
-    views = view_names(True, 0, True, True)
+    views = augmentation_views(True, 0, True, True)
     found, _ = distillation.targets(chosen, split(synthetic), views, tiny, tmp_path, NoProgress())
     by_view = dict(zip(views, found, strict=True))
-    assert np.array_equal(by_view[DRAWN], by_view["plain"])
-    assert np.array_equal(by_view[f"{DRAWN} flip"], by_view["flip"])
+    assert np.array_equal(by_view[SYNTHETIC_DRAWING], by_view["plain"])
+    assert np.array_equal(by_view[f"{SYNTHETIC_DRAWING} flip"], by_view["flip"])
     assert not np.array_equal(by_view["flip"], by_view["plain"])
-    assert np.allclose(by_view[STRANGE], 0.1)
+    assert np.allclose(by_view[OUTLIER], 0.1)
 
 
 def test_what_is_kept_is_used_and_what_is_damaged_is_made_again(

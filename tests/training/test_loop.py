@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from attire.data.dataset import RowIndices
 from attire.errors import AttireError, AttireWarning, Stopped
 from attire.features import logits as features_logits
-from attire.model.vgg import build_classifier
+from attire.model.heads import build_mlp
 from attire.progress import Epoch
 from attire.recipes import FAST, Recipe
 from attire.storage import files
@@ -54,7 +54,7 @@ class Table:
 
 def new_head() -> nn.Sequential:
     torch.manual_seed(0)
-    return build_classifier(12, (8,), 10, 0.5)
+    return build_mlp(12, (8,), 10, 0.5)
 
 
 def train(folder: Path, recipe: Recipe = RECIPE, stop_at: int = 0) -> tuple[nn.Sequential, list[Epoch]]:
@@ -189,17 +189,17 @@ def test_a_long_epoch_is_saved_in_between(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_checkpoint_of_another_classifier_is_named(tmp_path: Path) -> None:
     train(tmp_path)
-    wider = build_classifier(12, (9,), 10, 0.5)
+    wider = build_mlp(12, (9,), 10, 0.5)
     with pytest.raises(AttireError, match=r"classifier.0.weight does not fit the recipe's classifier; resume with"):
         loop.fit(wider, Table(), LABELS, TRAIN, VAL, RECIPE, tmp_path / "checkpoints")
-    deeper = build_classifier(12, (8, 8), 10, 0.5)
+    deeper = build_mlp(12, (8, 8), 10, 0.5)
     with pytest.raises(AttireError, match=r"does not fit|is missing"):
         loop.fit(deeper, Table(), LABELS, TRAIN, VAL, RECIPE, tmp_path / "checkpoints")
 
 
 def test_a_checkpoint_of_another_schema_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "epoch-001-step-000000.ckpt"
-    with files.sealed(path) as file, zipfile.ZipFile(file, "w") as archive:  # type: ignore[call-overload]
+    with files.sealed_file(path) as file, zipfile.ZipFile(file, "w") as archive:  # type: ignore[call-overload]
         archive.writestr("about.json", json.dumps({"schema": 2}))
     with pytest.raises(AttireError, match="a checkpoint of another schema version than 1"):
         checkpoints._read_checkpoint(path)
@@ -211,7 +211,7 @@ def test_a_pickle_named_checkpoint_is_refused_and_never_run(tmp_path: Path) -> N
     path.write_bytes(payload)
     with pytest.raises(AttireError, match="not a whole Attire checkpoint"):
         checkpoints._read_checkpoint(path)
-    with files.sealed(path) as file:
+    with files.sealed_file(path) as file:
         file.write(payload)
     with pytest.raises(AttireError, match="not an Attire checkpoint"):
         checkpoints._read_checkpoint(path)
@@ -371,10 +371,10 @@ def test_a_teacher_s_answers_are_a_share_of_the_loss() -> None:
 def test_each_row_learns_from_the_teacher_s_answer_for_its_view() -> None:
     soft = np.arange(2 * 5 * 3, dtype=np.float32).reshape(2, 5, 3)
     order, views = np.array([4, 0, 3]), np.array([True, False, True])
-    found = features_logits.answers(soft, order, views, slice(1, 3), torch.device("cpu"))
+    found = features_logits.teacher_targets(soft, order, views, slice(1, 3), torch.device("cpu"))
     assert found is not None
     assert found.tolist() == [soft[0, 0].tolist(), soft[1, 3].tolist()]
-    plain = features_logits.answers(soft, order, None, slice(0, 1), torch.device("cpu"))
+    plain = features_logits.teacher_targets(soft, order, None, slice(0, 1), torch.device("cpu"))
     assert plain is not None
     assert plain.tolist() == [soft[0, 4].tolist()]
 

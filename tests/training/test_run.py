@@ -210,7 +210,7 @@ def test_a_start_that_fails_later_leaves_no_folder_and_the_next_one_its_number(
         assert done.status == 1
         assert done.last.startswith("error: shard: No space left on device; make room: ")
     assert tree(here) == [here / "mine", here / "runs", here / "runs" / "7"]
-    assert run_folder.free_folder(None) == Path("runs/8")
+    assert run_folder.find_free_folder(None) == Path("runs/8")
 
 
 # Stopping.

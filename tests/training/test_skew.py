@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attire.data.dataset import RowIndices, Views
+from attire.data.dataset import RowIndices, ViewIndices
 from attire.errors import AttireError
 from attire.training import skew
 
@@ -20,7 +20,7 @@ class Fixed:
     def __init__(self, classes: RowIndices) -> None:
         self.table = torch.eye(4)[torch.from_numpy(classes)]
 
-    def batches(self, order: RowIndices, batch_size: int, views: Views | None) -> Iterator[Tensor]:
+    def batches(self, order: RowIndices, batch_size: int, views: ViewIndices | None) -> Iterator[Tensor]:
         yield self.table[torch.from_numpy(order)]
 
 

@@ -1,6 +1,6 @@
 """schemathesis against a real server: its answers are those that /openapi.json describes, and none is a failure.
 
-    python benchmarks/described.py runs/1/model --examples 150
+    python faults/described.py runs/1/model --examples 150
 
 Every check of schemathesis is on. It is told how to make pictures, for an OpenAPI description cannot say what bytes a
 PNG is made of; half of those it gets are sound, and requests it makes invalid on purpose keep what it made of them.
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 KINDS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP", "image/bmp": "BMP"}
 
 
@@ -35,6 +35,7 @@ def tell_schemathesis() -> None:
 
 
 def main() -> None:
+    sys.path.append(str(HERE.parent / "benchmarks"))
     from serving import served
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

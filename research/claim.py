@@ -1,19 +1,20 @@
 """The claim of 98 % taken apart: what moves an accuracy that should stand still, by how much, and what is left.
 
-    python benchmarks/claim.py seed-0 seed-1 seed-2 split-42 split-43 leak-10 leak-1000 break
-    python benchmarks/claim.py wrong --run runs/1 --run runs/2       test images that all of these get wrong
-    python benchmarks/claim.py noise --audit audit                   after: attire audit --run runs/1
-    python benchmarks/claim.py others                                classifiers without VGG16
-    python benchmarks/claim.py near                                  do held-out rows lie nearer than test rows?
-    python benchmarks/claim.py --recipe frozen-best --epochs 30 curve-15000     trained on so many of the rows
-    python benchmarks/claim_page.py                                  docs/claim.md and its pictures
+    python research/claim.py seed-0 seed-1 seed-2 split-42 split-43 leak-10 leak-1000 break
+    python research/claim.py wrong --run runs/1 --run runs/2       test images that all of these get wrong
+    python research/claim.py noise --audit audit                   after: attire audit --run runs/1
+    python research/claim.py others                                classifiers without VGG16
+    python research/claim.py near                                  do held-out rows lie nearer than test rows?
+    python research/claim.py --recipe frozen-best --epochs 30 curve-15000     trained on so many of the rows
+    python research/claim_page.py                                  docs/claim.md and its pictures
 
 Each part trains the recipe's classifier on cached features (--recipe, --epochs) and adds what it found to
-docs/claim.json. The test set chooses nothing here: it is the subject.
+research/claim.json. The test set chooses nothing here: it is the subject.
 """
 
 import argparse
 import csv
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import measuring
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -34,9 +34,9 @@ from sklearn.svm import SVC
 from torch import Tensor, nn
 
 from attire.data import dataset
-from attire.data.dataset import OFFICIAL, ImageDataset, split_indices
+from attire.data.dataset import FASHION_MNIST, ImageDataset, split_indices
 from attire.data.loading import DataChoice, load_dataset
-from attire.evaluation.metrics import _one_vs_rest
+from attire.evaluation.metrics import _one_vs_rest_accuracy
 from attire.features.sources import CachedSource
 from attire.model import devices, heads
 from attire.progress import NoProgress
@@ -45,7 +45,11 @@ from attire.storage import files, memory
 from attire.training import augment, checkpoints, loop
 from attire.training.experiment import Experiment
 
-OUT = Path(__file__).parent.parent / "docs" / "claim.json"
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import measuring
+
+OUT = Path(__file__).with_name("claim.json")
 HELD_OUT = 12_000  # a fifth of the training file, as the claim's own protocol holds out
 Rows = NDArray[np.int64]
 
@@ -56,7 +60,7 @@ class Joined:
     def __init__(self, first: CachedSource, second: CachedSource) -> None:
         self.first, self.second, self.standardise = first, second, first.standardise
 
-    def batches(self, order: Rows, batch_size: int, views: dataset.Views | None) -> Iterator[Tensor]:
+    def batches(self, order: Rows, batch_size: int, views: dataset.ViewIndices | None) -> Iterator[Tensor]:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             numbers = None if views is None else views[start : start + batch_size]
@@ -77,7 +81,7 @@ class Bench:
     def __init__(self, recipe: Recipe) -> None:
         self.stage = Experiment(recipe, DataChoice(), devices.choose_device("cpu"), NoProgress())
         self.recipe = replace(recipe, precision=self.stage.train_precision)
-        memory.keep_freed()
+        memory.keep_freed_memory()
         trained, tested = self.stage.cached()
         assert isinstance(trained, CachedSource)
         assert isinstance(tested, CachedSource)
@@ -137,7 +141,7 @@ def epochs(bench: Bench, seed: int) -> dict[str, Any]:
         nonlocal answers
         answers = bench.answers(head, bench.tested, bench.test)
         right = answers == bench.test_labels
-        line = {"test": share(right), "one_vs_rest": _one_vs_rest(int((~right).sum()), len(right), 10)}
+        line = {"test": share(right), "one_vs_rest": _one_vs_rest_accuracy(int((~right).sum()), len(right), 10)}
         for name, rows in (("train", bench.stage.train), ("val", bench.stage.val)):
             line[name] = share(bench.right(head, bench.trained, rows, bench.labels)) if len(rows) else None
         lines.append(line)
@@ -149,7 +153,7 @@ def epochs(bench: Bench, seed: int) -> dict[str, Any]:
 
 def split(bench: Bench, seed: int) -> dict[str, Any]:
     """The claim's own kind of test set: a random fifth of the training file; and the official one, same classifier."""
-    rest, held = split_indices(bench.labels, HELD_OUT, seed, False, name=OFFICIAL)
+    rest, held = split_indices(bench.labels, HELD_OUT, seed, False, name=FASHION_MNIST)
     head = bench.fit(bench.recipe, bench.trained, bench.labels, rest)
     held_out = share(bench.right(head, bench.trained, held, bench.labels))
     return {"held_out": held_out, "test": share(bench.right_tested(head))}
@@ -223,7 +227,7 @@ def others() -> dict[str, Any]:
 def near() -> dict[str, Any]:
     """How far rows of split 42 and official test rows lie from the nearest of the others, by pixels of 0 to 1."""
     train, test = load_dataset(part="train"), load_dataset(part="test")
-    rest, held = split_indices(train.labels, HELD_OUT, 42, False, name=OFFICIAL)
+    rest, held = split_indices(train.labels, HELD_OUT, 42, False, name=FASHION_MNIST)
     x = pixels(train)
     nearest = KNeighborsClassifier(1, algorithm="brute").fit(x[rest], train.labels[rest])
     found: dict[str, Any] = {"n": len(rest)}

@@ -1,6 +1,6 @@
 """How many planted errors `attire audit` finds in the official 70,000 images.
 
-    python benchmarks/audit_planted.py
+    python research/audit_planted.py
 
 Planted, with a fixed seed: 25 exact copies, 25 copies shifted by one pixel, 300 labels changed to another class drawn
 evenly. The 70,000 images' features are those of recipe `fast`, from the cache.

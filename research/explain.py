@@ -2,9 +2,9 @@
 
     pip install captum                                (BSD-3; only this benchmark needs it)
     attire train --out runs/fast
-    python benchmarks/explain.py runs/fast/model heat
-    python benchmarks/explain.py runs/fast/model neighbours
-    python benchmarks/explain.py runs/fast/model time
+    python research/explain.py runs/fast/model heat
+    python research/explain.py runs/fast/model neighbours
+    python research/explain.py runs/fast/model time
 
 heat: deletion and insertion (RISE, Petsiuk et al. 2018) of 28x28 heat maps. Pixels are taken in the order of their
 heat, 56 at a time: deletion blackens them in the picture, insertion puts them into the blurred picture; the figure is
@@ -19,13 +19,14 @@ time: of `attire.explain.explain`, a picture after the other. Fixed seeds.
 import argparse
 import os
 import statistics
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import seconds, spread, told
 from numpy.typing import NDArray
 from reject import all_rows, cached
 from scipy.ndimage import gaussian_filter
@@ -42,6 +43,10 @@ from attire.inference.classifier import Classifier, load_bundle
 from attire.inference.explain import explain
 from attire.model import devices, vgg
 from attire.training.experiment import validation_rows
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from measuring import seconds, spread, told
 
 Image = NDArray[np.uint8]  # (28, 28)
 Heat = NDArray[np.floating]  # (28, 28), any scale
@@ -181,7 +186,7 @@ class Quick:
     """A classifier's logits by Winograd's convolutions, on all cores: what the curves take by the hundred thousand."""
 
     def __init__(self, classifier: Classifier) -> None:
-        self.backbone = vgg.Backbone(classifier.model, classifier.device, "fp32", fast=True)
+        self.backbone = vgg.Backbone(classifier.model, classifier.device, "fp32", use_winograd=True)
         self.head, self.classes = classifier.model.classifier, len(classifier.classes)
         self.size, self.temperature = classifier.architecture.image_size, classifier.temperature
 
@@ -240,7 +245,7 @@ KEPT = "hidden layer, 64 components, unit length"
 
 
 def neighbours(classifier: Classifier, data: ImageDataset, test: ImageDataset) -> None:
-    recipe = recipes.from_json(classifier.facts["recipe"])
+    recipe = recipes.from_json(classifier.metadata["recipe"])
     train, _ = validation_rows(data, np.arange(len(data)), recipe)
     source = CachedSource(cached(classifier, data, "plain"))
     tested = CachedSource(cached(classifier, test, "plain"))
@@ -268,7 +273,7 @@ def spaces(classifier: Classifier, stored: Tensor) -> dict[str, Callable[[Tensor
     assert ood_detector is not None
 
     def pooled(x: Tensor) -> Tensor:
-        return out_of_distribution.pooled(x, channels)
+        return out_of_distribution.pool_features(x, channels)
 
     def unit(describe: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda x: F.normalize(describe(x))

@@ -2,7 +2,7 @@
 
 One table of a million rows stands for the truth; each test set is drawn from it with replacement.
 
-    python benchmarks/coverage.py --sets 2000 --rows 2000
+    python research/coverage.py --sets 2000 --rows 2000
 """
 
 import argparse

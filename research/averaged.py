@@ -1,11 +1,11 @@
 """What runs that were made at different times, on different machines, say together.
 
-    python benchmarks/averaged.py --keep runs/1/seed-0 --keep runs/1/seed-1     adds their answers to the kept ones
-    python benchmarks/averaged.py                                               every set of them, on validation rows
-    python benchmarks/averaged.py --only best                                   of one recipe alone
+    python research/averaged.py --keep runs/1/seed-0 --keep runs/1/seed-1     adds their answers to the kept ones
+    python research/averaged.py                                               every set of them, on validation rows
+    python research/averaged.py --only best                                   of one recipe alone
 
 `attire ensemble` averages bundles; a bundle has 17 MB, its answers 300 KB, which a repository can keep: probabilities
-of the 5,000 validation and the 10,000 official test images, in 16 bits, in benchmarks/results/answers. Which members
+of the 5,000 validation and the 10,000 official test images, in 16 bits, in research/answers. Which members
 are averaged is chosen on the validation rows, by their mean log loss; the test rows are read for that set, and for the
 best of its members alone.
 """
@@ -13,12 +13,12 @@ best of its members alone.
 import argparse
 import io
 import json
+import sys
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import measuring
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,7 +30,11 @@ from attire.recipes import from_json
 from attire.storage import files
 from attire.training.experiment import validation_rows
 
-ANSWERS = measuring.RESULTS / "answers"
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import measuring
+
+ANSWERS = Path(__file__).parent / "answers"
 PARTS = ("val", "test")
 Probabilities = NDArray[np.float64]
 

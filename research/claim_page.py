@@ -1,11 +1,11 @@
-"""docs/claim.md and its pictures, from what benchmarks/claim.py kept in docs/claim.json; nothing is measured here.
+"""docs/claim.md and its pictures, from what research/claim.py kept in claim.json beside it; nothing is measured here.
 
-python benchmarks/claim_page.py
+python research/claim_page.py
 """
 
 import argparse
 import statistics
-import textwrap
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
@@ -23,7 +23,12 @@ from attire.evaluation.intervals import wilson
 from attire.recipes import named
 from attire.storage import files
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import measuring
+
 DOCS = Path(__file__).parent.parent / "docs"
+CLAIM = Path(__file__).with_name("claim.json")
 CLAIMED, PERMITTED = 0.98, 200  # of 10,000
 BATCHES = (32, 256)  # of the classic protocol, and of recipe `fast`
 PARTS = ("seed-0", "seed-1", "seed-2", "split-42", "split-43", "leak-10", "leak-1000", "break")
@@ -209,7 +214,7 @@ def seen_blindly(
     yield (
         f"The same images and {len(others):,} other test images, shuffled, were shown to {found['by']}. Shown neither"
         " label nor answer, each named the class held most likely, and a second one where it would do about as well"
-        f" (`benchmarks/eyes.py`). Their first answers are the same on {100 * agreed:.0f} % of the"
+        f" (`research/eyes.py`). Their first answers are the same on {100 * agreed:.0f} % of the"
         f" {len(rows):,} images."
     )
     kinds = {
@@ -252,7 +257,7 @@ def learning(results: Found) -> Iterator[str]:
         drawn = np.random.default_rng(0).binomial(tested, errors / tested, (2000, len(points)))
         low, high = np.percentile([power_law(counts, row / tested)[1] for row in drawn], (2.5, 97.5))
         yield (
-            f"One fit each (`benchmarks/claim.py --recipe {recipe}`; {machine(points[-1][1])}). Each doubling takes"
+            f"One fit each (`research/claim.py --recipe {recipe}`; {machine(points[-1][1])}). Each doubling takes"
             f" {100 * (1 - 2**slope):.0f} % of the mistakes away. Continued, further than a law of"
             f" {len(points)} points has a right to be, 98 % would take {millions(needed)} labelled images"
             f" ({millions(low)} to {millions(high)}, were the points independent),"
@@ -309,8 +314,8 @@ def text(results: Found) -> str:
     blocks = [
         "# 98 %, taken apart",
         " ".join(about(each, own) for each, own in every.items())
-        + " Other work beside; made by `benchmarks/claim.py` and `benchmarks/claim_page.py`; all figures, with the"
-        " command of each, are in [claim.json](claim.json). The test set is the subject here and chooses nothing.",
+        + " Other work beside; made by `research/claim.py` and `research/claim_page.py`; all figures, with the"
+        " command of each, are in `research/claim.json`. The test set is the subject here and chooses nothing.",
         "## Epoch by epoch",
         'Accuracy in %. One-vs-rest is the mean accuracy of the ten questions "this class or not": each mistake counts'
         " twice in ten, and 90 % reads 98 %.",
@@ -335,16 +340,16 @@ def text(results: Found) -> str:
         "## Still to be measured",
         "\n".join(missing(results)),
     ]
-    return "\n\n".join(wrapped(block) for block in blocks) + "\n"
+    return "\n\n".join(measuring.wrapped(block) for block in blocks) + "\n"
 
 
 def missing(results: Found) -> Iterator[str]:
     if "classic" not in results["recipes"]:
-        yield "- `classic` itself (`python benchmarks/claim.py --recipe classic ...`), where its features are cached."
+        yield "- `classic` itself (`python research/claim.py --recipe classic ...`), where its features are cached."
     for recipe, found in recipes(results).items():
         absent = [part for part in PARTS if part not in found]
         if absent:
-            yield f"- Of `{recipe}`: {', '.join(f'`{part}`' for part in absent)} of `benchmarks/claim.py`."
+            yield f"- Of `{recipe}`: {', '.join(f'`{part}`' for part in absent)} of `research/claim.py`."
     yield "- More than one fit for most lines of the tables."
     if not once_told(results, "others"):
         yield "- Classifiers of other kinds, for the images that all of them get wrong (`others`)."
@@ -354,14 +359,9 @@ def missing(results: Found) -> Iterator[str]:
         yield "- How many suspect labels are wrong: somebody would have to look."
 
 
-def wrapped(block: str) -> str:
-    """Prose in lines of 120; tables, lists, headings and pictures as they are."""
-    return block if block[0] in "|-#!" else textwrap.fill(block, 120, break_long_words=False, break_on_hyphens=False)
-
-
-@matplotlib.rc_context(figures._STYLE)
+@matplotlib.rc_context(figures.STYLE)
 def picture(seed: Found) -> Figure:
-    figure, plot = figures._axes(6.4, 3.6)
+    figure, plot = figures.new_axes(6.4, 3.6)
     x = range(1, len(seed["epochs"]) + 1)
     curves = {
         "training": [percent(line["train"]) for line in seed["epochs"]],
@@ -369,17 +369,17 @@ def picture(seed: Found) -> Figure:
         "validation": [percent(line["val"]) if line["val"] else np.nan for line in seed["epochs"]],
         "test": curve(seed),
     }
-    for (name, values), colour, dashes in zip(curves.items(), figures._TAPS, ("-", "-.", "--", "-"), strict=False):
+    for (name, values), colour, dashes in zip(curves.items(), figures.COLOURS, ("-", "-.", "--", "-"), strict=False):
         if not np.isnan(values).all():
             plot.plot(x, values, dashes, color=colour, label=name, marker="o", markersize=3)
-    plot.axhline(100 * CLAIMED, color=figures._INK, linewidth=0.7, linestyle=":")
+    plot.axhline(100 * CLAIMED, color=figures.INK, linewidth=0.7, linestyle=":")
     plot.annotate("claimed", (x[-1], 100 * CLAIMED), (0, 3), textcoords="offset points", ha="right", size=7.5)
     plot.set(xlabel="epoch", ylabel="accuracy, %")
     plot.legend(loc="best")
     return figure
 
 
-@matplotlib.rc_context(figures._STYLE)
+@matplotlib.rc_context(figures.STYLE)
 def sheet(
     titled: Sequence[tuple[str, NDArray[np.uint8]]],
     across: int,
@@ -400,9 +400,9 @@ def sheet(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--docs", type=Path, default=DOCS, help="the folder that holds claim.json")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="the folder to write into")
     docs = parser.parse_args().docs
-    results, data = files.read_json(docs / "claim.json"), load_dataset(part="test")
+    results, data = files.read_json(CLAIM), load_dataset(part="test")
     found = next(iter(recipes(results).values()))
     first = parts(found, "seed")[0][1]
     always = always_wrong(results)[:SHOWN]

@@ -1,6 +1,6 @@
 """Icons drawn by this file: 23 garments and 20 other things, each in four manners, and how a bundle answers them.
 
-    python benchmarks/icons.py attire/shipped
+    python research/icons.py attire/shipped
 
 Flat on nothing, with a pen's outline, as an outline alone, flat on white; eight pairs of colours. They were looked at
 while `photos.prepare` and `drawings.drawn` were changed, so that they prove less than pictures that were not.

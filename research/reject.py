@@ -2,7 +2,7 @@
 
     pip install scikit-image                        (its photographs are among the strangers)
     attire train --out runs/fast
-    python benchmarks/reject.py runs/fast/model
+    python research/reject.py runs/fast/model
 
 Three tables: methods, on the strangers and altered validation garments that the method was chosen by; the bundle as it
 is, on strangers of other kinds and on test garments; and classes held out, two at a time. Fixed seeds.
@@ -42,10 +42,10 @@ def main(bundle: str) -> None:
     classifier = load_bundle(bundle, "cpu")
     print(f"{bundle}; {devices.processor()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
     data, test = load_dataset(part="train"), load_dataset(part="test")
-    recipe = recipes.from_json(classifier.facts["recipe"])
+    recipe = recipes.from_json(classifier.metadata["recipe"])
     train, val = validation_rows(data, np.arange(len(data)), recipe)
     source = CachedSource(*(cached(classifier, data, view) for view in features_views._VIEWS[: 1 + recipe.flips]))
-    rows = out_of_distribution.share_rows(train, val, recipe.split_seed)
+    rows = out_of_distribution.split_calibration_rows(train, val, recipe.split_seed)
     choose(classifier, data, source, rows)
     report(classifier, test)
     tested = CachedSource(cached(classifier, test, "plain"))
@@ -55,7 +55,7 @@ def main(bundle: str) -> None:
 def make_spec(classifier: Classifier) -> FeatureSpec:
     about = classifier.architecture
     precision = devices.choose_precision("auto", classifier.device)
-    return FeatureSpec(about.freeze_to, about.image_size, about.pool, classifier.facts["backbone"], precision)
+    return FeatureSpec(about.freeze_to, about.image_size, about.pool, classifier.metadata["backbone_digest"], precision)
 
 
 def cached(classifier: Classifier, data: ImageDataset, view: str) -> cache.Features:
@@ -130,7 +130,7 @@ def methods(
         return torch.cat([maps.mean(2), maps.std(2, correction=0)], 1)
 
     def root(rows: Tensor) -> Tensor:
-        return out_of_distribution.pooled(rows, channels)
+        return out_of_distribution.pool_features(rows, channels)
 
     return {
         "max softmax": lambda rows: -logits(rows).softmax(1).amax(1),
@@ -154,7 +154,7 @@ def methods(
 
 def mahalanobis(describe: Score, x: Tensor, labels: Tensor, shrinkage: float = out_of_distribution._SHRINKAGE) -> Score:
     fitted = out_of_distribution._fit_classes(describe(x), labels, shrinkage)
-    return lambda rows: out_of_distribution.nearest(describe(rows), *fitted)
+    return lambda rows: out_of_distribution.mahalanobis_distance(describe(rows), *fitted)
 
 
 def residual(describe: Score, x: Tensor, components: int = COMPONENTS) -> Score:
@@ -193,7 +193,7 @@ def report(classifier: Classifier, test: ImageDataset) -> None:
         print(f"{name:40}{wilson(int(found.sum()), len(found)).percent()}", flush=True)
 
     print(
-        f"\nReporting: rejected, Wilson 95 %; threshold {ood_detector.threshold:.2f} from {ood_detector.rows:,} rows\n"
+        f"\nReporting: rejected, Wilson 95 %; threshold {ood_detector.threshold:.2f} from {ood_detector.calibration_rows:,} rows\n"
     )
     line("test garments (false rejects)", test.images)
     for name, images in sets("reporting").items():
@@ -220,12 +220,19 @@ def hold_out(
     for pair in PAIRS:
         known = tuple(part[~np.isin(data.labels[part], pair)] for part in rows)
         channels = CHANNELS[classifier.architecture.freeze_to]
-        how = out_of_distribution.Fitting(range(len(source.views)), (0,), False, certain)
-        ood_detector = out_of_distribution.fit(source, data.labels, (known[0], known[1]), channels, how)
+        ood_detector = out_of_distribution.fit_detector(
+            source,
+            data.labels,
+            known[0],
+            known[1],
+            channels=channels,
+            fit_views=range(len(source.views)),
+            calibration_views=(0,),
+        )
         assert ood_detector is not None
         for name, inside in ((" and ".join(data.classes[c] for c in pair), True), ("  the eight others", False)):
             chosen = np.flatnonzero(np.isin(test.labels, pair) == inside)
-            told = out_of_distribution.evaluate_ood(ood_detector, tested, chosen, certain(chosen, 0))["test"]
+            told = ood_detector.evaluate(tested, chosen, certain(chosen, 0))["test"]
             share = wilson(round(told["value"] * told["n"]), told["n"])
             print(f"{name:40}{share.percent()}", flush=True)
 

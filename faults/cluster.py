@@ -1,7 +1,7 @@
 """Who works on a cluster is killed (SIGKILL), at random times: a worker, a node, the head, the driver, a replica.
 
-    python benchmarks/cluster_faults.py worker node driver head --times 20
-    python benchmarks/cluster_faults.py replica update --times 3
+    python faults/cluster.py worker node driver head --times 20
+    python faults/cluster.py replica update --times 3
 
 Two nodes of one core each, real processes on this machine (`tests/nodes.py`). Extraction: 64 shards; after each kill,
 and where the driver is gone after the same command once more, the cache entry must be the one that a single process
@@ -32,8 +32,8 @@ from typing import Any
 import numpy as np
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from load import Run, connect  # noqa: E402
 

@@ -1,6 +1,6 @@
 """A backbone of low rank: each convolution of block1 to block3 split into a narrower 3x3 and a 1x1, against the whole one.
 
-    python benchmarks/low_rank.py           images/s in turn, and the accuracy of a ridge classifier; ten minutes
+    python research/low_rank.py           images/s in turn, and the accuracy of a ridge classifier; ten minutes
 
 Zhang et al. 2015, "Accelerating Very Deep Convolutional Networks", without their term for the ReLU: the outputs of each
 layer, over 1,500 training images and divided by their deviations, are projected on their first principal components.
@@ -8,15 +8,20 @@ The ridge classifier is fitted on 12,000 training images and scored on 5,000 oth
 """
 
 import statistics
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import seconds
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from attire.data import dataset, loading
 from attire.model import pretrained, vgg
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from measuring import seconds
 
 SIZE, BATCH = 32, 250
 SHARES = (0.995, 0.99, 0.98)  # of the variance that the components keep

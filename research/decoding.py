@@ -1,24 +1,26 @@
 """Pictures a core makes ready in a second: bytes to 28x28, in processor time, so that other work hardly counts.
 
-    python benchmarks/decoding.py
+    python research/decoding.py
 
 Two kinds: official test images as 28x28 PNG, taken as they are, and JPEG photographs of 640x480, on which the garment
-is looked for. Writes results/plan/decoding.json, which `attire plan` is held against.
+is looked for. Prints both rates; docs/scale.md reckons with them.
 """
 
 import io
-import os
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
-from measuring import RESULTS, ROUNDS, spread, told
 from PIL import Image
 
 from attire.data import loading
 from attire.data.photos import prepare
-from attire.model.devices import environment
-from attire.storage import files
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from measuring import ROUNDS, spread, told
 
 PNGS, PHOTOS = 2000, 12
 
@@ -36,23 +38,17 @@ def processor_seconds(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    import torch
-
     images = loading.load_dataset(part="test").images
     pngs = [encoded(Image.fromarray(image), "PNG") for image in images[:PNGS]]
     large = [Image.fromarray(255 - image).resize((640, 480), Image.Resampling.LANCZOS) for image in images[:PHOTOS]]
     photos = [encoded(image.convert("RGB"), "JPEG") for image in large]
-    kinds, lines = {"png": pngs, "photo": photos}, []
+    kinds = {"png": pngs, "photo": photos}
     for pictures in kinds.values():
         prepare(pictures[0])
     for kind, pictures in kinds.items():
         took = [processor_seconds(lambda: [prepare(one) for one in pictures]) for _ in range(ROUNDS)]  # noqa: B023
         rate = spread([len(pictures) / seconds for seconds in took])
-        lines.append({"kind": kind, "rate": rate, "bytes": float(np.mean([len(one) for one in pictures]))})
-        print(f"{kind:6} {told(rate)} a second and core")
-    about = {**environment(torch.device("cpu")), "load": os.getloadavg()[0]}
-    result = {"schema": 1, "command": "python benchmarks/decoding.py", "environment": about, "kinds": lines}
-    files.write_json(RESULTS / "plan" / "decoding.json", result)
+        print(f"{kind:6} {told(rate)} a second and core, {np.mean([len(one) for one in pictures]):,.0f} bytes each")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A million images extracted at 32 px: whether memory stays bounded and the rate constant.
 
-    python benchmarks/million.py                     a quarter of an hour to an hour, 9 GB of disk, freed at the end
-    python benchmarks/million.py --rows 20000        fewer; rates are told for each tenth
-    python benchmarks/million.py --quick             to see that it works
+    python faults/million.py                     a quarter of an hour to an hour, 9 GB of disk, freed at the end
+    python faults/million.py --rows 20000        fewer; rates are told for each tenth
+    python faults/million.py --quick             to see that it works
 
 The backbone and the precision are those of `fast`: block3, 8 KB of features an image. Images: the official 70,000 over and
 over, past the first time with noise of -3 to 3 levels, made in blocks in a file that is then mapped into memory, as a
@@ -11,17 +11,21 @@ CSV file's copy is. Resident: VmRSS of proc(5) as each tenth is done, mapped pag
 
 import argparse
 import os
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import measuring
 import numpy as np
-from measuring import forget_peak, memory_line, more_images, peak_memory
 
 from attire.features import cache as feature_cache
 from attire.storage import files
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import measuring
+from measuring import forget_peak, memory_line, more_images, peak_memory
 
 ROWS, QUICK = 1_000_000, 2_000
 SIZE = 32  # px
@@ -50,7 +54,7 @@ def extract(images: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, Any]:
     model = vgg.vgg16(pretrained.vgg16_weights(), "block3", 0, nn.Sequential())
     backbone = vgg.Backbone(model, torch.device("cpu"), precision, backend == devices.WINOGRAD)
     if backend == "torch":
-        backbone.layout = devices.choose_layout(f"block3 {precision}", backbone, SIZE, len(images))
+        backbone.microbatching = devices.choose_microbatching(f"block3 {precision}", backbone, SIZE, len(images))
     feature_cache.compute(images[:64], spec, backbone)
     base, began = forget_peak(), time.perf_counter()
     marks, wanted = [(0, 0.0, base)], [round(len(images) * part / PARTS) for part in range(1, PARTS + 1)]
