@@ -250,16 +250,16 @@ class Cluster:
         about = _model_file(model)
         task = self.remote(_predict_batch, device == "cuda")
         told, waiting = (model and model.absolute(), device, files.sha256_file(about)), deque[Any]()
-        for batch in predict.batches(asked):
-            images = predict.images_of(batch)
-            waiting.append((batch, task(*told, np.stack(images)) if images else None))
+        for batch in predict.batch_inputs(asked):
+            images = batch.images()
+            waiting.append((batch, task(*told, images) if len(images) else None))
             if len(waiting) >= self.most_in_flight():
                 yield self.answered(*waiting.popleft())
         while waiting:
             yield self.answered(*waiting.popleft())
 
-    def answered(self, batch: list[PictureInput | AttireError], reference: Any) -> list[predict.Answer]:
-        return predict.in_places(batch, self.result(reference) if reference is not None else [])
+    def answered(self, batch: predict.InputBatch, reference: Any) -> list[predict.Answer]:
+        return batch.answers(self.result(reference) if reference is not None else [])
 
     # Serving.
 

@@ -22,16 +22,19 @@ from attire.errors import AttireError, Stopped, UsageError
 from attire.evaluation import calibration
 from attire.features import row_lookup
 from attire.features.backbones import make_backbone
-from attire.features.cache import FeatureSpec, Features
+from attire.features.cache import Features, FeatureSpec
 from attire.features.logits import predict_logits
 from attire.features.sources import CachedSource
 from attire.inference.classifier import Architecture, Classifier
 from attire.model import devices
-from attire.model.heads import fold_standardisation
 from attire.progress import Progress
 from attire.recipes import Recipe
 from attire.terminal import Terminal
-from attire.training.experiment import Experiment
+from attire.training.experiment import Experiment, prepare
+from attire.training.extraction import Extraction
+from attire.training.head_training import train_head
+from attire.training.outcome import validation_temperature
+from attire.training.saving import assemble_network
 
 _PIXELS = 28 * 28
 _CALIBRATED = 200  # rows below which none are cut for validation: a temperature fitted on fewer than 20 says nothing
@@ -43,7 +46,7 @@ class _InputError(AttireError, ValueError):
 
 
 class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
-    """A garment classifier for scikit-learn: VGG16 frozen up to a block, and a new classifier trained behind it.
+    """A garment classifier for scikit-learn: VGG16 frozen up to a block, and a new head trained on it.
 
     X: (n, 784) or (n, 28, 28), whole numbers from 0 to 255 with 0 as the black background, in any numeric type;
     fractions are rounded, anything else (pixels scaled to 0..1 above all) is an InputError, which is a ValueError.
@@ -101,9 +104,9 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         images = self._images(table)
         terminal = Terminal(quiet=not self.verbose)
         try:
-            told = _ArrayData(held=ImageDataset(images, labels.astype(np.int64), _names_of(classes), "X"))
-            device = devices.choose_device(self.device)
-            self._train(_ArrayExperiment(self._recipe(labels), told, device, terminal, self.cache))
+            data = _ArrayData(dataset=ImageDataset(images, labels.astype(np.int64), _names_of(classes), "X"))
+            experiment = prepare(self._recipe(labels), data, devices.choose_device(self.device), terminal)
+            self._train(experiment, terminal)
         except UsageError as error:
             raise _InputError("VGGClassifier", str(error)) from error
         except Stopped as stop:
@@ -113,19 +116,21 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         self.classes_ = classes
         return self
 
-    def _train(self, stage: "_ArrayExperiment") -> None:
-        source, _ = stage.cached()
+    def _train(self, experiment: Experiment, progress: Progress) -> None:
+        source = _ArrayExtraction(experiment, progress, self.cache).sources().train
         with tempfile.TemporaryDirectory(prefix="attire-") as folder:
-            head, self.history_ = stage.fit(source, Path(folder))
-        temperature = 1.0
-        if len(stage.val):
-            held_out = stage.logits(head, source, stage.val)
-            temperature = calibration.fit_temperature(held_out, stage.splits.data.labels[stage.val])
-        if source.standardise.mean is not None and source.standardise.scale is not None:
-            fold_standardisation(head, source.standardise.mean, source.standardise.scale)
-        facts = {"name": "VGGClassifier", "recipe": stage.recipe.to_json(), "backbone_digest": stage.digest}
-        told = (stage.architecture, stage.splits.data.classes, temperature, facts, stage.device)
-        self.classifier_, self._spec = Classifier(stage.assembled(head), *told), stage.spec
+            head, self.history_ = train_head(experiment, source, Path(folder), progress)
+        temperature = validation_temperature(experiment, head, source)
+        recipe, backbone = experiment.recipe.to_json(), experiment.spec.weights
+        self.classifier_ = Classifier(
+            assemble_network(experiment, head, source.standardise),
+            experiment.architecture,
+            experiment.splits.data.classes,
+            temperature,
+            metadata={"name": "VGGClassifier", "recipe": recipe, "backbone_digest": backbone},
+            device=experiment.device,
+        )
+        self._spec = experiment.spec
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:  # noqa: N803
         """The likeliest class of each image, (n,), one of `classes_`."""
@@ -190,9 +195,9 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
             architecture = Architecture(**network["architecture"])
             tensors = {name: torch.tensor(value) for name, value in network["tensors"].items()}
             model = architecture.load_network(len(network["classes"]), tensors, Path("VGGClassifier"))
-            told = (network["classes"], network["temperature"], network["metadata"])
+            classes, temperature, metadata = (network[name] for name in ("classes", "temperature", "metadata"))
             device = devices.choose_device(self.device)
-            self.classifier_ = Classifier(model, architecture, *told, device)
+            self.classifier_ = Classifier(model, architecture, classes, temperature, metadata, device)
             spec = FeatureSpec(**network["spec"])
             if spec.backend.startswith("torch"):  # this machine's, which may not be the one that trained
                 spec = replace(spec, backend=devices.choose_backend("torch", spec.precision, device))
@@ -203,27 +208,27 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
 class _ArrayData(DataChoice):
     """Images that are in memory already, all of them to train on."""
 
-    held: ImageDataset | None = None
+    dataset: ImageDataset | None = None
 
     def load(self, recipe: Recipe) -> Splits:
-        assert self.held is not None
-        return Splits(self.held, np.arange(len(self.held)), self.held, np.empty(0, np.int64), 0, {"test": "none"})
+        assert self.dataset is not None
+        everything, nothing = np.arange(len(self.dataset)), np.empty(0, np.int64)
+        return Splits(self.dataset, everything, self.dataset, nothing, 0, {"test": "none"})
 
 
-class _ArrayExperiment(Experiment):
-    """A Stage whose features are found image by image."""
+class _ArrayExtraction(Extraction):
+    """Extraction that looks features up image by image."""
 
-    def __init__(
-        self, recipe: Recipe, source: DataChoice, device: torch.device, progress: Progress, cache: bool = True
-    ) -> None:
-        super().__init__(recipe, source, device, progress)
+    def __init__(self, experiment: Experiment, progress: Progress, cache: bool) -> None:
+        super().__init__(experiment, progress)
         self.find = row_lookup.extract_by_image if cache else row_lookup.extract_in_memory
 
-    def extract(self, data: ImageDataset, view: str, what: str) -> Features:
+    def extract(self, data: ImageDataset, view: str, label: str) -> Features:
         def advance(done: int, total: int) -> None:
-            self.progress.advance(f"Features  {what}", done, total)
+            self.progress.advance(f"Features  {label}", done, total)
 
-        return self.find(data.images, replace(self.spec, view=view), self.load_backbone, advance)
+        spec = replace(self.experiment.spec, view=view)
+        return self.find(data.images, spec, self.experiment.load_backbone, advance)
 
 
 def _flat(images: Any) -> Any:

@@ -103,7 +103,7 @@ def read_manifest(data: bytes, folder: Path) -> object:
     entry.mkdir(parents=True, exist_ok=True)
     written(data, entry / "MANIFEST.json")
     os.environ["ATTIRE_CACHE"] = str(folder / "cache")
-    line = cache._ledger_line(entry, 0)
+    line = cache._read_record(entry, 0)
     assert line is None or isinstance(line["rows"], int)
     told = [one.describe() + json.dumps(one.to_json()) for one in cache.cache_entries()]
     for read in (

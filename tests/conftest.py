@@ -62,8 +62,8 @@ def cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
         shutil.copy(convolutions, folder)
     monkeypatch.setenv("ATTIRE_CACHE", str(folder))
     monkeypatch.delenv(remote_cache._VARIABLE, raising=False)
-    remote_cache._unread.clear()
-    remote_cache._unwritten.clear()
+    remote_cache._unreadable.clear()
+    remote_cache._unwritable.clear()
     return folder
 
 

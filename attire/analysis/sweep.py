@@ -31,7 +31,7 @@ from attire.model.weights import read_weights, tensor_digest
 from attire.progress import NoProgress, Progress
 from attire.recipes import FAST
 from attire.storage import files, url_copies
-from attire.training.run import claimed_folder
+from attire.training.run import lock_run_folder
 
 _SIZES = (32, 48, 64, 96, 112, 160, 224)  # px
 _BOUNDARIES = ("block2", "block3", "block4", "block5")
@@ -172,7 +172,7 @@ def sweep(
     url_copies.prefetch(data, progress=progress.advance)
     data_set, fit = _draw(load_splits(data, classes=classes, seed=FAST.split_seed).train, rows, val)
     folder = files.make_dir(Path(out))
-    with claimed_folder(folder):
+    with lock_run_folder(folder):
         progress.note("Data", f"{data_set.source}, {fit:,} training images to fit, {len(data_set) - fit:,} to score")
         bench = _Bench(data_set, fit, boundaries, where, progress)
         done = bench.stored(folder / "sweep.json")

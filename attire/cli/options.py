@@ -9,7 +9,7 @@ import click
 
 from attire.cli.shell import among
 from attire.errors import AttireError, UsageError
-from attire.recipes import RECIPES, SETTINGS
+from attire.recipes import FAST, RECIPES, SETTINGS
 
 if TYPE_CHECKING:
     from attire.cluster import Cluster
@@ -74,7 +74,7 @@ RUN = _RunPath(readable=False, path_type=Path)
 def recipe_options(command: _Function) -> _Function:
     """A flag for each field of Recipe; the effective default is the named recipe's."""
     for name, setting in reversed(SETTINGS.items()):
-        flag, kind = f"--{name.replace('_', '-')}", type(setting.default)
+        flag, kind = f"--{name.replace('_', '-')}", type(getattr(FAST, name))
         values = ", ".join(f"{recipe.name} {format_setting(getattr(recipe, name))}" for recipe in RECIPES.values())
         text = f"{setting.metadata['help']}  [{values}]"
         if kind is bool:

@@ -13,6 +13,7 @@ from attire.errors import AttireError, UsageError, one_line
 
 if TYPE_CHECKING:
     from attire.inference.classifier import Classifier
+    from attire.inference.predict import Model
 
 
 _NO_NEIGHBOURS = "this bundle holds no training images to show beside the answer; train it again"
@@ -20,16 +21,14 @@ _NO_NEIGHBOURS = "this bundle holds no training images to show beside the answer
 
 @click.command(cls=Command)
 @click.argument("arguments", nargs=-1, type=NAME, metavar="FILE...")
-@click.option("--model", type=PATH, help="A bundle, a run or an exported file.  [default: ours]")
-@click.option(
-    "--format", "form", type=click.Choice(["table", "jsonl", "csv"]), help="Of the answers.  [default: table]"
-)
-@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="How many classes to show.")
-@click.option("--show", type=PATH, metavar="FOLDER", help="What the model saw, as PNG.")
-@click.option("--out", type=NAME, metavar="PATH", help="Of Parquet: the answers, a Parquet file or a folder of parts.")
+@click.option("--model", type=PATH, help="A bundle, a run or an exported file.  [default: the bundled model]")
+@click.option("--format", "form", type=click.Choice(["table", "jsonl", "csv"]), help="Output format.  [default: table]")
+@click.option("--top-k", type=click.IntRange(1), default=3, show_default=True, help="Number of classes to show.")
+@click.option("--save-inputs", type=PATH, metavar="FOLDER", help="Save what the model sees of each picture, as PNG.")
+@click.option("--out", type=NAME, metavar="PATH", help="For Parquet input: a Parquet file or a folder of parts.")
 @device_option
 @cluster_option
-@click.option("--json", "as_json", is_flag=True, help="The same as --format jsonl: an object a line.")
+@click.option("--json", "as_json", is_flag=True, help="The same as --format jsonl: one object a line.")
 def predict(
     arguments: tuple[str, ...],
     model: Path | None,
@@ -50,54 +49,60 @@ def predict(
 
     Needs no training and no network: a trained model is part of Attire. What looks unlike the training images is "none
     of the ten"; so are about 5 % of garments. A bad file is one line on stderr; the others are answered, and the exit
-    status is 1. A CSV file holds pixel1 .. pixel784, with or without labels. --show writes one strip a picture, into
-    a folder, or into a file for a single picture.
+    status is 1. A CSV file holds pixel1 .. pixel784, with or without labels. --save-inputs writes one strip a picture,
+    into a folder, or into a file for a single picture.
     """
-    from attire.inference.predict import lacks_verdict, open_model, print_answers, split_model
+    from attire.inference.predict import ood_warning, open_model, print_answers, split_model
 
     if as_json and form not in (None, "jsonl"):
         raise UsageError("--json", f"given together with --format {form}", do="give one of them")
-    path, asked = split_model(arguments, model)
-    if out is not None and (form or options["show"] or len(asked) != 1):
-        what = "neither --format nor --show goes with it" if len(asked) == 1 else f"{len(asked)} inputs, expected one"
-        raise UsageError("--out", what)
+    path, inputs = split_model(arguments, model)
+    if out is not None:
+        _check_parquet_options(inputs, bool(form or options["save_inputs"]))
     opened = open_model(path, device)
-    if lacks_verdict(opened):
-        from attire.inference.classifier import CANNOT_REJECT, TRAIN_AGAIN
-
-        click.echo(f"warning: {one_line(str(path))}: {CANNOT_REJECT}; {TRAIN_AGAIN}", err=True)
+    if warning := ood_warning(opened):
+        click.echo(f"warning: {one_line(str(path))}: {warning}", err=True)
     if out is not None:
         if cluster is not None:
             raise UsageError("--cluster", "given together with --out", do="give one of them")
-        failed = _predict_parquet(asked[0], out, opened, path, options["top"], as_json)
+        errors = _predict_parquet(inputs[0], out, opened, path, options["top_k"], as_json)
     else:
         with cluster_at(cluster) as machines:
-            ask = partial(machines.answer, path, device) if machines else None
-            failed = print_answers(asked, opened, form="jsonl" if as_json else form or "table", ask=ask, **options)
-    if failed:
+            answer = partial(machines.answer, path, device) if machines else None
+            form = "jsonl" if as_json else form or "table"
+            errors = print_answers(inputs, opened, form=form, answer=answer, **options)
+    if errors:
         click.get_current_context().exit(1)
 
 
-def _predict_parquet(where: str, out: str, model: Any, path: Path | None, top: int, as_json: bool) -> int:
-    """Parquet to Parquet; how many rows have no answer."""
-    from attire.inference import parquet_predict
+def _check_parquet_options(inputs: list[str], formatted: bool) -> None:
+    """Raises UsageError for what does not go with --out."""
+    if len(inputs) != 1:
+        raise UsageError("--out", f"{len(inputs)} inputs, expected one")
+    if formatted:
+        raise UsageError("--out", "neither --format nor --save-inputs goes with it")
+
+
+def _predict_parquet(source: str, out: str, model: "Model", path: Path | None, top_k: int, as_json: bool) -> int:
+    """Parquet to Parquet; returns how many rows have no answer."""
+    from attire.inference.parquet_predict import model_digest, predict_parquet
     from attire.terminal import Terminal
 
-    watch = Terminal(as_json)
+    terminal = Terminal(as_json)
     try:
-        done = parquet_predict.predict_parquet(
-            where,
+        summary = predict_parquet(
+            source,
             out,
             model,
-            parquet_predict.model_digest(path),
-            top=top,
-            progress=lambda rows, total: watch.advance("Pictures", rows, total),
-            complain=lambda line: click.echo(f"error: {line}", err=True),
+            model_digest(path),
+            top_k=top_k,
+            progress=lambda done, total: terminal.advance("Pictures", done, total),
+            warn=lambda line: click.echo(f"error: {line}", err=True),
         )
     finally:
-        watch.close()
-    click.echo(json.dumps(done.to_json()) if as_json else f"{done}")
-    return done.errors
+        terminal.close()
+    click.echo(json.dumps(summary.to_json()) if as_json else f"{summary}")
+    return summary.errors
 
 
 @click.command(cls=Command)
@@ -121,30 +126,30 @@ def explain(
     """
     from attire.inference.classifier import load_bundle
 
-    classifier, failed, taken = load_bundle(model, device), 0, set[str]()
+    classifier, errors, names = load_bundle(model, device), 0, set[str]()
     if classifier.neighbours is None:
         click.echo(f"warning: {one_line(str(model or 'shipped'))}: {_NO_NEIGHBOURS}", err=True)
     for path in paths:
         try:
-            _explain_file(classifier, path, out, label, as_json, taken)
+            _explain_file(classifier, path, out, label, as_json, names)
         except UsageError:
             raise
         except AttireError as error:
             click.echo(f"error: {error}", err=True)
-            failed += 1
-    if failed:
+            errors += 1
+    if errors:
         click.get_current_context().exit(1)
 
 
 def _explain_file(
-    classifier: "Classifier", path: Path, out: Path, label: str | None, as_json: bool, taken: set[str]
+    classifier: "Classifier", path: Path, out: Path, label: str | None, as_json: bool, names: set[str]
 ) -> None:
     from attire.data import photos
     from attire.inference import explain
 
     photo = photos.prepare(path)
     explanation = explain.explain(classifier, photo.image, label)
-    sheet = out / _free_name(path.stem, taken)
+    sheet = out / _free_name(path.stem, names)
     explanation.write_sheet(sheet, photo.original)
     if as_json:
         click.echo(json.dumps({"file": str(path), **explanation.to_json(), "picture": str(sheet)}))
@@ -156,9 +161,9 @@ def _explain_file(
     click.echo(f"{'':24} picture      {one_line(str(sheet))}")
 
 
-def _free_name(stem: str, taken: set[str]) -> str:
-    """`shoe-explained.png`; `shoe-2-explained.png` where another picture of this call is called so."""
-    numbered = (f"{stem}{f'-{i}' if i > 1 else ''}-explained.png" for i in range(1, len(taken) + 2))
-    name = next(name for name in numbered if name not in taken)
-    taken.add(name)
+def _free_name(stem: str, names: set[str]) -> str:
+    """`shoe-explained.png`; `shoe-2-explained.png` where another picture of this call has that name."""
+    numbered = (f"{stem}{f'-{i}' if i > 1 else ''}-explained.png" for i in range(1, len(names) + 2))
+    name = next(name for name in numbered if name not in names)
+    names.add(name)
     return name

@@ -3,9 +3,10 @@
 import json
 import os
 import shlex
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -27,19 +28,153 @@ from attire.cli.options import (
 )
 from attire.cli.shell import Command, among
 from attire.errors import Stopped, UsageError
-from attire.recipes import RECIPES, Recipe, named
+from attire.recipes import RECIPES, SETTINGS, Recipe, from_json, named
 from attire.storage.run_folder import find_free_folder
 
-# What `train` alone asks for, as if it had not been given.
-_ONLY_TRAINED = {"test_size": None, "cache": None, "claim": None, "log": None, "teachers": ()}
+if TYPE_CHECKING:
+    from attire.progress import Progress
+    from attire.training.run import Run
+    from attire.training.run_config import TrainOptions
+    from attire.training.seeds_and_folds import Folds, Seeds
 
 
-def _share_or_count(text: str) -> float | int:
-    """1.0 is all of something, 1 is one row."""
+@dataclass(frozen=True)
+class _Settings:
+    """What the command line says of a run; None where --config or the recipe decides. claim: in percent."""
+
+    recipe_name: str | None = None
+    config: Path | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of the recipe, those that were given
+    data: str | None = None
+    test: str | None = None
+    classes: str | None = None
+    test_size: float | int | None = None
+    device: str = "auto"
+    cache: bool | None = None
+    claim: float | None = None
+    log: str | None = None
+    teachers: tuple[str, ...] = ()
+
+    @property
+    def nothing_given(self) -> bool:
+        """Whether a stopped run may go on with these settings: it has its own, device included."""
+        return self == _Settings(device=self.device)
+
+    def request(self) -> "_Request":
+        """The named or stored recipe, changed by the fields that were given; likewise the options."""
+        from attire.storage import files
+
+        stored = files.read_json(self.config) if self.config else {}
+        if self.recipe_name and stored:
+            raise UsageError("--recipe", "given together with --config", do="give one of them")
+        recipe = from_json(stored.get("recipe", {}), str(self.config)) if stored else named(self.recipe_name or "fast")
+        data = {"test_size": 0.2, **stored.get("data", {})}
+        claimed = stored.get("claimed", 0.98) if self.claim is None else self.claim / 100
+        if not 0 < claimed <= 1:
+            raise UsageError("--claim", f"expected a percentage above 0, at most 100, found {self.claim}")
+        options: TrainOptions = {
+            "test": data.get("test") if self.test is None else self.test,
+            "test_size": data["test_size"] if self.test_size is None else self.test_size,
+            "classes": class_names(data.get("classes") if self.classes is None else self.classes),
+            "device": self.device,
+            "cache": stored.get("cache", True) if self.cache is None else self.cache,
+            "claimed": claimed,
+            "log": self.log or stored.get("log"),
+            "teacher": self.teachers or stored.get("teacher"),
+        }
+        return _Request(data.get("data") if self.data is None else self.data, self._changed(recipe), options)
+
+    def _changed(self, recipe: Recipe) -> Recipe:
+        widths = {name: numbers(f"--{name}", self.fields[name]) for name in {"hidden", "conv"} & set(self.fields)}
+        return replace(recipe, **{**self.fields, **widths})
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What to do with the settings: a run, several, or one that goes on; where, and on which cluster."""
+
+    resumed: str | None
+    out: str | None
+    seeds: int | None
+    folds: int | None
+    cluster: str | None
+    cluster_workers: int | None
+
+    def check(self, settings: _Settings) -> None:
+        """Raises UsageError for options that exclude each other."""
+        from attire.training.seeds_and_folds import is_series
+
+        many = self.seeds or self.folds
+        if self.cluster_workers and self.cluster is None:
+            raise UsageError("--cluster-workers", "given without --cluster")
+        if self.cluster is not None and (many or (self.resumed and is_series(self.resumed))):
+            do = "extract there first: attire extract --cluster"
+            raise UsageError("--cluster", "trains one run at a time", do=do)
+        if self.cluster is not None and settings.cache is False:
+            raise UsageError("--cluster", "needs cached features", do="leave --no-cache out")
+        if self.resumed is not None and (many or self.out or not settings.nothing_given):
+            raise UsageError("--resume", "goes on with the run's own settings", do="leave the other options out")
+
+    def run(self, settings: _Settings, progress: "Progress") -> "Run | Seeds | Folds":
+        from attire.training import run, seeds_and_folds
+
+        if self.resumed is not None and seeds_and_folds.is_series(self.resumed):
+            return seeds_and_folds.resume_series(self.resumed, progress)
+        if self.resumed is not None:
+            with cluster_at(self.cluster, self.cluster_workers or 0) as cluster:
+                return run.resume(self.resumed, progress, cluster)
+        data, recipe, options = settings.request()
+        if self.seeds or self.folds:
+            return self._run_many(data, recipe, options, progress)
+        with cluster_at(self.cluster, self.cluster_workers or 0) as cluster:
+            return run.train(data, recipe, run_dir=self.out, progress=progress, cluster=cluster, **options)
+
+    def _run_many(
+        self, data: str | None, recipe: Recipe, options: "TrainOptions", progress: "Progress"
+    ) -> "Seeds | Folds":
+        from attire.training.seeds_and_folds import cross_validate, train_seeds
+
+        if self.seeds and self.folds:
+            raise UsageError("--folds", "given together with --seeds", do="give one of them")
+        if self.seeds:
+            return train_seeds(self.seeds, recipe=recipe, data=data, run_dir=self.out, progress=progress, **options)
+        if options["teacher"]:
+            raise UsageError("--teacher", "given together with --folds", do="a teacher has seen the rows of every fold")
+        if not options["cache"]:
+            raise UsageError("--folds", "needs cached features", do="leave --no-cache out")
+        return cross_validate(
+            self.folds or 0,
+            recipe=recipe,
+            data=data,
+            run_dir=self.out,
+            progress=progress,
+            test=options["test"],
+            test_size=options["test_size"],
+            classes=options["classes"],
+            device=options["device"],
+            claimed=options["claimed"],
+        )
+
+
+def _settings(options: Mapping[str, Any]) -> _Settings:
+    own = {name: value for name, value in options.items() if name in _Settings.__dataclass_fields__}
+    return _Settings(**own, fields={name: options[name] for name in SETTINGS if options[name] is not None})
+
+
+class _Request(NamedTuple):
+    """The arguments of `training.run.train`."""
+
+    data: str | None
+    recipe: Recipe
+    options: "TrainOptions"
+
+
+def _fraction_or_count(text: str) -> float | int:
+    """1.0 is all rows, 1 is one row."""
     try:
         return int(text) if text.isdigit() else float(text)
     except ValueError:
-        raise UsageError("--test-size", f"expected a share such as 0.2 or a count, found {text!r}") from None
+        raise UsageError("--test-size", f"expected a fraction such as 0.2 or a number, found {text!r}") from None
 
 
 @click.command(cls=Command)
@@ -50,185 +185,98 @@ def _share_or_count(text: str) -> float | int:
     help=f"{' or '.join(RECIPES)}.  [default: fast]",
     shell_complete=among(*RECIPES),
 )
-@click.option("--config", type=PATH, help="A run's config.json: its recipe and data again.")
-@click.option("--resume", "resumed", type=NAME, metavar="RUN", help="Go on with a run that was stopped.")
+@click.option("--config", type=PATH, help="Recipe and data of a run: its config.json.")
+@click.option("--resume", "resumed", type=NAME, metavar="RUN", help="Resume a run that was stopped.")
 @data_options
 @click.option(
     "--test-size",
-    type=_share_or_count,
-    help="Share of one file, or rows of it, that test.  [default: 0.2]",
+    type=_fraction_or_count,
+    help="Fraction or number of rows held out for testing.  [default: 0.2]",
     metavar="N",
 )
-@click.option("--out", type=NAME, metavar="FOLDER", help="The run's folder.  [default: runs/1, runs/2 ...]")
-@click.option("--seeds", type=click.IntRange(2), help="So many runs that differ in their seed: mean and deviation.")
-@click.option("--folds", type=click.IntRange(2), help="Cross-validation over the training rows; no test set is read.")
-@device_option
-@click.option("--cache/--no-cache", default=None, help="Train from cached features, or through VGG16 in every epoch.")
+@click.option("--out", type=NAME, metavar="FOLDER", help="Folder of the run.  [default: runs/1, runs/2 ...]")
 @click.option(
-    "--teacher", "teachers", multiple=True, metavar="RUN", help="Learn from its answers too; several: average."
+    "--seeds", type=click.IntRange(2), help="Number of runs that differ in their seed alone; shows mean and deviation."
+)
+@click.option(
+    "--folds",
+    type=click.IntRange(2),
+    help="Number of folds to cross-validate the training rows with; no test set is read.",
+)
+@device_option
+@click.option("--cache/--no-cache", default=None, help="Train on cached features, or through VGG16 in every epoch.")
+@click.option(
+    "--teacher",
+    "teachers",
+    multiple=True,
+    metavar="RUN",
+    help="Distillation: also learn from this run's predictions; several are averaged.",
 )
 @click.option("--log", type=click.Choice(["tensorboard"]), help="Also write the curves for TensorBoard (an extra).")
-@click.option("--claim", type=float, default=None, help="Accuracy in % to check.  [default: 98]")
+@click.option(
+    "--claim", type=float, default=None, help="Claimed accuracy in percent, compared with the result.  [default: 98]"
+)
 @cluster_option
 @click.option(
-    "--cluster-workers", type=click.IntRange(1), help="Processes that train there.  [default: 1, or one a GPU]"
+    "--cluster-workers",
+    type=click.IntRange(1),
+    help="Processes that train on the cluster.  [default: 1, or one per GPU]",
 )
 @source_options
 @memory_option
 @json_option
 @recipe_options
-def train(
-    recipe_name: str | None,
-    config: Path | None,
-    resumed: str | None,
-    out: str | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Train a classifier and measure it once on the test set.
+def train(data_from: Path | None, weights_from: Path | None, as_json: bool, **options: Any) -> None:
+    """Train a head and evaluate it once on the test set.
 
     \b
     attire train                                          official data, recipe fast
     attire train --recipe classic --data train.csv        the frozen VGG16 as it was asked for
     attire train --seed 1                                 seconds: features are cached
     """
-    named(recipe_name or "fast")  # here already: what is mistyped is told before PyTorch is loaded
-    if out is not None and resumed is None and "RANK" not in os.environ:  # of several processes, one asks for all
-        find_free_folder(out)
+    job, settings = _Job(**{name: options[name] for name in _Job.__dataclass_fields__}), _settings(options)
+    named(settings.recipe_name or "fast")  # here already: a mistyped name is reported before PyTorch is loaded
+    if job.out is not None and job.resumed is None and "RANK" not in os.environ:  # of several processes, one checks
+        find_free_folder(job.out)
 
-    from attire.model import distributed
-
-    sources = options.pop("data_from"), options.pop("weights_from")
-    with distributed.process_group():
-        distributed.main_process_first(lambda: get_sources(*sources))
-        found = _trained(recipe_name, config, resumed, out, as_json, options)
-        if distributed.is_main_process():
-            _show_trained(found, as_json)
-
-
-def _trained(
-    recipe_name: str | None,
-    config: Path | None,
-    resumed: str | None,
-    out: str | None,
-    as_json: bool,
-    options: dict[str, Any],
-) -> Any:
-    """The run, the seeds or the folds that `attire train` is asked for, or that it is to go on with."""
     from attire.model import distributed
     from attire.terminal import Terminal
-    from attire.training import run as training_run
-    from attire.training import seeds_and_folds
-    from attire.training.run import resume
 
-    watch, seeds, folds = Terminal(as_json or not distributed.is_main_process()), options.pop("seeds"), options.pop("folds")
-    cluster, workers = options.pop("cluster"), options.pop("cluster_workers")
-    _check_cluster(cluster, workers, seeds, folds, options["cache"], resumed)
-    try:
-        if resumed is not None:
-            given = [name for name, value in options.items() if value not in (None, ()) and name != "device"]
-            if given or recipe_name or config or out or seeds or folds:
-                raise UsageError("--resume", "goes on with the run's own settings", do="leave the other options out")
-            if seeds_and_folds.is_series(resumed):
-                return seeds_and_folds.resume_series(resumed, watch)
-            with cluster_at(cluster, workers or 0) as machines:
-                return resume(resumed, watch, machines)
-        arguments = {**_train_arguments(recipe_name, config, options), "run_dir": out, "progress": watch}
-        if seeds or folds:
-            return _train_many(seeds, folds, arguments)
-        with cluster_at(cluster, workers or 0) as machines:
-            return training_run.train(**arguments, cluster=machines)
-    except Stopped as stop:
-        again = f"go on with: {distributed.torchrun_prefix()}attire train --resume {shlex.quote(stop.subject)}"
-        raise Stopped(stop.subject, stop.what, do=again) from None
-    finally:
-        watch.close()
+    with distributed.process_group():
+        distributed.main_process_first(lambda: get_sources(data_from, weights_from))
+        terminal = Terminal(as_json or not distributed.is_main_process())
+        try:
+            job.check(settings)
+            result = job.run(settings, terminal)
+        except Stopped as stop:
+            again = f"go on with: {distributed.torchrun_prefix()}attire train --resume {shlex.quote(stop.subject)}"
+            raise Stopped(stop.subject, stop.what, do=again) from None
+        finally:
+            terminal.close()
+        if distributed.is_main_process():
+            _show_result(result, as_json)
 
 
-def _check_cluster(
-    cluster: str | None, workers: int | None, seeds: int | None, folds: int | None, cache: bool | None, resumed: Any
-) -> None:
-    from attire.training.seeds_and_folds import is_series
-
-    if workers and cluster is None:
-        raise UsageError("--cluster-workers", "given without --cluster")
-    if cluster is None:
-        return
-    if seeds or folds or (resumed and is_series(resumed)):
-        do = "extract there first: attire extract --cluster"
-        raise UsageError("--cluster", "trains one run at a time", do=do)
-    if cache is False:
-        raise UsageError("--cluster", "needs cached features", do="leave --no-cache out")
-
-
-def _train_many(seeds: int | None, folds: int | None, arguments: dict[str, Any]) -> Any:
-    from attire.training import seeds_and_folds
-
-    if seeds and folds:
-        raise UsageError("--folds", "given together with --seeds", do="give one of them")
-    if seeds:
-        return seeds_and_folds.train_seeds(seeds, **arguments)
-    arguments.pop("log")
-    if arguments.pop("teacher"):
-        raise UsageError("--teacher", "given together with --folds", do="a teacher has seen the rows of every fold")
-    if not arguments.pop("cache"):
-        raise UsageError("--folds", "needs cached features", do="leave --no-cache out")
-    return seeds_and_folds.cross_validate(cast(int, folds), **arguments)
-
-
-def _train_arguments(name: str | None, config: Path | None, options: dict[str, Any]) -> dict[str, Any]:
-    """What `runs.train` takes: the named or stored recipe, changed by the flags that were given."""
-    from attire import recipes
-    from attire.storage import files
-
-    stored = files.read_json(config) if config else {}
-    if name and stored:
-        raise UsageError("--recipe", "given together with --config", do="give one of them")
-    recipe = recipes.from_json(stored.get("recipe", {}), str(config)) if stored else recipes.named(name or "fast")
-    names = {field.name for field in fields(Recipe)}
-    changes = {key: value for key, value in options.items() if key in names and value is not None}
-    for field in {"hidden", "conv"} & set(changes):
-        changes[field] = numbers(f"--{field}", changes[field])
-    data = stored.get("data", {})
-    given = {key: options[key] if options[key] is not None else data.get(key) for key in ("data", "test", "classes")}
-    size = options["test_size"] if options["test_size"] is not None else data.get("test_size", 0.2)
-    claim = options["claim"] / 100 if options["claim"] is not None else stored.get("claimed", 0.98)
-    if not 0 < claim <= 1:
-        raise UsageError("--claim", f"expected a percentage above 0, at most 100, found {options['claim']}")
-    return {
-        "recipe": replace(recipe, **changes),
-        "data": given["data"],
-        "test": given["test"],
-        "classes": class_names(given["classes"]),
-        "test_size": size,
-        "device": options["device"],
-        "cache": options["cache"] if options["cache"] is not None else stored.get("cache", True),
-        "claimed": claim,
-        "log": options["log"] or stored.get("log"),
-        "teacher": options["teachers"] or stored.get("teacher"),
-    }
-
-
-def _show_trained(found: Any, as_json: bool) -> None:
-    """The end of `attire train`: of one run, of a series of seeds, or of folds."""
+def _show_result(result: "Run | Seeds | Folds", as_json: bool) -> None:
     from attire.cli.tables import comparison_table, terminal_summary
     from attire.evaluation.run_result import metrics
     from attire.terminal import columns, print_result
     from attire.training.seeds_and_folds import Folds, Seeds
 
-    if isinstance(found, Seeds):
+    folder = result.folder
+    if isinstance(result, Seeds):
         if as_json:
-            click.echo(json.dumps({"run": str(found.folder), **found.to_json()}))
+            click.echo(json.dumps({"run": str(folder), **result.to_json()}))
             return
-        print_result(comparison_table([run.name for run in found.runs], found.results))
-        click.echo(f"\nTest accuracy   {found}\nRuns            {found.folder}")
+        print_result(comparison_table([run.name for run in result.runs], result.results))
+        click.echo(f"\nTest accuracy   {result}\nRuns            {folder}")
         return
     if as_json:
-        click.echo(json.dumps({"run": str(found.folder), **metrics(found.result)}))
+        click.echo(json.dumps({"run": str(folder), **metrics(result.result)}))
         return
-    print_result(terminal_summary(found.result, columns()))
-    told = f"\nReport          {found.folder}/report.html\nProbabilities   {found.folder}/evaluation/predictions.csv"
-    click.echo(told if isinstance(found, Folds) else _next_steps(found.folder))
+    print_result(terminal_summary(result.result, columns()))
+    files = f"\nReport          {folder}/report.html\nProbabilities   {folder}/evaluation/predictions.csv"
+    click.echo(files if isinstance(result, Folds) else _next_steps(folder))
 
 
 def _next_steps(folder: Path) -> str:
@@ -246,39 +294,42 @@ def _next_steps(folder: Path) -> str:
 @click.option(
     "--recipe", "recipe_name", help=f"{' or '.join(RECIPES)}.  [default: fast]", shell_complete=among(*RECIPES)
 )
-@click.option("--config", type=PATH, help="A run's config.json: its recipe and data.")
+@click.option("--config", type=PATH, help="Recipe and data of a run: its config.json.")
 @data_options
 @device_option
 @cluster_option
 @source_options
 @json_option
 @recipe_options
-def extract(recipe_name: str | None, config: Path | None, cluster: str | None, as_json: bool, **options: Any) -> None:
-    """Put the features that a training will read into the cache, without training.
+def extract(
+    cluster: str | None, data_from: Path | None, weights_from: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Extract the features that a training will read into the cache, without training.
 
     \b
     attire extract                                        official data, recipe fast
     attire extract --recipe classic --data train.csv --cluster 10.0.0.5:6379
 
-    Safe to stop: the same command goes on. What is made, on one machine or on many, is the same, byte for byte.
+    Safe to stop: the same command goes on. One machine or many make the same features, byte for byte.
     """
-    from attire.data.loading import DataChoice
     from attire.features.cache import cache_entries
     from attire.model.devices import choose_device
     from attire.terminal import Terminal
-    from attire.training.experiment import Experiment
+    from attire.training.experiment import prepare
+    from attire.training.extraction import Extraction
+    from attire.training.run_config import RunConfig
 
-    get_sources(options.pop("data_from"), options.pop("weights_from"))
-    told = _train_arguments(recipe_name, config, {**_ONLY_TRAINED, **options})
-    names = told["classes"] and tuple(told["classes"])
-    source, watch = DataChoice(told["data"], told["test"], told["test_size"], names), Terminal(as_json)
+    get_sources(data_from, weights_from)
+    data, recipe, train_options = _settings(options).request()
+    config, terminal = RunConfig.from_options(data, recipe, **train_options), Terminal(as_json)
     try:
         with cluster_at(cluster) as machines:
+            experiment = prepare(recipe, config.data, choose_device(config.device), terminal)
             make = machines.extract_shards if machines else None
-            made = Experiment(told["recipe"], source, choose_device(told["device"]), watch, make).extract_all()
+            features = Extraction(experiment, terminal, make).extract_all()
     except KeyboardInterrupt:
         raise Stopped("attire extract", "stopped, what was finished is kept", do="the same command goes on") from None
     finally:
-        watch.close()
-    keys = {found.folder.name for found in made}
+        terminal.close()
+    keys = {entry.folder.name for entry in features}
     show_entries([entry for entry in cache_entries() if entry.key in keys], as_json)

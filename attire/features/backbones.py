@@ -1,4 +1,4 @@
-"""The frozen part of VGG16, chosen and opened for extraction."""
+"""The frozen part of VGG16 as the function that extraction calls."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,31 +20,30 @@ MEASURED_CHOICES = ("precision", "backend", "train_precision")  # of an environm
 
 
 def choose_backbone(freeze_to: str, backend: str, precision: str, device: torch.device) -> tuple[str, str]:
-    """Precision and backend, as a FeatureSpec has them, of what a recipe or an option asks for; a backbone of nothing has
-    no products that could be in bf16.
+    """Precision and backend, as a FeatureSpec has them, for what a recipe or an option asks for.
 
-    Raises UsageError where it asks for what this machine does not have.
+    Where nothing is frozen there are no products that could be in bf16. Raises UsageError for what this machine does not
+    have.
     """
     if freeze_to == UNFROZEN:
         return "fp32", "torch"
     if backend == "torch":
-        found = devices.choose_precision(precision, device)
-        return found, devices.choose_backend(backend, found, device)
+        precision = devices.choose_precision(precision, device)
+        return precision, devices.choose_backend(backend, precision, device)
     from attire.model import openvino  # an optional extra, imported only where it is used
 
     return "int8" if backend == openvino.INT8 else openvino.choose_precision(precision), backend
 
 
 def load_backbone(weights: Path, spec: FeatureSpec, device: torch.device, rows: int) -> cache.FeatureExtractor:
-    """The backbone that extraction calls, from VGG16's weights; rows: as for `open_backbone`."""
-    frozen = vgg.vgg16(weights, spec.freeze_to, spec.pool, nn.Sequential())
-    return make_backbone(frozen, spec, device, rows)
+    """`make_backbone` of VGG16 with these weights."""
+    return make_backbone(vgg.vgg16(weights, spec.freeze_to, spec.pool, nn.Sequential()), spec, device, rows)
 
 
 def make_backbone(
     model: "torchvision.models.VGG", spec: FeatureSpec, device: torch.device, rows: int = 0
 ) -> cache.FeatureExtractor:
-    """The frozen part of a model as the function that extraction calls, on the backend that the spec names.
+    """The frozen part of a model on the backend that the spec names.
 
     rows: how many pictures are to come; see `devices.choose_microbatching`.
     """
@@ -54,11 +53,10 @@ def make_backbone(
             name = f"{spec.freeze_to} {spec.precision}"
             backbone.microbatching = devices.choose_microbatching(name, backbone, spec.image_size, rows)
         return backbone
-    from attire.model.openvino import CALIBRATION_IMAGES, CompiledBackbone, INT8, Int8Backbone
+    from attire.model.openvino import INT8, CompiledBackbone, Int8Backbone
 
     exact = vgg.Backbone(model, torch.device("cpu"), "fp32")
     if spec.backend != INT8:
         return CompiledBackbone(exact, spec.image_size, spec.precision)
     name = f"{spec.freeze_to}-{spec.image_size}-{spec.pool}-{spec.weights[:8]}"
-    images = load_dataset().images[:CALIBRATION_IMAGES]
-    return Int8Backbone(exact, name, spec.image_size, images)
+    return Int8Backbone(exact, name, spec.image_size, load_dataset().images)

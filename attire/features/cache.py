@@ -1,4 +1,4 @@
-"""Extraction and the feature cache: what lies below the freeze boundary is computed once per image."""
+"""The feature cache: what the frozen layers compute is computed once per image."""
 
 import io
 import warnings
@@ -23,17 +23,18 @@ from attire.model import vgg
 from attire.storage import files, memory
 
 _SHARD_BYTES = 16 * 2**20  # a stopped extraction redoes at most one shard: 2,048 rows of 4,096 features
-_BATCH_PIXELS = 1_700_000  # pictures a forward pass: 1,660 of 32 px, 415 of 64, 33 of 224
-FORWARD_BYTES_PER_PIXEL = 800  # that a pass holds for each of them: 617 measured, block3 at 16 px in fp32 (docs/performance.md)
+_BATCH_PIXELS = 1_700_000  # of a forward pass: 1,660 pictures of 32 px, 415 of 64, 33 of 224
+FORWARD_BYTES_PER_PIXEL = 800  # that a pass holds: 617 measured, block3 at 16 px in fp32 (docs/performance.md)
+_MANIFEST = "MANIFEST.json"
 
 FeatureExtractor = Callable[[Tensor], Tensor]  # (n, 3, S, S) normalised pictures to (n, D) float features
 ProgressCallback = Callable[[int, int], None]  # (rows done, rows in all)
-ShardRecords = dict[int, dict[str, Any]]  # of a shard's number its line: rows, sha256
+ShardRecords = dict[int, dict[str, Any]]  # number of a shard to its rows and SHA-256
 
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """All that decides a feature besides the image itself: with the images' digest it is the cache key."""
+    """All that decides a feature besides the image itself; with the images' digest it gives the cache key."""
 
     freeze_to: str
     image_size: int
@@ -47,11 +48,12 @@ class FeatureSpec:
 
     @property
     def width(self) -> int:
+        """D: features of one image."""
         return int(np.prod(feature_shape(self.freeze_to, self.image_size, self.pool)))
 
     @property
     def shard_rows(self) -> int:
-        """The largest power of two whose rows fit SHARD_BYTES."""
+        """The largest power of two whose rows fit into a shard of 16 MB."""
         return 1 << max(0, (_SHARD_BYTES // (2 * self.width)).bit_length() - 1)
 
     def key(self, images_digest: str) -> str:
@@ -59,7 +61,7 @@ class FeatureSpec:
 
 
 class ShardExtractor(Protocol):
-    """Makes the missing shards of an entry: `extract_shards` in this process, `cluster` in those of other machines."""
+    """Computes the missing shards of an entry, in this process or, as `cluster` does, in those of other machines."""
 
     def __call__(
         self,
@@ -70,7 +72,10 @@ class ShardExtractor(Protocol):
         total: int,
         report: ProgressCallback,
     ) -> ShardRecords:
-        """Each shard of `parts`, committed with its own ledger line; those lines."""
+        """Commit each shard of `parts`, images (n, 28, 28) by the shard's number; returns their records.
+
+        total: rows of the whole entry; report: progress in rows of it.
+        """
 
 
 class Features:
@@ -90,8 +95,8 @@ class Features:
     def gather(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
         """Rows in the order asked for, (n, D) float16.
 
-        They are read, not mapped: a file that has just been written Linux (6.18) keeps in large pieces, and it maps all
-        of one for a single row, so that whole entries would count as this process's memory.
+        They are read, not mapped. Linux (6.18) keeps a file that has just been written in large pieces and maps all of a
+        piece for a single row, so that whole entries would count as this process's memory.
         """
         out = np.empty((len(rows), self.shape[1]), np.float16)
         shard, size = rows // self.shard_rows, out.itemsize * out.shape[1]
@@ -106,7 +111,7 @@ class Features:
         return out
 
     def read(self, rows: NDArray[np.int64], out: NDArray[np.float16]) -> None:
-        """Rows in ascending order into `out` (n, D); mapped pages are given back as it goes."""
+        """Read rows in ascending order into `out` (n, D), giving mapped pages back shard by shard."""
         ends = np.searchsorted(rows, self.shard_rows * np.arange(1, len(self.shards) + 1))
         start = 0
         for i, end in enumerate(ends.tolist()):
@@ -135,32 +140,31 @@ def extract(
     spec: FeatureSpec,
     load_backbone: Callable[[], FeatureExtractor],
     progress: ProgressCallback | None = None,
-    make: ShardExtractor | None = None,
+    extract_shards: ShardExtractor | None = None,
 ) -> Features:
     """Features of all images, from the cache where it has them.
 
-    images: (N, 28, 28) uint8; make: who makes what is missing, None: this process. Missing shards are computed,
-    present ones verified; a damaged shard is set aside and made again with one warning. Two processes that want the
-    same entry take turns; the backbone is loaded only when something is missing. An entry that another machine shares is
-    pulled first, a new one is shared; see `shared`.
+    images: (N, 28, 28) uint8; extract_shards: computes what is missing; None: this process. Present shards are verified;
+    a damaged one is set aside and computed again with one warning. Two processes that want the same entry take turns;
+    the backbone is loaded only when something is missing. An entry that another machine shares is pulled first, and a
+    new one is shared; see `remote_cache`.
     """
     folder = cache_folder() / spec.key(images_digest)
+    report = progress or (lambda done, total: None)
     with files.lock(folder.with_suffix(".lock")):
         starts = range(0, len(images), spec.shard_rows)
         shards = [(_shard_path(folder, i), min(spec.shard_rows, len(images) - start)) for i, start in enumerate(starts)]
-        remote_cache.pull(folder, _made_by(images_digest, spec, len(images)), shards, progress)
-        ledger = verify_shards(folder, len(images), spec)
-        missing = [i for i in range(len(starts)) if i not in ledger]
-        report = progress or (lambda done, total: None)
-        if missing:
-            parts = {i: images[starts[i] : starts[i] + spec.shard_rows] for i in missing}
+        remote_cache.pull(folder, _describe(images_digest, spec, len(images)), shards, report)
+        records = verify_shards(folder, len(images), spec)
+        parts = {i: images[start : start + spec.shard_rows] for i, start in enumerate(starts) if i not in records}
+        if parts:
             need = 2 * spec.width * sum(len(part) for part in parts.values())
             files.check_room(folder, need, "the features", "make room, or name another disk's folder in ATTIRE_CACHE")
-            ledger |= (make or _extract_shards)(parts, spec, load_backbone, folder, len(images), report)
-        if missing or not (folder / "MANIFEST.json").exists():
-            _write_manifest(folder, images_digest, spec, ledger)
-        for line in folder.glob("shard-*.json"):  # the manifest holds what the shards' own ledger lines did
-            line.unlink()
+            records |= (extract_shards or _extract_shards)(parts, spec, load_backbone, folder, len(images), report)
+        if parts or not (folder / _MANIFEST).exists():
+            _write_manifest(folder, images_digest, spec, records)
+        for record in folder.glob("shard-*.json"):  # the manifest now holds what these did
+            record.unlink()
         remote_cache.push(folder)
     report(len(images), len(images))
     return Features(folder, len(images), spec.width, spec.shard_rows)
@@ -174,19 +178,19 @@ def _extract_shards(
     total: int,
     report: ProgressCallback,
 ) -> ShardRecords:
-    """Shards by their number, one after another; each is written while the next one is computed."""
+    """Compute shards one after another; each is written while the next one is computed."""
     done = total - sum(len(part) for part in parts.values())
     report(done, total)
     backbone, pending = load_backbone(), dict[int, "Future[dict[str, Any]]"]()
-    with ThreadPoolExecutor(1, "attire-writer") as writer:  # its end waits for the last one, after Ctrl-C as well
+    with ThreadPoolExecutor(1, "attire-writer") as writer:  # it waits for the last shard, after Ctrl-C as well
         for i, part in parts.items():
             out = compute_shard(part, spec, backbone, lambda n, d=done: report(d + n, total))  # type: ignore[misc]
             if pending:
-                pending[max(pending)].result()  # never more than one: what is computed may not pile up
+                pending[max(pending)].result()  # one shard waits to be written, not several
             pending[i] = writer.submit(_commit_shard, out, folder, i)
             done += len(part)
             files.release_pages(part)
-    return {i: line.result() for i, line in pending.items()}
+    return {i: record.result() for i, record in pending.items()}
 
 
 def extract_shard(
@@ -197,9 +201,9 @@ def extract_shard(
     index: int,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Compute one shard and commit it by itself: pure and idempotent. Returns its ledger line (rows, sha256).
+    """Compute one shard and commit it by itself: pure and idempotent. Returns its record (rows, sha256).
 
-    check: raises where it must no longer be committed once it is computed.
+    check: called before the commit; it raises where the shard must no longer be committed.
     """
     out = compute_shard(images, spec, backbone)
     check()
@@ -212,7 +216,7 @@ def compute_shard(
     backbone: FeatureExtractor,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> NDArray[np.float16]:
-    """(n, D) float16, a batch at a time."""
+    """Features (n, D) float16 of (n, 28, 28) uint8 images, a batch at a time."""
     out = np.empty((len(images), spec.width), np.float16)
     step = forward_batch_size(spec.image_size)
     for start in range(0, len(images), step):
@@ -222,25 +226,26 @@ def compute_shard(
 
 
 def _commit_shard(out: NDArray[np.float16], folder: Path, index: int) -> dict[str, Any]:
-    """Write a shard and its ledger line, which is returned."""
+    """Write a shard and its record, which is returned."""
     buffer = io.BytesIO()
     np.save(buffer, out)
-    line = {"rows": len(out), "sha256": files.sha256(buffer.getbuffer())}
+    record = {"rows": len(out), "sha256": files.sha256(buffer.getbuffer())}
     files.write_bytes(_shard_path(folder, index), buffer.getbuffer())
-    files.write_json(_shard_path(folder, index).with_suffix(".json"), line)
-    return line
+    files.write_json(_shard_path(folder, index).with_suffix(".json"), record)
+    return record
 
 
 def forward_batch_size(image_size: int) -> int:
+    """Pictures of this side in one forward pass of a backbone, within the memory limit."""
     pixels = min(_BATCH_PIXELS, memory.batch_budget() // FORWARD_BYTES_PER_PIXEL)
     return max(1, pixels // image_size**2)
 
 
 def compute_features(images: NDArray[np.uint8], spec: FeatureSpec, backbone: FeatureExtractor) -> NDArray[np.float16]:
-    """(n, D) float16 features of (n, 28, 28) uint8 images, by the one path of cache, prediction and training."""
+    """Features (n, D) float16 of one batch of (n, 28, 28) uint8 images."""
     pictures = torch.tensor(apply_view(images, spec.view))
     device = getattr(backbone, "device", torch.device("cpu"))
-    if device.type == "cuda":  # 784 bytes a picture instead of 602,112 at 224 px: it is prepared there
+    if device.type == "cuda":  # preprocessed there: 784 bytes a picture are sent instead of 602,112 at 224 px
         pictures = pictures.pin_memory().to(device, non_blocking=True)
     with torch.inference_mode():
         features = backbone(vgg.preprocess(pictures, spec.image_size))
@@ -248,21 +253,21 @@ def compute_features(images: NDArray[np.uint8], spec: FeatureSpec, backbone: Fea
 
 
 def verify_shards(folder: Path, rows: int, spec: FeatureSpec) -> ShardRecords:
-    """Ledger lines of the shards on disk whose bytes are what their digests say; the rest is set aside.
+    """Records of the shards whose bytes have the recorded digest; other shards are set aside with one warning.
 
-    A shard that no line speaks of, in an entry without a manifest, was written by a process that was killed before it
-    could write the line: it is only missing.
+    A shard without a record, in an entry without a manifest, counts as missing: a process was killed between writing the
+    shard and writing its record.
     """
-    ledger, damaged, finished = {}, 0, (folder / "MANIFEST.json").exists()
+    records, damaged, finished = {}, 0, (folder / _MANIFEST).exists()
     for i, start in enumerate(range(0, rows, spec.shard_rows)):
         path = _shard_path(folder, i)
         if not path.exists():
             continue
-        line = _ledger_line(folder, i)
+        record = _read_record(folder, i)
         expected = min(spec.shard_rows, rows - start)
-        if line and line["rows"] == expected and files.sha256_file(path) == line["sha256"]:
-            ledger[i] = line
-        elif line or finished:
+        if record and record["rows"] == expected and files.sha256_file(path) == record["sha256"]:
+            records[i] = record
+        elif record or finished:
             path.replace(path.with_suffix(".damaged"))
             damaged += 1
     if damaged:
@@ -271,84 +276,89 @@ def verify_shards(folder: Path, rows: int, spec: FeatureSpec) -> ShardRecords:
             AttireWarning,
             stacklevel=3,
         )
-    return ledger
+    return records
 
 
-def _ledger_line(folder: Path, index: int) -> dict[str, Any] | None:
-    """The line from the manifest, else from the shard's own file; None where neither is sound."""
-    for path, pick in ((folder / "MANIFEST.json", True), (_shard_path(folder, index).with_suffix(".json"), False)):
+def _read_record(folder: Path, index: int) -> dict[str, Any] | None:
+    """A shard's record from the manifest, else from its own file; None where neither is sound."""
+    for path, pick in ((folder / _MANIFEST, True), (_shard_path(folder, index).with_suffix(".json"), False)):
         try:
             value = files.read_json(path) if path.exists() else {}
-            line = value["shards"][index] if pick and value else value
-            if isinstance(line, dict) and isinstance(line.get("rows"), int) and isinstance(line.get("sha256"), str):
-                return line
+            record = value["shards"][index] if pick and value else value
+            if isinstance(record, dict) and isinstance(record.get("rows"), int) and isinstance(record.get("sha256"), str):
+                return record
         except (AttireError, KeyError, IndexError, TypeError):
             continue
     return None
 
 
-def _write_manifest(folder: Path, images_digest: str, spec: FeatureSpec, ledger: ShardRecords) -> None:
-    """Written last."""
-    lines = [ledger[i] for i in sorted(ledger)]
-    made = _made_by(images_digest, spec, sum(line["rows"] for line in lines))
-    files.write_json(folder / "MANIFEST.json", {"schema": 1, **made, "shards": lines})
+def _write_manifest(folder: Path, images_digest: str, spec: FeatureSpec, records: ShardRecords) -> None:
+    """Written last: it makes the entry a finished one."""
+    shards = [records[i] for i in sorted(records)]
+    about = _describe(images_digest, spec, sum(shard["rows"] for shard in shards))
+    files.write_json(folder / _MANIFEST, {"schema": 1, **about, "shards": shards})
 
 
-def _made_by(images_digest: str, spec: FeatureSpec, rows: int) -> dict[str, Any]:
-    """What a manifest says of its entry."""
+def _describe(images_digest: str, spec: FeatureSpec, rows: int) -> dict[str, Any]:
+    """What a manifest says of its entry besides the shards."""
     return {"images": images_digest, "rows": rows, "width": spec.width, **asdict(spec)}
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One line of `attire cache`: what made the entry, how large it is, whether it is finished."""
+    """One line of `attire cache`; the manifest of an unfinished entry is empty."""
 
     key: str
     size: int  # bytes
-    rows: int
-    finished: bool
-    made_by: dict[str, Any]
+    manifest: dict[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.manifest)
+
+    @property
+    def rows(self) -> int:
+        count: int = self.manifest["rows"] if self.finished else 0
+        return count
 
     def describe(self) -> str:
         if not self.finished:
             return "unfinished: an extraction was stopped, and goes on when it is asked for again"
-        made = self.made_by
-        pool = f" pooled to {made['pool']}" if made["pool"] else ""
-        kind = f"{made['view']}, {made['precision']} {made['backend']}"
-        return f"{self.rows:,} images, {made['freeze_to']} at {made['image_size']} px{pool}, {kind}"
+        about = self.manifest
+        pool = f" pooled to {about['pool']}" if about["pool"] else ""
+        kind = f"{about['view']}, {about['precision']} {about['backend']}"
+        return f"{self.rows:,} images, {about['freeze_to']} at {about['image_size']} px{pool}, {kind}"
 
     def to_json(self) -> dict[str, Any]:
-        made = {key: value for key, value in self.made_by.items() if key != "shards"}
-        return {"key": self.key, "bytes": self.size, "rows": self.rows, "finished": self.finished, "made_by": made}
+        manifest = {key: value for key, value in self.manifest.items() if key != "shards"}
+        about = {"bytes": self.size, "rows": self.rows, "finished": self.finished}
+        return {"key": self.key, **about, "manifest": manifest}
 
 
 def cache_entries() -> list[CacheEntry]:
     entries = []
     for folder in sorted(path for path in cache_folder().glob("*") if path.is_dir()):
-        size = sum(path.stat().st_size for path in folder.iterdir())
-        entry = CacheEntry(folder.name, size, 0, False, {})
-        with suppress(AttireError, KeyError, TypeError, ValueError):  # of a damaged manifest no more is told
-            manifest = files.read_json(folder / "MANIFEST.json")
-            told = replace(entry, rows=manifest["rows"], finished=True, made_by=manifest)
-            told.describe()
-            entry = told
+        entry = CacheEntry(folder.name, sum(path.stat().st_size for path in folder.iterdir()), {})
+        with suppress(AttireError, KeyError, TypeError, ValueError):  # a damaged manifest counts as none
+            finished = replace(entry, manifest=files.read_json(folder / _MANIFEST))
+            finished.describe()
+            entry = finished
         entries.append(entry)
     return entries
 
 
 def delete_entry(key: str) -> int:
-    """Remove one entry by its key or a unique beginning of it; returns the bytes freed."""
-    found = [entry for entry in cache_entries() if key and entry.key.startswith(key)]
-    if len(found) != 1:
-        raise AttireError("cache", f"{len(found) or 'no'} entries begin with {key!r}", do="see: attire cache")
-    folder = cache_folder() / found[0].key
+    """Remove one entry by its key or a unique beginning of it; returns the bytes freed.
+
+    Raises AttireError where no entry or several entries begin with it.
+    """
+    entries = [entry for entry in cache_entries() if key and entry.key.startswith(key)]
+    if len(entries) != 1:
+        raise AttireError("cache", f"{len(entries) or 'no'} entries begin with {key!r}", do="see: attire cache")
+    folder = cache_folder() / entries[0].key
     with files.lock(folder.with_suffix(".lock")):
-        for path in sorted(folder.iterdir(), key=lambda path: path.name != "MANIFEST.json"):  # the manifest first
+        for path in sorted(folder.iterdir(), key=lambda path: path.name != _MANIFEST):  # the manifest first
             path.unlink()
         folder.rmdir()
     folder.with_suffix(".lock").unlink(missing_ok=True)
-    return found[0].size
-
-
-def _with_view(spec: FeatureSpec, view: str) -> FeatureSpec:
-    return replace(spec, view=view)
+    return entries[0].size

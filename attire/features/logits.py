@@ -15,7 +15,10 @@ from attire.model import distributed
 def teacher_targets(
     soft: NDArray[np.float32] | None, order: RowIndices, views: ViewIndices | None, part: slice, device: torch.device
 ) -> Tensor | None:
-    """What the teacher says of this part of the epoch's order, (b, K), of each row in its view."""
+    """The teacher's probabilities (b, K) for this part of an epoch's order, each row in its view; None without one.
+
+    soft: (views, N, K); order, views: (n,).
+    """
     if soft is None:
         return None
     rows = order[part]
@@ -24,25 +27,25 @@ def teacher_targets(
 
 
 def predict_logits(
-    classifier: nn.Module, source: FeatureSource, rows: RowIndices, batch_size: int = 1024, views: Sequence[int] = (0,)
+    head: nn.Module, source: FeatureSource, rows: RowIndices, batch_size: int = 1024, views: Sequence[int] = (0,)
 ) -> Tensor:
     """Logits (n, K) float32 on the CPU of these rows, in their order, without dropout: the mean over these views."""
-    classifier.eval()
-    device = next(classifier.parameters()).device
+    head.eval()
+    device = next(head.parameters()).device
     with torch.inference_mode():
-        found = []
+        per_view = []
         for view in views:
             numbers = np.full(len(rows), view) if view else None
             batches = source.batches(rows, batch_size, numbers)
-            found.append(torch.cat([classifier(x.to(device)).float().cpu() for x in batches]))
-    return torch.stack(found).mean(0)
+            per_view.append(torch.cat([head(x.to(device)).float().cpu() for x in batches]))
+    return torch.stack(per_view).mean(0)
 
 
 def distributed_logits(
-    classifier: nn.Module, source: FeatureSource, rows: RowIndices, batch_size: int = 1024, views: Sequence[int] = (0,)
+    head: nn.Module, source: FeatureSource, rows: RowIndices, batch_size: int = 1024, views: Sequence[int] = (0,)
 ) -> Tensor:
-    """As `predict_logits`, each process answering its share of the rows and none twice; all get all of them."""
+    """`predict_logits`, with the rows divided among the processes that train together; all get all logits."""
     own = distributed.own_rows(len(rows))
     count = own.stop - own.start
-    some = rows[own] if count else rows[:1]  # who has too few rows answers one, so as to know of how many classes
-    return distributed.gather_rows(predict_logits(classifier, source, some, batch_size, views)[:count], len(rows))
+    some = rows[own] if count else rows[:1]  # a process without rows predicts one, to learn the number of classes
+    return distributed.gather_rows(predict_logits(head, source, some, batch_size, views)[:count], len(rows))

@@ -1,17 +1,17 @@
 """Finished feature entries shared between machines through a folder or an object store: pulled instead of computed.
 
-`ATTIRE_REMOTE_CACHE` names it: s3://bucket/prefix, gs://, az://, or a folder that several machines see. It saves time
-and nothing else: what is not there, is damaged or cannot be reached is computed here, after one line of warning.
+`ATTIRE_REMOTE_CACHE` names it: s3://bucket/prefix, gs://, az://, or a folder that several machines see. It only saves
+time: an entry that is missing, damaged or out of reach is computed here, after one line of warning.
 """
 
 import json
 import os
 import warnings
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from attire.errors import AttireError, AttireWarning, UsageError
 from attire.storage import files
@@ -21,109 +21,114 @@ _VARIABLE = "ATTIRE_REMOTE_CACHE"
 _MANIFEST = "MANIFEST.json"
 _THREADS = 4  # shards under way at a time, 16 MB each: one alone waits for the store most of the time
 
-_ProgressCallback = Callable[[int, int], None]  # (rows there, rows in all)
-_unread, _unwritten = (
-    set[str](),
-    set[str](),
-)  # stores that refused in this process: each is asked once, and told of once
+# Stores that refused to be read or written in this process. Each is asked once, and warned of once.
+_unreadable: set[str] = set()
+_unwritable: set[str] = set()
+
+
+class _Shard(NamedTuple):
+    """A shard's local file and its record: rows and SHA-256."""
+
+    path: Path
+    record: dict[str, Any]
+
+    @property
+    def remote_name(self) -> str:
+        """With the beginning of its digest: two machines that make one entry differently do not mix their shards."""
+        return f"{self.path.stem}-{self.record['sha256'][:16]}.npy"
 
 
 def pull(
-    folder: Path, made_by: dict[str, Any], shards: Sequence[tuple[Path, int]], progress: _ProgressCallback | None = None
+    folder: Path, expected: dict[str, Any], shards: Sequence[tuple[Path, int]], progress: Callable[[int, int], None]
 ) -> None:
-    """Bring the shards of a finished shared entry, with their ledger lines, as an extraction here would leave them.
+    """Bring the shards of a finished shared entry, with their records, as an extraction here would leave them.
 
-    made_by: what the shared manifest must say of itself; shards: path and rows of each, in order. A shard gets its name
-    here once its bytes agree with the manifest's SHA-256; those that do not are left to be computed.
+    expected: what the shared manifest must say of its entry; shards: path and rows of each, in order; progress: told
+    rows that are here, and rows in all. A shard gets its name here once its bytes have the manifest's SHA-256; shards
+    whose bytes have another are left to be computed.
     """
     if (folder / _MANIFEST).exists():
         return
-    with _tolerated("features are computed here", _unread, _unwritten):
-        at = _shared_place(folder.name, _unread)
-        if at is None or at.size(_MANIFEST) is None:
+    with _failure_as_warning("features are computed here", _unreadable, _unwritable):
+        location = _open_shared(folder.name, _unreadable)
+        if location is None or location.size(_MANIFEST) is None:
             return
-        lines = _sound_lines(at, made_by, [rows for _, rows in shards])
-        wanted = [(path, line) for (path, _), line in zip(shards, lines, strict=True) if not path.exists()]
-        done, total = sum(rows for _, rows in shards) - sum(line["rows"] for _, line in wanted), made_by["rows"]
+        records = _read_manifest(location, expected, [rows for _, rows in shards])
+        wanted = [_Shard(path, rec) for (path, _), rec in zip(shards, records, strict=True) if not path.exists()]
+        done = sum(rows for _, rows in shards) - sum(shard.record["rows"] for shard in wanted)
         damaged = []
         with ThreadPoolExecutor(_THREADS, "pull") as pool:
-            for (path, line), sound in zip(wanted, pool.map(lambda one: _fetch(at, *one), wanted), strict=True):
-                done += line["rows"]
-                damaged += [] if sound else [_shared_name(path, line)]
-                if progress:
-                    progress(done, total)
+            for shard, sound in zip(wanted, pool.map(lambda shard: _fetch(location, shard), wanted), strict=True):
+                done += shard.record["rows"]
+                damaged += [] if sound else [shard.remote_name]
+                progress(done, expected["rows"])
         if damaged:
             others = f", and {len(damaged) - 1} others" if damaged[1:] else ""
-            raise AttireError(at.url_of(damaged[0]), f"damaged or missing{others}")
+            raise AttireError(location.url_of(damaged[0]), f"damaged or missing{others}")
 
 
 def push(folder: Path) -> None:
     """Share a finished entry: shards first, the manifest last. One that is there already stays as it is."""
-    with _tolerated("new features are not shared", _unwritten):  # who may only read goes on pulling
-        at = _shared_place(folder.name, _unwritten)
-        if at is None or at.size(_MANIFEST) is not None:
+    with _failure_as_warning("new features are not shared", _unwritable):  # a store that is only readable is read on
+        location = _open_shared(folder.name, _unwritable)
+        if location is None or location.size(_MANIFEST) is not None:
             return
-        lines, there = files.read_json(folder / _MANIFEST)["shards"], at.sizes()
-        shards = [(folder / f"shard-{i:05d}.npy", line) for i, line in enumerate(lines)]
-        missing = [one for one in shards if there.get(_shared_name(*one)) != one[0].stat().st_size]
+        records, sizes = files.read_json(folder / _MANIFEST)["shards"], location.sizes()
+        shards = [_Shard(folder / f"shard-{i:05d}.npy", record) for i, record in enumerate(records)]
+        missing = [shard for shard in shards if sizes.get(shard.remote_name) != shard.path.stat().st_size]
         with ThreadPoolExecutor(_THREADS, "push") as pool:
-            list(pool.map(lambda one: at.write(_shared_name(*one), one[0].read_bytes()), missing))
-        at.write(_MANIFEST, (folder / _MANIFEST).read_bytes())
+            list(pool.map(lambda shard: location.write(shard.remote_name, shard.path.read_bytes()), missing))
+        location.write(_MANIFEST, (folder / _MANIFEST).read_bytes())
 
 
-def _shared_place(key: str, refused: Container[str]) -> StorageLocation | None:
-    """Where the entry with this key is shared; None where nothing is, or it refused before."""
-    where = _named()
-    return open_location(f"{where}/{key}") if where and where not in refused else None
+def _open_shared(key: str, refused: Set[str]) -> StorageLocation | None:
+    """Where the entry with this key is shared; None where no store is named, or it refused before."""
+    store = _store_name()
+    return open_location(f"{store}/{key}") if store and store not in refused else None
 
 
-def _named() -> str:
+def _store_name() -> str:
     return os.environ.get(_VARIABLE, "").strip().rstrip("/")
 
 
 @contextmanager
-def _tolerated(rest: str, *refused: set[str]) -> Iterator[None]:
-    """What fails is one warning, a store that refused is left alone from then on; a wrong name is an error."""
+def _failure_as_warning(consequence: str, *refusals: set[str]) -> Iterator[None]:
+    """Turn an AttireError into a warning, and add a store that failed to `refusals`; a wrong name stays an error."""
     try:
         yield
     except UsageError:
         raise
     except AttireError as error:
         if isinstance(error, StoreError):
-            for places in refused:
-                places.add(_named())
-        warnings.warn(f"{_VARIABLE}: {error}; {rest}", AttireWarning, stacklevel=5)
+            for refused in refusals:
+                refused.add(_store_name())
+        warnings.warn(f"{_VARIABLE}: {error}; {consequence}", AttireWarning, stacklevel=5)
 
 
-def _sound_lines(at: StorageLocation, made_by: dict[str, Any], rows: list[int]) -> list[dict[str, Any]]:
-    """The manifest's lines, rows and SHA-256 of each shard; AttireError where it speaks of anything else."""
+def _read_manifest(location: StorageLocation, expected: dict[str, Any], rows: list[int]) -> list[dict[str, Any]]:
+    """Rows and SHA-256 of each shard. Raises AttireError where the manifest is damaged or of another entry."""
     try:
-        manifest = json.loads(at.read(_MANIFEST))
-        lines = manifest["shards"]
-        same = {name: manifest.get(name) for name in made_by} == made_by
-        sound = same and [line["rows"] for line in lines] == rows and all(len(line["sha256"]) == 64 for line in lines)
+        manifest = json.loads(location.read(_MANIFEST))
+        shards = manifest["shards"]
+        same = {name: manifest.get(name) for name in expected} == expected
+        sound = same and [shard["rows"] for shard in shards] == rows and all(len(s["sha256"]) == 64 for s in shards)
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
-        raise AttireError(at.url_of(_MANIFEST), "damaged, or not of these features", do="delete it there")
-    return [{"rows": line["rows"], "sha256": line["sha256"]} for line in lines]
+        raise AttireError(location.url_of(_MANIFEST), "damaged, or not of these features", do="delete it there")
+    return [{"rows": shard["rows"], "sha256": shard["sha256"]} for shard in shards]
 
 
-def _shared_name(path: Path, line: dict[str, Any]) -> str:
-    """With the beginning of its digest: two machines that make one entry differently do not mix their shards."""
-    return f"{path.stem}-{line['sha256'][:16]}.npy"
-
-
-def _fetch(at: StorageLocation, path: Path, line: dict[str, Any]) -> bool:
+def _fetch(location: StorageLocation, shard: _Shard) -> bool:
     """Bring one shard; False where it is missing or damaged."""
     try:
-        data = at.read(_shared_name(path, line))
+        data = location.read(shard.remote_name)
     except StoreError:
         raise
     except AttireError:
         return False
-    if files.sha256(data) != line["sha256"]:
+    if files.sha256(data) != shard.record["sha256"]:
         return False
-    files.write_bytes(path, data)
-    files.write_json(path.with_suffix(".json"), line)
+    files.write_bytes(shard.path, data)
+    files.write_json(shard.path.with_suffix(".json"), shard.record)
     return True

@@ -1,4 +1,4 @@
-"""Where `fit` gets its feature rows: from the cache, or on the fly from the images through the frozen backbone."""
+"""Sources of feature rows for `training.loop.fit`: the cache, or the frozen backbone on the fly."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -16,22 +16,22 @@ from attire.model import heads
 from attire.model.vgg import preprocess
 from attire.storage import memory
 
-_IN_MEMORY = 1_200 * 2**20  # bytes of cached features that are read into memory once; above it rows are read as needed
-_STREAMED = 4 * 2**30  # bytes; above it the system cannot be expected to keep the files in memory either
-_STRETCH = 2**19  # bytes that lie together on the disk, so that it need not be searched for each row
-WINDOW_BYTES = 128 * 2**20  # bytes of rows held and drawn from at a time, from 256 such places
-_SPREAD = 0.05  # of the mean deviation, added to each: features that hardly vary are not blown up
+_IN_MEMORY_BYTES = 1_200 * 2**20  # cached features up to here are read into memory once, larger ones as needed
+_STREAMED_BYTES = 4 * 2**30  # above it the system cannot be expected to keep the files in memory either
+_STRETCH_BYTES = 2**19  # neighbouring rows that are read together, so that a disk need not seek for each row
+WINDOW_BYTES = 128 * 2**20  # rows in memory to draw batches from: 256 stretches
+_LEAST_DEVIATION = 0.05  # of the mean deviation, added to each: features that hardly vary are not blown up
 
 
 class FeatureSource(Protocol):
-    """Where feature rows come from: the cache, or the backbone on the fly."""
+    """Gives feature rows in batches."""
 
     def batches(self, order: RowIndices, batch_size: int, views: ViewIndices | None) -> Iterator[Tensor]:
-        """Feature rows (b, D) float in this order, each of its view: 0 the picture, 1 mirrored, then shifted ones."""
+        """Feature rows (b, D) float32 in this order, each in the view of this number, see `augmentation_views`."""
 
 
 class GarmentDataset(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """The on-the-fly path: each row of 784 pixels becomes a normalised picture when it is asked for.
+    """The on-the-fly path: a row of 784 pixels becomes a normalised picture when it is asked for.
 
     rows: (N, 784) or (N, 28, 28) uint8, labels: (N,) integers. Item i is ((3, size, size) float32, label).
     """
@@ -48,92 +48,93 @@ class GarmentDataset(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
 
 class Standardiser:
-    """(x - mean) / scale with the training rows' moments; or, when made from none, no change."""
+    """(x - mean) / scale with the training rows' moments (D,); without moments it changes nothing."""
 
     def __init__(self, mean: Tensor | None = None, scale: Tensor | None = None) -> None:
         self.mean, self.scale = mean, scale
 
+    @classmethod
+    def fit(cls, blocks: Iterator[Tensor]) -> "Standardiser":
+        """Mean and deviation of each feature, in float64 over the blocks (n, D), the plain view of training rows."""
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for part in (part for block in blocks for part in torch.split(block, 256)):
+            x = part.double()
+            count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
+        mean = total / count
+        deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
+        return cls(mean.float(), (deviation + _LEAST_DEVIATION * deviation.mean() + 1e-6).float())
+
     def __call__(self, x: Tensor) -> Tensor:
+        """Standardises (n, D) in place."""
         if self.mean is None or self.scale is None:
             return x
         return x.sub_(self.mean).div_(self.scale)
 
     def undo(self, x: Tensor) -> Tensor:
-        """Features again, of standardised ones (n, D)."""
+        """The features (n, D) that gave these standardised ones."""
         return x if self.mean is None or self.scale is None else x * self.scale + self.mean
 
 
-def fit_standardiser(blocks: Iterator[Tensor]) -> Standardiser:
-    """Mean and deviation of each feature (D,), in float64 over the blocks (n, D), the plain view of training rows."""
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())
-    for part in (part for block in blocks for part in torch.split(block, 256)):
-        x = part.double()
-        count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
-    mean = total / count
-    deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
-    return Standardiser(mean.float(), (deviation + _SPREAD * deviation.mean() + 1e-6).float())
-
-
 class CachedSource:
-    """Rows of finished cache entries: the plain view first, then the others in the order of their numbers."""
+    """Rows of finished cache entries of the same images, one entry a view; names: of the views, in their order."""
 
-    def __init__(self, *views: Features, names: Sequence[str] = ("plain",)) -> None:
+    def __init__(self, views: Sequence[Features], names: Sequence[str] = ("plain",)) -> None:
         self.standardise = Standardiser()
         self.views, self.names = list(views), tuple(names)
         self.rows = len(views[0])
-        row = 2 * views[0].shape[1]
-        size = row * sum(len(view) for view in self.views)
-        small = size <= min(_IN_MEMORY, memory.row_budget())
-        self.table = _whole(self.views) if small else None  # (views * N, D): view after view
-        large = size > _STREAMED  # whatever the limit on memory: the order of an epoch is the recipe's
-        # Rows that lie together, and rows of a window: what the order of an epoch keeps to, see `training.epoch_order`.
-        self.stretch = (max(1, _STRETCH // row), max(1, WINDOW_BYTES // row)) if large else None
+        row_bytes = 2 * views[0].shape[1]
+        size = row_bytes * sum(len(view) for view in self.views)
+        in_memory = size <= min(_IN_MEMORY_BYTES, memory.row_budget())
+        self.table = _read_all(self.views) if in_memory else None  # (views * N, D) float16, view after view
+        # Neighbouring rows that are drawn together, and rows of a window, see `training.loop`; None: rows are drawn
+        # from all. Whatever the limit on memory, since the order of an epoch is the recipe's.
+        streamed = size > _STREAMED_BYTES
+        self.stretch = (max(1, _STRETCH_BYTES // row_bytes), max(1, WINDOW_BYTES // row_bytes)) if streamed else None
 
     def batches(self, order: RowIndices, batch_size: int, views: ViewIndices | None) -> Iterator[Tensor]:
-        """(b, D) float32; see `training.Source`."""
+        """See `FeatureSource`."""
         window = batch_size
         if self.stretch:
             window *= max(1, self.stretch[1] // batch_size)
         # One buffer for all windows: pages that the kernel has to find anew cost more than the rows that fill them.
         buffer = np.empty((min(window, len(order)), self.views[0].shape[1]), np.float16) if self.stretch else None
         for first in range(0, len(order), window):
-            held = slice(first, first + window)
-            rows, numbers = order[held], None if views is None else views[held]
+            part = slice(first, first + window)
+            rows, numbers = order[part], self._view_numbers(order[part], None if views is None else views[part])
             places = None if buffer is None else self._fill(buffer, rows, numbers)
             for start in range(0, len(rows), batch_size):
-                part = slice(start, start + batch_size)
+                batch = slice(start, start + batch_size)
                 if buffer is not None and places is not None:
-                    yield self.standardise(torch.from_numpy(buffer)[torch.from_numpy(places[part])].float())
+                    x = torch.from_numpy(buffer)[torch.from_numpy(places[batch])].float()
                 else:
-                    yield self.standardise(self._rows(rows[part], None if numbers is None else numbers[part]))
+                    x = self._gather(rows[batch], numbers[batch])
+                yield self.standardise(x)
 
-    def _fill(self, buffer: NDArray[np.float16], rows: RowIndices, views: ViewIndices | None) -> RowIndices:
-        """Read rows into the buffer in the order of the files; where in it each of them is."""
+    def _view_numbers(self, rows: RowIndices, views: ViewIndices | None) -> RowIndices:
+        return np.zeros(len(rows), np.int64) if views is None or len(self.views) == 1 else views.astype(np.int64)
+
+    def _fill(self, buffer: NDArray[np.float16], rows: RowIndices, numbers: RowIndices) -> RowIndices:
+        """Read rows into the buffer in the order of the files; returns the place of each in the buffer."""
         places, done = np.empty(len(rows), np.int64), 0
-        number = self._numbers(rows, views)
         for i, view in enumerate(self.views):
-            own = np.flatnonzero(number == i)
+            own = np.flatnonzero(numbers == i)
             own = own[np.argsort(rows[own])]
             places[own] = np.arange(done, done + len(own))
             view.read(rows[own], buffer[done : done + len(own)])
             done += len(own)
         return places
 
-    def _numbers(self, rows: RowIndices, views: ViewIndices | None) -> RowIndices:
-        return np.zeros(len(rows), np.int64) if views is None or len(self.views) == 1 else views.astype(np.int64)
-
-    def _rows(self, rows: RowIndices, views: ViewIndices | None) -> Tensor:
-        number = self._numbers(rows, views)
+    def _gather(self, rows: RowIndices, numbers: RowIndices) -> Tensor:
         if self.table is not None:
-            return self.table[torch.from_numpy(rows + self.rows * number)].float()
+            return self.table[torch.from_numpy(rows + self.rows * numbers)].float()
         out = torch.empty(len(rows), self.views[0].shape[1])
         for i, view in enumerate(self.views):
-            if (mask := number == i).any():
+            if (mask := numbers == i).any():
                 out[torch.from_numpy(mask)] = torch.from_numpy(view.gather(rows[mask])).float()
         return out
 
 
-def _whole(views: Sequence[Features]) -> Tensor:
+def _read_all(views: Sequence[Features]) -> Tensor:
     """All rows of all views in memory, (views * N, D) float16."""
     table = torch.empty(sum(len(view) for view in views), views[0].shape[1], dtype=torch.float16)
     start = 0
@@ -144,8 +145,8 @@ def _whole(views: Sequence[Features]) -> Tensor:
     return table
 
 
-class _Viewed(Dataset[Tensor]):
-    """Rows of a GarmentDataset in this order, each in its view; all as they are where `names` is None."""
+class _ViewDataset(Dataset[Tensor]):
+    """Rows of a GarmentDataset in this order, each in its view; all of them plain where `names` is None."""
 
     def __init__(self, dataset: GarmentDataset, order: RowIndices, names: Sequence[str] | None) -> None:
         self.dataset, self.order, self.names = dataset, order, names
@@ -165,6 +166,7 @@ class OnTheFlySource:
     """`--no-cache`: each batch goes from rows of pixels through `GarmentDataset` and the frozen backbone, every epoch.
 
     Features are rounded to 16 bits as the cache rounds them, so that both ways train on the same numbers.
+    forward_rows: pictures of one forward pass; names: of the views, in their order.
     """
 
     def __init__(
@@ -178,12 +180,12 @@ class OnTheFlySource:
         self.standardise = Standardiser()
 
     def batches(self, order: RowIndices, batch_size: int, views: ViewIndices | None) -> Iterator[Tensor]:
-        """(b, D) float32; see `training.Source`."""
+        """See `FeatureSource`."""
         # A generator of its own: a loader draws from torch's global one, which would shift the dropout that follows.
         own = torch.Generator().manual_seed(0)
         names = None if views is None else [self.names[int(view)] for view in views]
-        shown = _Viewed(self.dataset, order, names)
-        loader: DataLoader[Any] = DataLoader(shown, batch_size=batch_size, generator=own)
+        dataset = _ViewDataset(self.dataset, order, names)
+        loader: DataLoader[Any] = DataLoader(dataset, batch_size=batch_size, generator=own)
         for x in loader:
             yield self.standardise(self._features(x))
 
@@ -194,15 +196,15 @@ class OnTheFlySource:
 
 
 class FineTunedSource:
-    """Features behind the trained blocks, for the OODDetector: what the bundle will hand to its classifier."""
+    """Features behind the fine-tuned blocks, which the bundle's `classifier` will get: for the OODDetector."""
 
     def __init__(self, source: FeatureSource, head: heads.FineTunedHead) -> None:
         self.source, self.head, self.standardise = source, head.eval(), Standardiser()
 
-    def batches(self, order: RowIndices, batch_size: int, views: ViewIndices | None) -> Iterator[torch.Tensor]:
-        """(b, D) float32; see `training.Source`."""
+    def batches(self, order: RowIndices, batch_size: int, views: ViewIndices | None) -> Iterator[Tensor]:
+        """See `FeatureSource`."""
         device = next(self.head.parameters()).device
         for x in self.source.batches(order, batch_size, views):
             with torch.inference_mode():
-                found = self.head.forward_features(x.to(device)).cpu()
-            yield found
+                features = self.head.forward_features(x.to(device)).cpu()
+            yield features

@@ -54,7 +54,9 @@ def expand_paths(arguments: Iterable[str], globs: bool = True) -> Iterator[str |
             yield from _list_pictures(path)
         elif globs and glob.has_magic(argument) and not os.path.lexists(path):
             matches = sorted(glob.iglob(argument, recursive=True))  # noqa: PTH207  (absolute patterns too)
-            yield from expand_paths(matches, globs=False) if matches else [AttireError(path, "no file matches the pattern")]
+            yield from (
+                expand_paths(matches, globs=False) if matches else [AttireError(path, "no file matches the pattern")]
+            )
         else:
             yield argument
 

@@ -96,9 +96,7 @@ class OODDetector:
             confidence = torch.from_numpy(probabilities)
             return add_confidence_term(distances, confidence, self.confidence_weight).numpy()
 
-    def evaluate(
-        self, source: _Source, rows: RowIndices, probabilities: NDArray[np.floating[Any]]
-    ) -> dict[str, Any]:
+    def evaluate(self, source: _Source, rows: RowIndices, probabilities: NDArray[np.floating[Any]]) -> dict[str, Any]:
         """The "ood" block of metrics.json: how many of these rows, garments all, are called out-of-distribution.
 
         probabilities: the calibrated answers (n, K) for these rows.

@@ -1,17 +1,15 @@
 """`attire predict IN.parquet --out OUT.parquet`: a row out for each row in, in order, in bounded memory, resumable.
 
-The work is cut into parts of PART_ROWS rows. A part is read, answered and written whole, so that what a killed process
-left is parts that are finished and one that is not there; the rest is computed as if nothing had happened.
+The job is cut into parts. Each is read, answered and written whole, so that a killed process leaves only finished parts;
+the next call computes the others as if nothing had happened.
 """
 
-import io
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +17,46 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pyarrow import parquet as pq
 
-from attire.data.parquet import DECODE_THREADS, IMAGE_COLUMN, ParquetSource, SUFFIX, find_sources, image_bytes, prepare_image
+from attire.data.parquet import (
+    DECODE_THREADS,
+    IMAGE_COLUMN,
+    ParquetSource,
+    SUFFIX,
+    find_sources,
+    image_bytes,
+    prepare_image,
+)
 from attire.errors import AttireError, Stopped, UsageError, one_line
 from attire.inference.bundle_files import find_bundle
+from attire.inference.parquet_parts import AnswerParts
 from attire.inference.predict import BATCH, Model
 from attire.inference.prediction import Prediction
 from attire.inference.runtimes import format_of
 from attire.storage import files
-from attire.storage.stores import StorageLocation, is_url, open_location
+from attire.storage.stores import open_location
 from attire.version import __version__
 
 _PART_ROWS = 8192  # rows of a part, which a killed process loses at most: 15 s of work at 550 pictures a second
-_SHOWN = 20  # bad rows told one by one; of more, their number
-_MARK = b"attire"  # in the metadata of each part and of the result: whose answers these are, and how many are missing
-_MANIFEST = "MANIFEST.json"
-_TOP = pa.list_(pa.struct([("label", pa.string()), ("probability", pa.float32())]))
+_WARNINGS = 20  # bad rows that are reported one by one
 _ANSWERS = pa.schema(
     [
         ("predicted", pa.string()),
         ("probability", pa.float32()),
         ("out_of_distribution", pa.bool_()),
         ("distance", pa.float32()),
-        ("top", _TOP),
+        ("top_k", pa.list_(pa.struct([("label", pa.string()), ("probability", pa.float32())]))),
         ("error", pa.string()),
     ]
 )
 
-_ProgressCallback = Callable[[int, int], None]  # (rows answered, rows in all)
-_Complain = Callable[[str], None]
+_Warn = Callable[[str], None]
+_Batches = Iterator[tuple[ParquetSource, int, Any]]  # a source, the number of its row from 1, a record batch from there
 
 
 @dataclass(frozen=True)
-class _Done:
-    """What became of all rows: how many, and how many of them have an error instead of an answer."""
+class _Summary:
+    """How many rows there are, and how many of them have an error instead of an answer."""
 
     out: str
     rows: int
@@ -66,21 +69,21 @@ class _Done:
         return f"{one_line(self.out)}   {self.rows:,} rows{lost}   {self.seconds:.1f} s, {rate}"
 
     def to_json(self) -> dict[str, Any]:
-        return {"out": self.out, "rows": self.rows, "errors": self.errors, "seconds": self.seconds}
+        return asdict(self)
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What is to be answered, and by whom: the rows of `sources` one after another, in parts."""
+class _Job:
+    """What is to be answered, and by which model: the rows of `sources` one after another, in parts."""
 
     sources: Sequence[ParquetSource]
     model: Model
-    digest: str  # of the model
-    top: int
+    model_digest: str
+    top_k: int
 
     @cached_property
     def starts(self) -> list[int]:
-        """The first row of each source, counted over all; and behind the last one the number of rows."""
+        """The first row of each source, counted over all; after the last one, the number of rows."""
         return [0, *np.cumsum([source.rows for source in self.sources]).tolist()]
 
     @property
@@ -91,32 +94,37 @@ class _Work:
     def parts(self) -> int:
         return max(1, -(-self.rows // _PART_ROWS))  # one of no rows where there are none
 
-    def part_rows(self, index: int) -> int:
-        return min(_PART_ROWS, self.rows - index * _PART_ROWS)
-
     @cached_property
-    def kept(self) -> Any:
-        """The columns of the input that go into the output; AttireError where the files do not agree on them."""
-        found = [_kept_schema(source) for source in self.sources]
-        for source, schema in zip(self.sources, found, strict=True):
-            if schema != found[0]:
+    def input_columns(self) -> Any:
+        """The schema of what goes from the input into the output. Raises AttireError where the files do not agree."""
+        schemas = [_output_schema(source) for source in self.sources]
+        for source, schema in zip(self.sources, schemas, strict=True):
+            if schema != schemas[0]:
                 raise AttireError(source, f"its columns are not those of {self.sources[0]}")
             for name in schema.names:
                 if name in _ANSWERS.names:
                     raise AttireError(source, f"has a column {name}, which is one of the answers'", do="rename it")
-        return found[0]
+        return schemas[0]
 
-    @cached_property
-    def mark(self) -> str:
-        """Digest of all that decides the answers: parts of other work are not taken for its own."""
+    @property
+    def digest(self) -> str:
+        """Of all that decides the answers."""
         inputs = [[str(source), source.rows, source.version] for source in self.sources]
-        by = {"model": self.digest, "kind": type(self.model).__name__, "attire": __version__}
-        about = {**by, "inputs": inputs, "top": self.top, "part_rows": _PART_ROWS}
+        by = {"model": self.model_digest, "kind": type(self.model).__name__, "attire": __version__}
+        about = {**by, "inputs": inputs, "top_k": self.top_k, "part_rows": _PART_ROWS}
         return files.sha256(files.canonical_json(about))[:32]
 
-    def schema(self, errors: int) -> Any:
-        note = json.dumps({"mark": self.mark, "errors": errors})
-        return pa.schema([*self.kept, *_ANSWERS], metadata={_MARK: note})
+    def batches(self, first: int) -> _Batches:
+        """The rows from number `first` of all on, in record batches that never reach over the end of a part."""
+        position = first
+        for source, (start, end) in zip(self.sources, pairwise(self.starts), strict=True):
+            if end <= first:
+                continue
+            for batch in source.batches(first=max(0, first - start)):
+                while len(batch):
+                    head = batch[: _PART_ROWS - position % _PART_ROWS]
+                    yield source, position - start + 1, head
+                    batch, position = batch[len(head) :], position + len(head)
 
 
 def predict_parquet(
@@ -125,170 +133,130 @@ def predict_parquet(
     model: Model,
     digest: str,
     *,
-    top: int = 3,
-    progress: _ProgressCallback = lambda done, total: None,
-    complain: _Complain = lambda line: None,
-) -> _Done:
+    top_k: int = 3,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    warn: _Warn = lambda line: None,
+) -> _Summary:
     """Answer every row of the Parquet files that `where` names; `out` is a Parquet file, else a folder of parts.
 
-    Both may be URLs. digest: of the model, see `model_digest`. complain: is given a line for each of the first bad
-    rows. Columns other than the picture are kept, those of ANSWERS follow. Raises AttireError for what is no such
-    input or is in the way at `out`, Stopped after Ctrl-C: then the same call goes on.
+    Both may be URLs. digest: of the model, see `model_digest`; progress: is given the rows answered and all rows; warn:
+    is given a line for each of the first bad rows. Columns other than the picture are kept, those of the answers
+    follow. Raises AttireError for an unsuitable input or output, Stopped after Ctrl-C: the same call then resumes.
     """
-    began = time.perf_counter()
-    work = _Work(find_sources(where), model, digest, min(top, len(model.classes)))
-    work.schema(0)  # which looks at every file, before anything is written
+    start = time.perf_counter()
+    job = _Job(find_sources(where), model, digest, min(top_k, len(model.classes)))
+    columns = [*job.input_columns, *_ANSWERS]  # which looks at every file, before anything is written
     whole = str(out).lower().endswith(SUFFIX)
-    at = open_location(f"{out}.parts" if whole else out)
-    with ExitStack() as held:
-        if whole and (errors := _finished(out, work)) is not None:
-            return _Done(str(out), work.rows, errors, time.perf_counter() - began)
-        if at.folder:
-            held.enter_context(_claimed(at.folder))
-        try:
-            errors = _answer_parts(work, at, progress, complain, began_empty=not whole)
-        except KeyboardInterrupt:
-            raise Stopped(str(out), "stopped; finished parts are kept", do="the same command goes on") from None
+    location = open_location(f"{out}.parts" if whole else out)
+    parts = AnswerParts(location, job.digest, columns, job.parts, _PART_ROWS)
+    errors = parts.count_joined_errors(out) if whole else None
+    if errors is None:
+        with parts.claim():
+            if not whole:
+                parts.refuse_others()
+            try:
+                errors = _answer_parts(job, parts, progress, warn)
+            except KeyboardInterrupt:
+                raise Stopped(str(out), "stopped; finished parts are kept", do="the same command goes on") from None
+            if whole:
+                parts.join(out, errors)
+            else:
+                parts.write_manifest(job.rows, errors)
         if whole:
-            _join(work, at, out, errors)
-        else:
-            at.write(_MANIFEST, json.dumps({"rows": work.rows, "errors": errors, "parts": work.parts}).encode())
-    if whole:
-        _remove(at)
-    return _Done(str(out), work.rows, errors, time.perf_counter() - began)
+            parts.remove()
+    return _Summary(str(out), job.rows, errors, time.perf_counter() - start)
 
 
 def model_digest(path: Path | None) -> str:
     """SHA-256 over the files of a bundle or an exported file, None is the shipped bundle."""
-    found = path if path is not None and format_of(path) else find_bundle(path)
-    parts = [found] if found.is_file() else sorted(part for part in found.rglob("*") if part.is_file())
+    model = path if path is not None and format_of(path) else find_bundle(path)
+    parts = [model] if model.is_file() else sorted(part for part in model.rglob("*") if part.is_file())
     return files.sha256(files.canonical_json([[part.name, files.sha256_file(part)] for part in parts]))
 
 
-class _claimed:  # noqa: N801  (used as a function)
-    """One process at a time in a folder of parts."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path, self.folder = folder / ".lock", folder
-        self.held = files.lock(self.path, wait=0)
-
-    def __enter__(self) -> None:
-        try:
-            self.held.__enter__()
-        except TimeoutError as error:
-            raise AttireError(self.folder, "another process is writing there", do="wait for it") from error
-
-    def __exit__(self, *raised: Any) -> None:
-        self.held.__exit__(*raised)
-        with suppress(OSError):
-            self.path.unlink()
-            self.folder.rmdir()  # where not one part was finished
-
-
-# Parts.
-
-
-def _part_name(index: int) -> str:
-    return f"part-{index:06d}{SUFFIX}"
-
-
-def _answer_parts(
-    work: _Work, at: StorageLocation, progress: _ProgressCallback, complain: _Complain, began_empty: bool
-) -> int:
-    """Write every part that is not there; how many rows have an error, those of an earlier call included."""
-    there = at.sizes()
-    if began_empty:
-        _refuse_others(work, at, there)
-    errors = done = 0
-    stream: Iterator[tuple[ParquetSource, int, Any]] | None = None
-    progress(0, work.rows)
+def _answer_parts(job: _Job, parts: AnswerParts, progress: Callable[[int, int], None], warn: _Warn) -> int:
+    """Write every part that is missing; returns how many rows have an error, those of an earlier call included."""
+    all_errors = done = 0
+    batches: _Batches | None = None
+    progress(0, job.rows)
     with ThreadPoolExecutor(DECODE_THREADS, "decode") as pool:
-        for index in range(work.parts):
-            count = work.part_rows(index)
-            found = _errors_of(at, _part_name(index), work, count) if _part_name(index) in there else None
-            if found is None:
-                stream = stream or _aligned(work.sources, work.starts, index * _PART_ROWS)
-                table, found = _answered(work, _pieces(stream, count), pool, complain if errors < _SHOWN else None)
-                buffer = io.BytesIO()
-                _write_table(buffer, table.cast(work.schema(found)))
-                at.write(_part_name(index), buffer.getvalue())
+        for index in range(job.parts):
+            rows = min(_PART_ROWS, job.rows - index * _PART_ROWS)
+            errors = parts.count_errors(index, rows)
+            if errors is None:
+                batches = batches or job.batches(index * _PART_ROWS)
+                quiet = all_errors >= _WARNINGS
+                table, errors = _answer_part(job, _take_rows(batches, rows), pool, None if quiet else warn)
+                parts.write(index, table, errors)
             else:
-                stream = None
-            errors, done = errors + found, done + count
-            progress(done, work.rows)
-    return errors
+                batches = None
+            all_errors, done = all_errors + errors, done + rows
+            progress(done, job.rows)
+    return all_errors
 
 
-def _aligned(
-    sources: Sequence[ParquetSource], starts: Sequence[int], first: int
-) -> Iterator[tuple[ParquetSource, int, Any]]:
-    """(source, number of its row from 1, record batch) from row `first` of all on, never over the end of a part."""
-    position = first
-    for source, start, end in zip(sources, starts, starts[1:], strict=False):
-        if end <= first:
-            continue
-        for batch in source.batches(first=max(0, first - start)):
-            while len(batch):
-                head = batch[: _PART_ROWS - position % _PART_ROWS]
-                yield source, position - start + 1, head
-                batch, position = batch[len(head) :], position + len(head)
-
-
-def _pieces(stream: Iterator[tuple[ParquetSource, int, Any]], count: int) -> Iterator[tuple[ParquetSource, int, Any]]:
-    """So many rows of the stream."""
-    while count:
-        source, row, batch = next(stream)
+def _take_rows(batches: _Batches, rows: int) -> _Batches:
+    while rows:
+        source, row, batch = next(batches)
         yield source, row, batch
-        count -= len(batch)
+        rows -= len(batch)
 
 
-def _answered(
-    work: _Work, rows: Iterator[tuple[ParquetSource, int, Any]], pool: ThreadPoolExecutor, complain: _Complain | None
-) -> tuple[Any, int]:
+def _answer_part(job: _Job, batches: _Batches, pool: ThreadPoolExecutor, warn: _Warn | None) -> tuple[Any, int]:
     """The table of a part and how many of its rows have an error."""
-    seen: list[NDArray[np.uint8] | AttireError] = []
-    kept = []
-    for source, row, batch in rows:
+    images: list[NDArray[np.uint8] | AttireError] = []
+    inputs = []
+    for source, row, batch in batches:
         numbers = range(row, row + len(batch))
-        seen += pool.map(_looked_at, image_bytes(batch), [source] * len(batch), numbers)
-        kept.append(_keep(batch))
-    images = [image for image in seen if not isinstance(image, AttireError)]
-    found = [each for start in range(0, len(images), BATCH) for each in _ask(work.model, images[start : start + BATCH])]
-    answers, lines, errors = iter(found), [], 0
-    for image in seen:
+        images += pool.map(_prepare_or_error, image_bytes(batch), [source] * len(batch), numbers)
+        inputs.append(_output_columns(batch))
+    predictions, answers, errors = _predict(job.model, images), [], 0
+    for image in images:
         if isinstance(image, AttireError):
             errors += 1
-            if complain and errors <= _SHOWN:
-                complain(str(image))
-            what = AttireError("", image.what, image.where, image.do)
-            lines.append({"error": str(what).removeprefix(": ")})
+            if warn and errors <= _WARNINGS:
+                warn(str(image))
+            line = str(AttireError("", image.what, image.where, image.do))
+            answers.append({"error": line.removeprefix(": ")})
         else:
-            lines.append(_line(next(answers), work.top))
-    table = pa.Table.from_batches(kept, work.kept) if kept else work.kept.empty_table()
-    for name, column in zip(_ANSWERS.names, pa.Table.from_pylist(lines, _ANSWERS).columns, strict=True):
-        table = table.append_column(_ANSWERS.field(name), column)
+            answers.append(_answer_row(next(predictions), job.top_k))
+    columns = job.input_columns
+    table = pa.Table.from_batches(inputs, columns) if inputs else columns.empty_table()
+    for field, column in zip(_ANSWERS, pa.Table.from_pylist(answers, _ANSWERS).columns, strict=True):
+        table = table.append_column(field, column)
     return table, errors
 
 
-def _ask(model: Model, images: list[NDArray[np.uint8]]) -> list[Prediction]:
-    return model.predict(np.stack(images))
-
-
-def _looked_at(data: bytes | None, source: ParquetSource, row: int) -> NDArray[np.uint8] | AttireError:
+def _prepare_or_error(data: bytes | None, source: ParquetSource, row: int) -> NDArray[np.uint8] | AttireError:
     try:
         return prepare_image(data, source, row)
     except AttireError as error:
         return error
 
 
-def _line(found: Prediction, top: int) -> dict[str, Any]:
-    ranking = [{"label": label, "probability": p} for label, p in found.ranking[:top]]
-    told = {"predicted": found.label, "probability": found.probability, "top": ranking}
-    return {**told, "out_of_distribution": found.out_of_distribution, "distance": found.distance}
+def _predict(model: Model, images: Sequence[NDArray[np.uint8] | AttireError]) -> Iterator[Prediction]:
+    """A prediction for each that is an image."""
+    sound = [image for image in images if not isinstance(image, AttireError)]
+    for start in range(0, len(sound), BATCH):
+        yield from model.predict(np.stack(sound[start : start + BATCH]))
 
 
-def _kept_schema(source: ParquetSource) -> Any:
-    """The input's columns without the picture; with the path beside its bytes, where no other column is called so."""
+def _answer_row(prediction: Prediction, top_k: int) -> dict[str, Any]:
+    """One row of the columns of the answers."""
+    return {
+        "predicted": prediction.label,
+        "probability": prediction.probability,
+        "out_of_distribution": prediction.out_of_distribution,
+        "distance": prediction.distance,
+        "top_k": [{"label": label, "probability": p} for label, p in prediction.ranking[:top_k]],
+    }
+
+
+# The input's columns.
+
+
+def _output_schema(source: ParquetSource) -> Any:
+    """The input's columns without the picture; with the path beside its bytes, unless another column has that name."""
     fields = [field for field in source.schema if field.name != IMAGE_COLUMN]
     if _has_path(source.schema):
         fields.insert(0, pa.field("path", pa.string()))
@@ -300,8 +268,8 @@ def _has_path(schema: Any) -> bool:
     return pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 and "path" not in schema.names
 
 
-def _keep(batch: Any) -> Any:
-    """A record batch in the form of `kept_schema`."""
+def _output_columns(batch: Any) -> Any:
+    """A record batch in the form of `_output_schema`."""
     names = [name for name in batch.schema.names if name != IMAGE_COLUMN]
     columns = [batch.column(batch.schema.get_field_index(name)) for name in names]
     if _has_path(batch.schema):
@@ -310,88 +278,3 @@ def _keep(batch: Any) -> Any:
         columns.insert(0, pc.struct_field(image, "path").cast(pa.string()))
     fields = [pa.field(name, column.type) for name, column in zip(names, columns, strict=True)]
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
-
-
-def _write_table(file: Any, table: Any) -> None:
-    pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-
-
-def _errors_of(at: StorageLocation, name: str, work: _Work, rows: int) -> int | None:
-    """How many rows of a finished part have an error; None where it is damaged or of other work."""
-    try:
-        table = _read_part(at, name)
-        note = json.loads((table.schema.metadata or {})[_MARK])
-        return int(note["errors"]) if (note["mark"], len(table)) == (work.mark, rows) else None
-    except (AttireError, pa.ArrowException, OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _read_part(at: StorageLocation, name: str) -> Any:
-    with at.open(name) as file:
-        return pq.ParquetFile(file, page_checksum_verification=True).read()
-
-
-def _refuse_others(work: _Work, at: StorageLocation, there: dict[str, int]) -> None:
-    """A folder of answers may hold what an earlier call for the same work left, and nothing else."""
-    own = {_part_name(index) for index in range(work.parts)} | {_MANIFEST, ".lock"}
-    for name in sorted(there):
-        if name.endswith(".part"):  # of a process that was killed
-            continue
-        if name not in own or (name.endswith(SUFFIX) and not _is_own(at, name, work)):
-            raise UsageError("--out", f"{at.url_of(name)} is no part of these answers", do="name a new folder")
-
-
-def _is_own(at: StorageLocation, name: str, work: _Work) -> bool:
-    """False for a part of other work; a damaged one may be ours, and is made again."""
-    try:
-        with at.open(name) as file:
-            note = json.loads((pq.ParquetFile(file).schema_arrow.metadata or {})[_MARK])
-        return bool(note["mark"] == work.mark)
-    except (AttireError, pa.ArrowException, OSError, ValueError, KeyError, TypeError):
-        return True
-
-
-# The result.
-
-
-def _split(out: str | Path) -> tuple[StorageLocation, str]:
-    """The folder of a file and its name."""
-    if is_url(out):
-        folder, _, name = str(out).rpartition("/")
-        return open_location(folder), name
-    path = Path(out)
-    return open_location(path.parent), path.name
-
-
-def _finished(out: str | Path, work: _Work) -> int | None:
-    """How many errors the result has where it is there already; None where it is not; UsageError for another file."""
-    folder, name = _split(out)
-    if folder.size(name) is None:
-        return None
-    try:
-        with folder.open(name) as file:
-            note = json.loads((pq.ParquetFile(file).schema_arrow.metadata or {})[_MARK])
-        if note["mark"] == work.mark:
-            return int(note["errors"])
-    except (AttireError, pa.ArrowException, OSError, ValueError, KeyError, TypeError):
-        pass
-    raise UsageError("--out", f"{out} is there already, and holds other answers", do="name another, or delete it")
-
-
-def _join(work: _Work, at: StorageLocation, out: str | Path, errors: int) -> None:
-    """All parts as one file, a row group each."""
-    folder, name = _split(out)
-    schema, options = work.schema(errors), {"compression": "zstd", "write_page_checksum": True}
-    with folder.open_output(name) as file, pq.ParquetWriter(file, schema, **options) as writer:
-        for index in range(work.parts):
-            table = _read_part(at, _part_name(index))
-            writer.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=_PART_ROWS)
-
-
-def _remove(at: StorageLocation) -> None:
-    """The parts, once the result is there."""
-    for name in at.sizes():
-        at.remove(name)
-    if at.folder:
-        with suppress(OSError):
-            at.folder.rmdir()

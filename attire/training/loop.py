@@ -36,7 +36,7 @@ class TrainingData:
     """The rows of a feature source that a head is trained and validated on, and their labels.
 
     labels: (N,) over all rows of the source; soft_targets: a teacher's probabilities (V, N, K) for each view of each
-    row, see `distillation.teacher_targets`. Validation uses the labels alone.
+    row, see `distillation.soft_targets`. Validation uses the labels alone.
     """
 
     source: FeatureSource
@@ -117,7 +117,7 @@ class _Trainer:
         self.report(self.state, 0, len(self.data.train))
 
     def train_steps(self, stop: list[int]) -> None:
-        """Take the steps that are left of this epoch; after each a checkpoint, where `stop` or the clock asks for it."""
+        """Take the steps left of this epoch; after each write a checkpoint, if `stop` or the clock asks for it."""
         state, batch_size, source = self.state, self.recipe.batch_size, self.data.source
         order, views = epoch_order(self.data.train, self.recipe, state.epoch, getattr(source, "stretch", None))
         start = min(state.step * batch_size, len(order))  # the last batch may have been a smaller one

@@ -4,18 +4,16 @@ import io
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attire import recipes
-from attire.data import dataset
-from attire.data.loading import DataChoice
+from attire.data.dataset import RowIndices
 from attire.errors import AttireError, UsageError
 from attire.evaluation import calibration, run_result
 from attire.evaluation.metrics import evaluate
@@ -26,9 +24,12 @@ from attire.model import devices, distributed
 from attire.progress import Epoch, NoProgress, Progress
 from attire.recipes import Recipe
 from attire.storage import files, memory
-from attire.training import distillation
-from attire.training.experiment import Experiment, validation_rows
-from attire.training.run import claimed_folder, new_folder, resume, train
+from attire.training.experiment import Experiment, check_resources, prepare, validation_rows
+from attire.training.extraction import Extraction, fit_to_train_rows
+from attire.training.head_training import train_head
+from attire.training.outcome import tta_logits, validation_temperature
+from attire.training.run import create_run_folder, lock_run_folder, resume, start
+from attire.training.run_config import FoldOptions, RunConfig, TrainOptions
 
 
 @dataclass(frozen=True)
@@ -72,44 +73,52 @@ class Folds:
     result: RunResult
 
 
-def train_seeds(count: int, recipe: Recipe, *, run_dir: str | Path | None = None, **arguments: Any) -> Seeds:
+def train_seeds(
+    count: int,
+    recipe: Recipe,
+    *,
+    data: str | Path | None = None,
+    run_dir: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[TrainOptions],
+) -> Seeds:
     """Train `count` runs that differ in their seed alone, counting up from the recipe's: `<run_dir>/seed-0` ...
 
-    arguments: those of `runs.train`. Features are extracted once. A series that was stopped goes on with
+    data, options: those of `run.train`. Features are extracted once. A stopped series goes on with
     `resume_series(run_dir)`.
     """
-    devices.choose_device(arguments.get("device", "auto"))
     if count < 2:
         raise UsageError("--seeds", f"expected 2 or more, found {count}")
-    progress = arguments.pop("progress", None)
-    about = {"schema": 1, "kind": "seeds", "count": count, "recipe": recipe.to_json(), "arguments": _plain(arguments)}
-    with distributed.process_group(), new_folder(run_dir) as folder:
-        if distributed.is_main_process():
-            files.write_json(folder / "series.json", about)
-        return _seeds_in(folder, count, recipe, arguments, progress)
+    config = RunConfig.from_options(data, recipe, **options)
+    with distributed.process_group(), create_run_folder(run_dir) as folder:
+        _write_series(folder, "seeds", count, config)
+        return _train_seeds_in(folder, count, config, progress)
 
 
-def _seeds_in(
-    folder: Path, count: int, recipe: Recipe, arguments: Mapping[str, Any], progress: Progress | None
-) -> Seeds:
-    runs = tuple(folder / f"seed-{recipe.seed + i}" for i in range(count))
+def _write_series(folder: Path, kind: str, count: int, config: RunConfig) -> None:
+    if distributed.is_main_process():
+        series = {"schema": 1, "kind": kind, "count": count, "config": config.to_json()}
+        files.write_json(folder / "series.json", series)
+
+
+def _train_seeds_in(folder: Path, count: int, config: RunConfig, progress: Progress | None) -> Seeds:
+    first = config.recipe.seed
+    runs = tuple(folder / f"seed-{first + i}" for i in range(count))
     for i, run in enumerate(runs):
         if progress:
-            progress.note("Seed", f"{recipe.seed + i}   ({i + 1} of {count})")
-        there = distributed.from_main_process(partial(_begun, run))
-        if there == "finished":
-            continue
-        if there == "begun":
+            progress.note("Seed", f"{first + i}   ({i + 1} of {count})")
+        status = distributed.from_main_process(partial(_status, run))
+        if status == "begun":
             resume(run, progress)
-        else:
-            train(recipe=replace(recipe, seed=recipe.seed + i), run_dir=run, progress=progress, **arguments)
-    found = Seeds(folder, runs, tuple(load_result(run) for run in runs))
+        elif status == "new":
+            start(replace(config, recipe=replace(config.recipe, seed=first + i)), run, progress)
+    seeds = Seeds(folder, runs, tuple(load_result(run) for run in runs))
     if distributed.is_main_process():
-        files.write_json(folder / "seeds.json", found.to_json())
-    return found
+        files.write_json(folder / "seeds.json", seeds.to_json())
+    return seeds
 
 
-def _begun(run: Path) -> str:
+def _status(run: Path) -> str:
     """How far a run of the series is: finished, begun or new."""
     if (run / "report.html").exists() and (run / "model" / "model.json").exists():
         return "finished"
@@ -121,68 +130,72 @@ def cross_validate(
     recipe: Recipe,
     *,
     data: str | Path | None = None,
-    test: str | Path | None = None,
-    test_size: float | int = 0.2,
-    classes: Sequence[str] | None = None,
     run_dir: str | Path | None = None,
-    device: str = "auto",
-    claimed: float = 0.98,
     progress: Progress | None = None,
+    **options: Unpack[FoldOptions],
 ) -> Folds:
-    """Each training row is scored by a classifier that did not train on it; the test set is never touched.
+    """Score each training row by a head that did not train on it; the test set is never touched.
 
     The folds are scikit-learn's, drawn by the recipe's `split_seed`, stratified where the recipe is. Validation rows
-    for the temperature are cut from each fold's training part. Out-of-fold probabilities are in
-    `evaluation/predictions.csv`, in the order of the training rows. Resumable by `resume_series(run_dir)`.
+    for the temperature are held out of each fold's training part. Out-of-fold probabilities are in
+    `evaluation/predictions.csv`, in the order of the training rows. options: those of `run.train`. Resumable by
+    `resume_series(run_dir)`.
     """
     if folds < 2:
         raise UsageError("--folds", f"expected 2 or more, found {folds}")
-    paths = [None if path is None else str(path) for path in (data, test)]
-    choice = DataChoice(paths[0], paths[1], test_size, None if classes is None else tuple(classes))
-    config = {"schema": 1, "folds": folds, "recipe": recipe.to_json(), "data": asdict(choice), "device": device}
-    with distributed.process_group(), new_folder(run_dir) as folder:
-        if distributed.is_main_process():
-            files.write_json(folder / "series.json", {**config, "kind": "folds", "claimed": claimed})
-        return _folds_in(folder, folds, recipe, choice, device, claimed, progress or NoProgress())
+    config = RunConfig.from_options(data, recipe, **options)
+    with distributed.process_group(), create_run_folder(run_dir) as folder:
+        _write_series(folder, "folds", folds, config)
+        return _cross_validate_in(folder, folds, config, progress or NoProgress())
 
 
-def _folds_in(
-    folder: Path, folds: int, recipe: Recipe, choice: DataChoice, device: str, claimed: float, progress: Progress
-) -> Folds:
+def _cross_validate_in(folder: Path, folds: int, config: RunConfig, progress: Progress) -> Folds:
     began = time.perf_counter()
-    stage = Experiment(recipe, choice, devices.choose_device(device), progress)
-    stage.check(folder, folds)
+    experiment = prepare(config.recipe, config.data, devices.choose_device(config.device), progress)
+    check_resources(experiment, folder, folds)
     memory.keep_freed_memory()
-    source, data = stage.train_features(), stage.splits.data
+    source = Extraction(experiment, progress).train_source()
     extracted = time.perf_counter() - began
-    everything = stage.splits.train_rows
-    probabilities = np.empty((len(everything), len(data.classes)), np.float32)
+    data, rows = experiment.splits.data, experiment.splits.train_rows
+    probabilities = np.empty((len(rows), len(data.classes)), np.float32)
     histories = []
-    for k, out in enumerate(_fold_members(data.labels[everything], folds, recipe, data.source)):
+    for k, out in enumerate(_fold_members(data.labels[rows], folds, config.recipe, data.source)):
         progress.note("Fold", f"{k + 1} of {folds}")
-        stage.train, stage.val = validation_rows(data, np.delete(everything, out), recipe)
-        part, history = _one_fold(stage, source, everything[out], folder / f"fold-{k + 1}")
-        probabilities[out] = part
+        train, val = validation_rows(data, np.delete(rows, out), config.recipe)
+        fold = replace(experiment, train=train, val=val)
+        probabilities[out], history = _train_fold(fold, source, rows[out], folder / f"fold-{k + 1}", progress)
         histories.append(history)
     seconds = run_result.spent(began, extracted, sum(e.seconds for history in histories for e in history))
-    rows = data.subset(everything)
-    result = RunResult(
+    result = _folds_result(experiment, folds, config, probabilities, histories, seconds)
+    distributed.from_main_process(partial(_write_folds, folder, result))
+    progress.close()
+    return Folds(folder, result)
+
+
+def _folds_result(
+    experiment: Experiment,
+    folds: int,
+    config: RunConfig,
+    probabilities: NDArray[np.float32],
+    histories: Sequence[Sequence[Epoch]],
+    seconds: dict[str, float],
+) -> RunResult:
+    """probabilities: (n, K), out of fold, in the order of the training rows."""
+    recipe, rows = config.recipe, experiment.splits.data.subset(experiment.splits.train_rows)
+    return RunResult(
         title=f"Attire {recipe.name}, {folds}-fold cross-validation on {rows.source}",
         recipe=recipe.name,
         seed=recipe.seed,
-        command=_repeat_command(folds, recipe, choice),
+        command=_repeat_command(folds, config),
         test=evaluate(probabilities, rows.labels, rows.classes),
         predictions=run_result.predictions(rows.labels, probabilities, rows.images),
         history=_mean_history(histories),
         seconds=seconds,
-        config={"schema": 1, "folds": folds, "recipe": recipe.to_json(), "data": asdict(choice)},
-        environment=stage.environment(),
+        config={"schema": 1, "folds": folds, "recipe": recipe.to_json(), "data": asdict(config.data)},
+        environment=experiment.environment(),
         data={"name": rows.source, "rows": {"out of fold": len(rows)}, "test": rows.describe()},
-        claimed=claimed,
+        claimed=config.claimed,
     )
-    distributed.from_main_process(partial(_write_folds, folder, result))
-    progress.close()
-    return Folds(folder, result)
 
 
 def _write_folds(folder: Path, result: RunResult) -> None:
@@ -202,35 +215,32 @@ def _fold_members(labels: NDArray[np.int64], folds: int, recipe: Recipe, name: s
     return [out for _, out in kind(folds, shuffle=True, random_state=recipe.split_seed).split(labels, labels)]
 
 
-def _one_fold(
-    stage: Experiment, source: CachedSource, out: dataset.RowIndices, folder: Path
+def _train_fold(
+    experiment: Experiment, source: CachedSource, out: RowIndices, folder: Path, progress: Progress
 ) -> tuple[NDArray[np.float32], list[Epoch]]:
-    """Calibrated probabilities (n, K) of the rows that this fold leaves out; kept, so that no fold is done twice."""
-    kept = folder / "probabilities.npy"
-    expected = (len(out), len(stage.splits.data.classes))
-    if (before := _probabilities_in(kept, expected)) is not None and (folder / "history.csv").exists():
-        return before, [Epoch(**row) for row in run_result.read_history(folder / "history.csv")]
-    source.standardise = stage.measured(source)
-    head, history = stage.fit(source, folder)
-    temperature = 1.0
-    if len(stage.val):
-        logits = stage.logits(head, source, stage.val)
-        temperature = calibration.fit_temperature(logits, stage.splits.data.labels[stage.val])
-    found = calibration.softmax(stage.logits(head, source, out), temperature).astype(np.float32)
+    """Calibrated probabilities (n, K) of this fold's rows `out`, and its history; stored: no fold runs twice."""
+    path, shape = folder / "probabilities.npy", (len(out), len(experiment.splits.data.classes))
+    if (stored := _stored_probabilities(path, shape)) is not None and (folder / "history.csv").exists():
+        return stored, [Epoch(**row) for row in run_result.read_history(folder / "history.csv")]
+    source.standardise = fit_to_train_rows(experiment, source)
+    head, history = train_head(experiment, source, folder, progress)
+    temperature = validation_temperature(experiment, head, source)
+    logits = tta_logits(experiment, head, source, out)
+    probabilities = calibration.softmax(logits, temperature).astype(np.float32)
     if distributed.is_main_process():
         buffer = io.BytesIO()
-        np.save(buffer, found)
-        files.write_bytes(kept, buffer.getvalue())
-    return found, history
+        np.save(buffer, probabilities)
+        files.write_bytes(path, buffer.getvalue())
+    return probabilities, history
 
 
-def _probabilities_in(path: Path, shape: tuple[int, int]) -> NDArray[np.float32] | None:
-    """What `one_fold` kept; None where there is nothing sound, and the fold is then done again."""
+def _stored_probabilities(path: Path, shape: tuple[int, int]) -> NDArray[np.float32] | None:
+    """What `_train_fold` stored; None where there is nothing sound, and the fold is then done again."""
     try:
-        found: NDArray[np.float32] = np.load(path, allow_pickle=False)
+        stored: NDArray[np.float32] = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return found if found.shape == shape and np.isfinite(found).all() else None
+    return stored if stored.shape == shape and np.isfinite(stored).all() else None
 
 
 def _mean_history(histories: Sequence[Sequence[Epoch]]) -> list[dict[str, Any]]:
@@ -245,39 +255,32 @@ def _mean_history(histories: Sequence[Sequence[Epoch]]) -> list[dict[str, Any]]:
     return lines
 
 
-def _repeat_command(folds: int, recipe: Recipe, choice: DataChoice) -> str:
+def _repeat_command(folds: int, config: RunConfig) -> str:
+    recipe, data = config.recipe, config.data
     parts = ["attire", "train", "--recipe", recipe.name, "--folds", str(folds), "--seed", str(recipe.seed)]
-    for flag, value in (("--data", choice.data), ("--test", choice.test)):
+    for flag, value in (("--data", data.data), ("--test", data.test)):
         parts += [flag, value] if value else []
     return shlex.join(parts)
 
 
 def is_series(folder: str | Path) -> bool:
+    """Whether `folder` holds a series of seeds or folds."""
     return (Path(folder) / "series.json").exists()
 
 
 def resume_series(folder: str | Path, progress: Progress | None = None) -> Seeds | Folds:
     """Go on with seeds or folds that were stopped; what is finished is not done again."""
     folder = Path(folder)
-    about = files.read_json(folder / "series.json")
+    path = folder / "series.json"
+    series = files.read_json(path)
     go_on: Callable[[], Seeds | Folds]
     try:
-        recipe = recipes.from_json(about["recipe"], str(folder / "series.json"))
-        if about["kind"] == "seeds":
-            go_on = partial(_seeds_in, folder, about["count"], recipe, about["arguments"], progress)
+        count, config = series["count"], RunConfig.from_json(series["config"], path)
+        if series["kind"] == "seeds":
+            go_on = partial(_train_seeds_in, folder, count, config, progress)
         else:
-            values = dict(about["data"])
-            choice = DataChoice(**{**values, "classes": tuple(values["classes"]) if values["classes"] else None})
-            told = (about["folds"], recipe, choice, about["device"], about["claimed"])
-            go_on = partial(_folds_in, folder, *told, progress or NoProgress())
+            go_on = partial(_cross_validate_in, folder, count, config, progress or NoProgress())
     except (KeyError, TypeError) as error:
-        raise AttireError(folder / "series.json", "not a series of runs", str(error)[:80]) from error
-    with distributed.process_group(), claimed_folder(folder):
+        raise AttireError(path, "not a series of runs", str(error)[:80]) from error
+    with distributed.process_group(), lock_run_folder(folder):
         return go_on()
-
-
-def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, fit for JSON."""
-    told = {key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()}
-    found = distillation.choose(told.pop("teacher", None))
-    return told if found is None else {**told, "teacher": found.to_json()}

@@ -1,4 +1,4 @@
-"""Train/serve skew: a head that was trained on one backend's features, run on those that a bundle predicts with."""
+"""Train/serve skew: a head trained on one backend's features, evaluated on those that a bundle predicts with."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from attire.features.sources import FeatureSource
 
 _ROWS = 5000  # at most
 _PIXELS = 25_000_000  # of pictures, which the fp32 backbone sees once: 500 of 224 px, two minutes on 2 cores
-_ALLOWED = -0.003  # of accuracy: a loss that is smaller, or that could be none, is borne
+_ALLOWED = -0.003  # of accuracy: a smaller loss, or one that chance explains, is accepted
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Skew:
 
     trained: float
     served: float
-    same: float  # share of the rows that get the same class
+    same: float  # fraction of the rows that get the same class
     change: Interval  # served minus trained, paired
 
     def check(self, backend: str) -> None:
@@ -55,8 +55,12 @@ def sample_rows(rows: RowIndices, size: int, seed: int) -> RowIndices:
 def measure_skew(
     head: nn.Sequential, trained: FeatureSource, served: FeatureSource, labels: NDArray[np.int64], rows: RowIndices
 ) -> Skew:
-    """The head's answers for `rows` of both sources of the same images; labels: (N,) over all their rows."""
+    """Compare the head's predictions for `rows` of two sources of the same images; labels: (N,) over all their rows."""
     first, second = (predict_logits(head, source, rows).argmax(1).numpy() for source in (trained, served))
-    right = [answers == labels[rows] for answers in (first, second)]
-    same = float((first == second).mean())
-    return Skew(float(right[0].mean()), float(right[1].mean()), same, paired_difference(*right))
+    trained_correct, served_correct = first == labels[rows], second == labels[rows]
+    return Skew(
+        trained=float(trained_correct.mean()),
+        served=float(served_correct.mean()),
+        same=float((first == second).mean()),
+        change=paired_difference(trained_correct, served_correct),
+    )

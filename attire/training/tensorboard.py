@@ -9,7 +9,7 @@ from attire.progress import Epoch, Progress
 _NAMES = {"train_loss": "loss/train", "val_loss": "loss/validation", "val_accuracy": "accuracy/validation"}
 
 
-class Board:
+class TensorBoardProgress:
     """A progress that passes everything on to another one, and writes each epoch as scalars into `folder`.
 
     Steps are epochs. After a resume the epochs go on in a further event file of the same folder, as TensorBoard

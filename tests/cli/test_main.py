@@ -410,7 +410,7 @@ def test_cache_lists_and_deletes(bundle: Path, small_csv: Path, cache: Path, mon
     attire("evaluate", bundle, "--data", small_csv)
     told = json.loads(attire("cache", "--json").out)
     (entry,) = told["entries"]
-    assert (entry["rows"], entry["finished"], entry["made_by"]["freeze_to"]) == (60, True, "block2")
+    assert (entry["rows"], entry["finished"], entry["manifest"]["freeze_to"]) == (60, True, "block2")
     assert attire("cache").out.splitlines()[0].startswith(entry["key"][:12])
     assert attire("cache").out.splitlines()[-1].startswith("1 entries, ")
     assert json.loads(attire("cache", "--delete", entry["key"][:6], "--json").out) == {

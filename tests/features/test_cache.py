@@ -185,7 +185,7 @@ def test_the_cache_is_listed_and_entries_are_deleted(synthetic: ImageDataset) ->
     entry = entries[second.folder.name]
     assert entry.describe() == "60 images, block2 at 16 px, flip, fp32 torch"
     assert entry.size == sum(path.stat().st_size for path in second.folder.iterdir())
-    assert entry.to_json()["made_by"]["view"] == "flip"
+    assert entry.to_json()["manifest"]["view"] == "flip"
     assert cache.delete_entry(first.folder.name[:8]) == entries[first.folder.name].size
     assert [left.key for left in cache.cache_entries()] == [second.folder.name]
 

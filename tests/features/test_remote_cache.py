@@ -162,6 +162,6 @@ def test_a_name_that_cannot_be_meant_is_an_error(synthetic: ImageDataset, monkey
 
 def test_nothing_is_shared_unless_it_is_asked_for(synthetic: ImageDataset, tmp_path: Path) -> None:
     run(synthetic, CountingBackbone())
-    assert remote_cache._shared_place("key", set()) is None
+    assert remote_cache._open_shared("key", set()) is None
     assert files.cache_dir().parent == tmp_path
     assert not (tmp_path / "shared").exists()

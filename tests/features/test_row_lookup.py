@@ -131,5 +131,5 @@ def test_deleted_entries_leave_no_index(load: Callable[[], Counting]) -> None:
     row_lookup.extract_by_image(IMAGES[9:], SPEC, load)
     assert row_lookup.delete_stale() == 0
     feature_cache.delete_entry(next(entry.key for entry in feature_cache.cache_entries() if entry.rows == 9))
-    assert row_lookup.delete_stale() == (9 + 1) * row_lookup._DIGEST
+    assert row_lookup.delete_stale() == (9 + 1) * row_lookup._DIGEST_BYTES
     assert len(list(row_lookup._index_folder(SPEC).glob("*.rows"))) == 1

@@ -68,7 +68,7 @@ def test_a_bundle_with_trained_blocks_takes_only_what_is_frozen_from_the_cache(
     found = scoring.evaluate_bundle(run.bundle, small_csv)
     expected = load_bundle(run.bundle, "cpu").predict_proba(synthetic.images)
     assert np.allclose(found.predictions.probabilities, expected, atol=5e-3)
-    assert {(entry.made_by["freeze_to"], entry.made_by["width"]) for entry in cache.cache_entries()} == {key}
+    assert {(entry.manifest["freeze_to"], entry.manifest["width"]) for entry in cache.cache_entries()} == {key}
     assert found.config["views"] == recipe.tta
 
 
@@ -79,7 +79,7 @@ def test_an_ensemble_is_the_mean_of_its_members(
     alone = [load_bundle(path, "cpu").predict_proba(synthetic.images) for path in pair]
     assert np.allclose(found.result.predictions.probabilities, np.mean(alone, 0), atol=2e-3)
     assert np.allclose(found.ensemble.predict_proba(synthetic.images), np.mean(alone, 0), atol=1e-6)
-    assert [entry.made_by["view"] for entry in cache.cache_entries()].count("plain") == 1  # one backbone, one entry
+    assert [entry.manifest["view"] for entry in cache.cache_entries()].count("plain") == 1  # one backbone, one entry
     assert [member.config["views"] for member in found.members] == [1, 2]
     assert found.result.config["views"] == 3
     right = [member.test.correct for member in found.members]

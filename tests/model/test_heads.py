@@ -175,8 +175,8 @@ def test_where_nothing_is_frozen_every_convolution_is_trained_and_no_cache_is_ne
     assert np.allclose(model.predict_proba(told.images), told.probabilities, atol=1e-3)
     cached = attire.train(small_csv, recipe, run_dir=tmp_path / "cached")
     assert np.allclose(cached.result.predictions.probabilities, told.probabilities, atol=1e-5)
-    assert {entry.made_by["width"] for entry in cache.cache_entries()} == {3 * 16 * 16}
-    assert cache.cache_entries()[0].made_by["precision"] == "fp32"
+    assert {entry.manifest["width"] for entry in cache.cache_entries()} == {3 * 16 * 16}
+    assert cache.cache_entries()[0].manifest["precision"] == "fp32"
 
 
 @pytest.mark.usefixtures("weights")
