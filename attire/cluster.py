@@ -1,7 +1,7 @@
-"""The Ray adapter: extraction, training, answers and serving on several machines. The only code that knows a cluster.
+"""The Ray adapter: extraction, training, prediction and serving on several machines. The only code that knows Ray.
 
-What is computed is decided elsewhere. The cache folder, which every node must see, is the truth of what is done: tasks
-commit shards into it, and whoever is killed, the same command goes on from there.
+Other modules decide what is computed. The cache folder, which every node must see, records what is done: tasks commit
+shards into it. When a process is killed, the same command goes on from there.
 """
 
 import asyncio
@@ -28,7 +28,15 @@ from numpy.typing import NDArray
 
 from attire.errors import AttireError, Stopped, UsageError
 from attire.evaluation import run_result
-from attire.features.cache import FeatureExtractor, FeatureSpec, ProgressCallback, ShardRecords, compute_features, extract_shard, forward_batch_size
+from attire.features.cache import (
+    FeatureExtractor,
+    FeatureSpec,
+    ProgressCallback,
+    ShardRecords,
+    compute_features,
+    extract_shard,
+    forward_batch_size,
+)
 from attire.inference import predict
 from attire.inference.bundle_files import MODEL_JSON, find_bundle, is_bundle
 from attire.inference.classifier import Classifier, load_bundle
@@ -36,25 +44,24 @@ from attire.inference.inputs import PictureInput
 from attire.inference.prediction import Prediction
 from attire.model import devices
 from attire.progress import Epoch, Progress
-from attire.server.app import Seen, create_app
+from attire.server.app import create_app
 from attire.storage import files, memory
 from attire.training import run
 from attire.version import __version__
 
-_RETRIES = 5  # of a task whose process or node was lost; what Attire itself refuses is never tried again
-_AHEAD = 2  # tasks in flight a core: one that runs and one whose images have already arrived
+_RETRIES = 5  # of a task whose process or node was lost; an error of Attire's own is never tried again
+_TASKS_PER_CORE = 2  # in flight: one that runs and one whose images have already arrived
 _RESTARTS = 5  # of a training whose process or node was lost, each from the run's newest checkpoint
-_STORE_BYTES, _STORE_SHARE = 10**9, 0.3  # of a cluster of our own: images in flight, 1.6 MB a shard, are all it holds
-_ANSWER_SECONDS = 5.0  # for a cluster to accept a connection
-_DRAIN_SECONDS = 60.0  # for what a replica is answering when it is replaced
+_STORE_BYTES, _STORE_FRACTION = 10**9, 0.3  # of a private cluster's object store: it holds images, 1.6 MB a shard
+_CONNECT_SECONDS = 5.0  # for a cluster to accept a connection
+_DRAIN_SECONDS = 60.0  # for the requests that a replica is answering when it is replaced
 _APP = "attire"
-
-_MORE = 64  # requests to a replica besides the pictures that may wait in it: the page, its samples, health
+_OTHER_REQUESTS = 64  # to a replica, besides the pictures that may wait in it: the page, its samples, health
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
-# Of a cluster of our own: nothing in it listens beyond this machine (so Ray calls it, on Linux as well), it reports to
-# nobody, and its workers do not give way to all else here, as Ray's otherwise do (niceness 15). That nobody without a
-# token may use it is Ray's default there, which a test holds it to.
+# A private cluster listens on this machine alone (the variable holds on Linux as well), reports to nobody, and runs its
+# workers at normal niceness, where Ray's default is 15. Ray's default also wants a token of everyone who uses such a
+# cluster, which a test checks.
 _PRIVATE = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -71,30 +78,30 @@ def connect(address: str = "auto", workers: int = 0) -> Iterator["Cluster"]:
     is started now and ended with the block. workers: processes that train, 0 for one a GPU, else one. Raises
     AttireError where Ray is not installed or nothing answers at the address.
     """
-    there = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
-    private = {} if there else {**_PRIVATE, "RAY_AUTH_TOKEN": _token_of_our_own()}
-    with _environment({**_QUIET, **private}), ExitStack() as held:
+    address = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    private = {} if address else {**_PRIVATE, "RAY_AUTH_TOKEN": _private_token()}
+    with _environment({**_QUIET, **private}), ExitStack() as stack:
         ray = _import_ray()
-        if there:
-            _check_address(there)
+        if address:
+            _check_address(address)
         if ray.is_initialized():
             raise AttireError("Ray", "this process is part of a cluster already")
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": _APP}
         options["runtime_env"] = {"env_vars": {"ATTIRE_CACHE": str(files.cache_dir())}}
-        if not there:
-            # A folder of mode 0700: the sockets in it are Ray's doors, and it makes what is below open to everybody.
-            folder = Path(
-                held.enter_context(tempfile.TemporaryDirectory(prefix="attire-ray-", ignore_cleanup_errors=True))
+        if not address:
+            # Of mode 0700: Ray's sockets lie in it, in folders that Ray makes open to every user.
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="attire-ray-", ignore_cleanup_errors=True))
+            options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "_temp_dir": f"{folder}/r"}
+            options["object_store_memory"] = int(
+                min(_STORE_BYTES, _STORE_FRACTION * (memory.total_memory() or _STORE_BYTES))
             )
-            options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "_temp_dir": str(folder / "r")}
-            options["object_store_memory"] = int(min(_STORE_BYTES, _STORE_SHARE * (memory.total_memory() or _STORE_BYTES)))
-        held.callback(ray.shutdown)
+        stack.callback(ray.shutdown)
         try:
-            ray.init(there or "local", **options)
+            ray.init(address or "local", **options)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             do = "if it wants a token: RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token or RAY_AUTH_TOKEN_PATH"
-            raise AttireError(there or "Ray", "cannot be used as a cluster", str(error).strip()[:120], do) from error
-        yield Cluster(workers, alone=not there)
+            raise AttireError(address or "Ray", "cannot be used as a cluster", str(error).strip()[:120], do) from error
+        yield Cluster(workers, alone=not address)
 
 
 def _import_ray() -> Any:
@@ -106,10 +113,10 @@ def _import_ray() -> Any:
 
 
 @contextmanager
-def _environment(wanted: dict[str, str]) -> Iterator[None]:
-    """These variables where the user has set none, until the block ends; what Ray adds goes with them."""
+def _environment(defaults: dict[str, str]) -> Iterator[None]:
+    """Set the variables that the user has not set; at the end of the block remove them and those that Ray has added."""
     before = dict(os.environ)
-    os.environ.update({name: value for name, value in wanted.items() if name not in before})
+    os.environ.update({name: value for name, value in defaults.items() if name not in before})
     try:
         yield
     finally:
@@ -119,24 +126,24 @@ def _environment(wanted: dict[str, str]) -> Iterator[None]:
 
 
 @cache
-def _token_of_our_own() -> str:
-    """One for the whole process: Ray reads it once."""
+def _private_token() -> str:
+    """One for the whole process, since Ray reads it once."""
     return secrets.token_hex(32)
 
 
 def _check_address(address: str) -> None:
-    """Ray itself would try for a minute."""
+    """Raises UsageError for no address and AttireError where no cluster answers; Ray itself would try for a minute."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in address:
         raise UsageError("--cluster", f"expected auto or HOST:PORT of a Ray cluster, found {address!r}")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise AttireError(address, "no Ray cluster answers there", str(error)) from error
 
 
 class Cluster:
-    """Work for the nodes that `connect` found. alone: whether they end with this process."""
+    """A cluster to work on; `connect` makes it. alone: it is a private one and ends with this process."""
 
     def __init__(self, workers: int = 0, alone: bool = False) -> None:
         self.ray, self.alone = _import_ray(), alone
@@ -148,27 +155,27 @@ class Cluster:
         return sum(node["Alive"] for node in self.ray.nodes())
 
     def resources(self, kind: str) -> float:
-        """Of all nodes that are alive now."""
+        """How many of \"CPU\" or \"GPU\" all living nodes have."""
         return float(self.ray.cluster_resources().get(kind, 0))
 
-    def most_in_flight(self, gpu: bool = False) -> int:
-        return _AHEAD * max(1, int(self.resources("GPU" if gpu else "CPU")))
+    def max_in_flight(self, gpu: bool = False) -> int:
+        return _TASKS_PER_CORE * max(1, int(self.resources("GPU" if gpu else "CPU")))
 
     def remote(self, function: Callable[..., Any], gpu: bool = False) -> Callable[..., Any]:
-        """A task that is tried again where its process or node is lost, on a core or a GPU of its own."""
+        """A task with a core or a GPU of its own, which Ray runs again where its process or node is lost."""
         options = {"max_retries": _RETRIES, "retry_exceptions": False, "num_cpus": 1, "num_gpus": int(gpu)}
         return self.ray.remote(**options)(function).remote  # type: ignore[no-any-return]
 
     def result(self, reference: Any) -> Any:
-        """Of a task. Raises what Attire refused there, as it would have been raised here."""
-        wrong = self.ray.exceptions
+        """The result of a task. Raises its AttireError as if it had been raised here."""
+        exceptions = self.ray.exceptions
         try:
             return self.ray.get(reference)
-        except wrong.RayTaskError as error:
+        except exceptions.RayTaskError as error:
             if isinstance(error.cause, AttireError):
                 raise error.cause from None
             raise
-        except wrong.RayError as error:
+        except exceptions.RayError as error:
             what = f"work was lost {_RETRIES + 1} times, or the cluster was"
             do = "what was finished is kept: the same command goes on"
             raise AttireError("cluster", what, type(error).__name__, do) from error
@@ -184,47 +191,54 @@ class Cluster:
         total: int,
         report: ProgressCallback,
     ) -> ShardRecords:
-        """A `features.Maker`: a task for each shard, which commits it; few of them under way at a time."""
+        """A `features.cache.ShardExtractor`: extracts and commits each shard by a task, a few at a time."""
         if not spec.backend.startswith("torch"):
             raise UsageError("--backend", f"{spec.backend} runs on one machine", do="leave --cluster out")
         done = total - sum(map(len, parts.values()))
         report(done, total)
         files.make_dir(folder)
-        with _token_beside(folder) as token:
+        with _written_token(folder) as token:
             gpu = spec.backend == "torch-cuda"
-            order = self.ray.put(_make_order(next(iter(parts.values())), spec, load_backbone, folder, token))
-            task, waiting, lines = self.remote(_make_shard, gpu), dict[Any, int](), ShardRecords()
+            job = self.ray.put(_make_job(next(iter(parts.values())), spec, load_backbone, folder, token))
+            task, running, records = self.remote(_extract_shard, gpu), dict[Any, int](), ShardRecords()
             todo = list(reversed(parts))
             try:
-                while todo or waiting:
-                    while todo and len(waiting) < self.most_in_flight(gpu):
+                while todo or running:
+                    while todo and len(running) < self.max_in_flight(gpu):
                         index = todo.pop()
-                        waiting[task(order, parts[index], index)] = index
+                        running[task(job, parts[index], index)] = index
                         files.release_pages(parts[index])
-                    for ready in self.ray.wait(list(waiting))[0]:
-                        index = waiting.pop(ready)
-                        lines[index] = self.result(ready)
-                        done += lines[index]["rows"]
+                    for ready in self.ray.wait(list(running))[0]:
+                        index = running.pop(ready)
+                        records[index] = self.result(ready)
+                        done += records[index]["rows"]
                         report(done, total)
             finally:
-                for left in waiting:
-                    self.ray.cancel(left)
-        return lines
+                for reference in running:
+                    self.ray.cancel(reference)
+        return records
 
     # Training.
 
     def resume(self, folder: Path, progress: Progress) -> None:
-        """Carry out the run in `folder` by `runs.resume` in each of the workers, which train it together."""
+        """Carry out the run in `folder`: each of the workers calls `run.resume`, and they train it together."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        place, gpu = folder.absolute(), self.gpus >= self.workers
+        run_folder, gpu = folder.absolute(), self.gpus >= self.workers
         alive = [node["Resources"].get("CPU", 0) for node in self.ray.nodes() if node["Alive"]]
         cores = max(1, int(max(alive) // -(-self.workers // len(alive))))  # those of a node, shared by its workers
-        with tempfile.TemporaryDirectory(prefix=".ray-", dir=place.parent) as storage, _following(place, progress):
+        with (
+            tempfile.TemporaryDirectory(prefix=".ray-", dir=run_folder.parent) as storage,
+            _reporting_epochs(run_folder, progress),
+        ):
             trainer = TorchTrainer(
-                _train_part,
-                train_loop_config={"folder": str(place), "here": str(Path.cwd()), "cores": str(cores)},
+                _train_worker,
+                train_loop_config={
+                    "folder": str(run_folder),
+                    "working_directory": str(Path.cwd()),
+                    "cores": str(cores),
+                },
                 torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
                 scaling_config=ScalingConfig(
                     num_workers=self.workers, use_gpu=gpu, resources_per_worker={"CPU": cores}
@@ -239,41 +253,45 @@ class Cluster:
                 except SystemExit:  # what Ray Train makes of Ctrl-C, once its workers have ended
                     raise Stopped(folder, "stopped, its checkpoints are kept") from None
                 except Exception as error:
-                    raise _refused(error, folder) from error
+                    raise _training_error(error, folder) from error
 
-    # Answers.
+    # Prediction.
 
     def answer(
-        self, model: Path | None, device: str, asked: Iterable[PictureInput | AttireError]
+        self, model: Path | None, device: str, inputs: Iterable[PictureInput | AttireError]
     ) -> Iterator[list[predict.Answer]]:
-        """As `answers.answer`, each batch by a task, in the order of what is asked, few of them under way at a time."""
-        about = _model_file(model)
-        task = self.remote(_predict_batch, device == "cuda")
-        told, waiting = (model and model.absolute(), device, files.sha256_file(about)), deque[Any]()
-        for batch in predict.batch_inputs(asked):
+        """Answers to all inputs in their order, each batch by a task, a few batches at a time."""
+        digest, task = files.sha256_file(_model_file(model)), self.remote(_predict_batch, device == "cuda")
+        running = deque[tuple[predict.InputBatch, Any]]()
+        for batch in predict.batch_inputs(inputs):
             images = batch.images()
-            waiting.append((batch, task(*told, images) if len(images) else None))
-            if len(waiting) >= self.most_in_flight():
-                yield self.answered(*waiting.popleft())
-        while waiting:
-            yield self.answered(*waiting.popleft())
+            running.append((batch, task(model and model.absolute(), device, digest, images) if len(images) else None))
+            if len(running) >= self.max_in_flight():
+                yield self._answers(running.popleft())
+        while running:
+            yield self._answers(running.popleft())
 
-    def answered(self, batch: predict.InputBatch, reference: Any) -> list[predict.Answer]:
-        return batch.answers(self.result(reference) if reference is not None else [])
+    def _answers(self, running: tuple[predict.InputBatch, Any]) -> list[predict.Answer]:
+        """The answers to a batch. running: the batch and the task that predicts it, None where no picture is in it."""
+        batch, task = running
+        return batch.answers(self.result(task) if task is not None else [])
 
     # Serving.
 
     def serve(self, bundle: Path, device: str, host: str, port: int, replicas: int, settings: dict[str, Any]) -> str:
-        """The app behind Ray Serve, each replica with the bundle's model of its own; its address.
+        """Run the app behind Ray Serve, each replica with a model of its own; returns its address.
 
-        Called again, it replaces one replica after the other, and no request fails: old ones answer until new ones
-        are ready. settings: those of `server.create_app`.
+        A second call replaces one replica after the other, and no request fails: an old one answers until the new one
+        is ready. settings: those of `server.app.create_app`. Raises AttireError where the model cannot run.
         """
         from ray import serve
         from ray.serve.config import BackpressureConfig, HTTPOptions
 
         cores, gpus = self.resources("CPU") / replicas, self.gpus / replicas if device == "cuda" else 0
-        share = {"num_cpus": min(1.0, cores / 2), "num_gpus": min(1.0, gpus / 2)}  # half: those to come fit beside
+        share = {
+            "num_cpus": min(1.0, cores / 2),
+            "num_gpus": min(1.0, gpus / 2),
+        }  # half, so that the next replicas fit beside these
         settings["workers"] = settings["workers"] or 1
         settings["threads"] = settings["threads"] or max(1, int(cores) // settings["workers"])
         queue = settings["max_queue"]
@@ -282,7 +300,7 @@ class Cluster:
             name="replica",
             num_replicas=replicas,
             ray_actor_options=share,
-            max_ongoing_requests=queue + _MORE,
+            max_ongoing_requests=queue + _OTHER_REQUESTS,
             max_queued_requests=queue,
             backpressure_config=BackpressureConfig(retry_after_s=1),
             graceful_shutdown_timeout_s=_DRAIN_SECONDS,
@@ -293,20 +311,20 @@ class Cluster:
             rolling_update_percentage=1.0,
             max_surge_percent=100,
         )
-        told = (bundle.absolute(), files.sha256_file(_model_file(bundle)), device, settings)
+        digest = files.sha256_file(_model_file(bundle))
         try:
             with _quiet():
                 serve.start("HeadOnly" if host in _LOCAL else "EveryNode", HTTPOptions(host=host, port=port))
-                serve.run(replica.bind(*told), name=_APP)
+                serve.run(replica.bind(bundle.absolute(), digest, device, settings), name=_APP)
         except RuntimeError as error:
-            found = serve.status().applications[_APP].deployments
-            text = "\n".join([str(error), *(part.message for part in found.values())]).strip()
-            why = re.findall(r"(?:Attire|Usage)Error: (.*)", text) or text.splitlines()
-            raise AttireError("Ray Serve", "cannot run the model", why[-1][:300]) from error
+            deployments = serve.status().applications[_APP].deployments
+            text = "\n".join([str(error), *(deployment.message for deployment in deployments.values())]).strip()
+            reasons = re.findall(r"(?:Attire|Usage)Error: (.*)", text) or text.splitlines()
+            raise AttireError("Ray Serve", "cannot run the model", reasons[-1][:300]) from error
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def stop_serving(self) -> None:
-        """What has been accepted is answered first."""
+        """End the app, once every accepted request is answered."""
         from ray import serve
         from ray.serve.exceptions import RayServeException
 
@@ -317,15 +335,15 @@ class Cluster:
             raise AttireError("Ray Serve", "nothing is served on this cluster") from error
 
 
-# What runs in the workers' processes.
+# What runs in the processes of the workers.
 
 
 @dataclass(frozen=True, eq=False)
-class _Order:
-    """What every task of one extraction is told, and how it shows that it can be trusted with it.
+class _ExtractionJob:
+    """What all tasks of one extraction share, and the checks that a worker must pass before it commits a shard.
 
-    token: what lies beside `folder`, as long as the extraction goes on; probe: images (n, 28, 28), and the digest that
-    their features have where the extraction was asked for.
+    token: text of a file beside `folder`, which is there as long as the extraction goes on; probe: images (n, 28, 28);
+    expected: digest of the features that the driver, the process which asks, computes of the probe.
     """
 
     spec: FeatureSpec
@@ -336,37 +354,41 @@ class _Order:
     probe: NDArray[np.uint8]
     expected: str
 
-    def check_place(self) -> None:
+    def check_folder(self) -> None:
         """Raises AttireError where this node does not see the cache folder, or the extraction is over."""
         try:
-            seen = _token_path(self.folder).read_text()
+            token = _token_path(self.folder).read_text()
         except OSError:
-            seen = ""
-        if seen != self.token:
+            token = ""
+        if token != self.token:
             what = f"not the same folder on {platform.node()} as where the command was given"
             raise AttireError(self.folder, what, do="put ATTIRE_CACHE on a file system that all nodes share")
 
     def check_backbone(self, backbone: FeatureExtractor) -> None:
-        """Raises AttireError where this node would make other shards: the cache may not depend on who was free."""
+        """Raises AttireError where this node would compute other features: the cache must not depend on the node."""
         if files.sha256(compute_features(self.probe, self.spec, backbone).tobytes()) != self.expected:
             where = f"{devices.processor_name()}, torch {torch.__version__}"
             do = "give it nodes with one kind of processor and one version of torch"
             raise AttireError(platform.node(), "computes other features than the machine that asks", where, do)
 
 
-def _make_order(
-    images: NDArray[np.uint8], spec: FeatureSpec, load_backbone: Callable[[], FeatureExtractor], folder: Path, token: str
-) -> _Order:
-    """The probe is computed as one machine alone would compute it, with all its threads."""
+def _make_job(
+    images: NDArray[np.uint8],
+    spec: FeatureSpec,
+    load_backbone: Callable[[], FeatureExtractor],
+    folder: Path,
+    token: str,
+) -> _ExtractionJob:
+    """A job for such images. The driver computes the probe with all its threads, as it would without a cluster."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        load_backbone()  # measures how one thread is fastest: the workers find that in the cache folder
+        load_backbone()  # measures what is fastest with one thread; workers read the result from the cache folder
     finally:
         torch.set_num_threads(threads)
     probe = np.array(images[: max(1, forward_batch_size(spec.image_size) // 8)])
     expected = files.sha256(compute_features(probe, spec, load_backbone()).tobytes())
-    return _Order(spec, load_backbone, folder, token, __version__, probe, expected)
+    return _ExtractionJob(spec, load_backbone, folder, token, __version__, probe, expected)
 
 
 def _token_path(folder: Path) -> Path:
@@ -374,7 +396,7 @@ def _token_path(folder: Path) -> Path:
 
 
 @contextmanager
-def _token_beside(folder: Path) -> Iterator[str]:
+def _written_token(folder: Path) -> Iterator[str]:
     token = secrets.token_hex(16)
     files.write_text(_token_path(folder), token)
     try:
@@ -383,30 +405,31 @@ def _token_beside(folder: Path) -> Iterator[str]:
         _token_path(folder).unlink(missing_ok=True)
 
 
-_BACKBONES: dict[FeatureSpec, FeatureExtractor] = {}  # of this process, proved to be the driver's
+_BACKBONES: dict[FeatureSpec, FeatureExtractor] = {}  # of this process, which have passed `check_backbone`
 
 
-def _make_shard(order: _Order, images: NDArray[np.uint8], index: int) -> dict[str, Any]:
-    """One shard, computed and committed; its ledger line. Made twice it is the same, byte for byte."""
-    order.check_place()
-    told = (order.spec, _open_backbone(order), order.folder, index)
-    return extract_shard(images, *told, check=order.check_place)  # tasks outlive a killed driver for a moment
+def _extract_shard(job: _ExtractionJob, images: NDArray[np.uint8], index: int) -> dict[str, Any]:
+    """Compute and commit one shard; returns its record. A second time the shard is the same, byte for byte."""
+    job.check_folder()
+    backbone = _open_backbone(job)
+    # A task may outlive a killed driver for a moment, hence the check.
+    return extract_shard(images, job.spec, backbone, job.folder, index, check=job.check_folder)
 
 
-def _open_backbone(order: _Order) -> FeatureExtractor:
-    """Once a process. One thread each: as many tasks as cores keep them busy without waiting for each other."""
-    known = replace(order.spec, view="plain")
+def _open_backbone(job: _ExtractionJob) -> FeatureExtractor:
+    """Opened once in a process, with one thread: as many tasks as cores keep all cores busy."""
+    known = replace(job.spec, view="plain")
     if known not in _BACKBONES:
-        _check_version(order.version)
+        _check_version(job.version)
         _set_threads(1)
-        backbone = order.load_backbone()
-        order.check_backbone(backbone)
+        backbone = job.load_backbone()
+        job.check_backbone(backbone)
         _BACKBONES[known] = backbone
     return _BACKBONES[known]
 
 
 def _set_threads(count: int) -> None:
-    """Of torch, and of ONNX Runtime where it is opened after this."""
+    """Threads of PyTorch, and of ONNX Runtime where it is opened afterwards."""
     os.environ["OMP_NUM_THREADS"] = str(count)
     torch.set_num_threads(count)
 
@@ -417,16 +440,16 @@ def _check_version(version: str) -> None:
         raise AttireError(platform.node(), what, do="install the same version on every node")
 
 
-def _train_part(config: dict[str, str]) -> None:
-    """In each worker of Ray Train, where torch's process group is set up."""
-    os.chdir(config["here"])  # what a run's data is called may be relative to it
+def _train_worker(config: dict[str, str]) -> None:
+    """Runs in each worker of Ray Train, which has set up PyTorch's process group."""
+    os.chdir(config["working_directory"])  # the path of the run's data may be relative
     _set_threads(int(config["cores"]))
     run.resume(config["folder"])
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Ray's libraries tell each step on stderr, and set their own levels."""
+    """Without the lines that Ray's libraries log at every step, at levels of their own."""
     logging.disable(logging.WARNING)
     try:
         yield
@@ -436,7 +459,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ray Train keeps Ctrl-C to itself from its first training on: not longer than this."""
+    """Give Ctrl-C back to this process after the block: Ray Train takes it over and keeps it."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -446,20 +469,20 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _following(folder: Path, progress: Progress) -> Iterator[None]:
-    """Tells of the epochs that others add to the run's history."""
+def _reporting_epochs(folder: Path, progress: Progress) -> Iterator[None]:
+    """Report the epochs that the workers add to the run's history."""
     path, over = folder / "history.csv", threading.Event()
     before = len(run_result.read_history(path)) if path.exists() else 0
 
-    def follow(told: int = before) -> None:
+    def follow(reported: int = before) -> None:
         ended = False
         while not ended:
             ended = over.wait(0.5)
             with suppress(OSError, AttireError):
-                lines = run_result.read_history(path)
-                for line in lines[told:]:
-                    progress.epoch(Epoch(**line))
-                told = max(told, len(lines))
+                epochs = run_result.read_history(path)
+                for epoch in epochs[reported:]:
+                    progress.epoch(Epoch(**epoch))
+                reported = max(reported, len(epochs))
 
     thread = threading.Thread(target=follow, name="attire-history", daemon=True)
     thread.start()
@@ -470,31 +493,31 @@ def _following(folder: Path, progress: Progress) -> Iterator[None]:
         thread.join()
 
 
-def _refused(error: BaseException, folder: Path) -> AttireError:
-    """What Attire refused in a worker, else that the training failed too often."""
-    for found in (*getattr(error, "worker_failures", {}).values(), error):
-        cause = getattr(found, "_base_exc", None) or getattr(found, "cause", None) or found
+def _training_error(error: BaseException, folder: Path) -> AttireError:
+    """The AttireError of a worker, else one that says how the training failed."""
+    for failure in (*getattr(error, "worker_failures", {}).values(), error):
+        cause = getattr(failure, "_base_exc", None) or getattr(failure, "cause", None) or failure
         if isinstance(cause, AttireError):
             return cause
-    told = str(error).strip().splitlines() or [type(error).__name__]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     do = f"its checkpoints are kept; go on with: attire train --resume {folder}"
-    return AttireError("cluster", "the training failed", told[-1][:200], do)
+    return AttireError("cluster", "the training failed", lines[-1][:200], do)
 
 
 @cache
-def _opened_model(model: Path | None, device: str, digest: str) -> predict.Model:
-    """Once a process. Raises AttireError where it is another model here than where it was asked for."""
+def _open_model(model: Path | None, device: str, digest: str) -> predict.Model:
+    """Opened once in a process. Raises AttireError where this node has another model than the driver."""
     _check_model(model, digest)
     _set_threads(1)
     return predict.open_model(model, device)
 
 
 def _predict_batch(model: Path | None, device: str, digest: str, images: NDArray[np.uint8]) -> list[Prediction]:
-    return _opened_model(model, device, digest).predict(images)
+    return _open_model(model, device, digest).predict(images)
 
 
 def _model_file(model: Path | None) -> Path:
-    """The file whose digest stands for the model: an exported file, or `model.json`, which holds those of the rest."""
+    """The file whose digest identifies the model: an export, or `model.json`, which holds the others' digests."""
     return find_bundle(model) / MODEL_JSON if model is None or is_bundle(model) else model
 
 
@@ -509,19 +532,18 @@ def _check_model(model: Path | None, digest: str) -> None:
 
 
 class _Replica:
-    """What Ray Serve runs: the app of `server.create_app` around a model of its own."""
+    """What Ray Serve runs: the app of `server.app.create_app` around a model of its own."""
 
     def __init__(self, bundle: Path, digest: str, device: str, settings: dict[str, Any]) -> None:
         _check_model(bundle, digest)
         _set_threads(settings["threads"] * settings["workers"])
         predictor = predict.open_model(bundle, device)
         classifier = predictor if isinstance(predictor, Classifier) else load_bundle(bundle, device)
-        self.attire = create_app(classifier, predictor, **settings)
+        self.asgi_app = create_app(classifier, predictor, **settings)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self.attire  # `app` is Ray Serve's own
+        return self.asgi_app  # the attribute `app` is Ray Serve's own
 
     async def check_health(self) -> None:
-        """Raises where the model no longer answers; the replica is then replaced."""
-        blank = Seen(np.zeros((28, 28), np.uint8), "")
-        await asyncio.to_thread(self.attire.state.service.answer, [blank])
+        """Raises where the model no longer predicts; Ray Serve then replaces the replica."""
+        await asyncio.to_thread(self.asgi_app.state.service.predict_blank)

@@ -30,10 +30,10 @@ from attire.model import devices
 from attire.progress import Progress
 from attire.recipes import Recipe
 from attire.terminal import Terminal
-from attire.training.experiment import Experiment, prepare
+from attire.training.experiment import Experiment
 from attire.training.extraction import Extraction
 from attire.training.head_training import train_head
-from attire.training.outcome import validation_temperature
+from attire.training.outcome import HeadEvaluator
 from attire.training.saving import assemble_network
 
 _PIXELS = 28 * 28
@@ -105,7 +105,7 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         terminal = Terminal(quiet=not self.verbose)
         try:
             data = _ArrayData(dataset=ImageDataset(images, labels.astype(np.int64), _names_of(classes), "X"))
-            experiment = prepare(self._recipe(labels), data, devices.choose_device(self.device), terminal)
+            experiment = Experiment.prepare(self._recipe(labels), data, devices.choose_device(self.device), terminal)
             self._train(experiment, terminal)
         except UsageError as error:
             raise _InputError("VGGClassifier", str(error)) from error
@@ -117,13 +117,13 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         return self
 
     def _train(self, experiment: Experiment, progress: Progress) -> None:
-        source = _ArrayExtraction(experiment, progress, self.cache).sources().train
+        sources = _ArrayExtraction(experiment, progress, self.cache).sources()
         with tempfile.TemporaryDirectory(prefix="attire-") as folder:
-            head, self.history_ = train_head(experiment, source, Path(folder), progress)
-        temperature = validation_temperature(experiment, head, source)
+            head, self.history_ = train_head(experiment, sources.train, Path(folder), progress)
+        temperature = HeadEvaluator(experiment, head, sources).temperature()
         recipe, backbone = experiment.recipe.to_json(), experiment.spec.weights
         self.classifier_ = Classifier(
-            assemble_network(experiment, head, source.standardise),
+            assemble_network(experiment, head, sources.train.standardise),
             experiment.architecture,
             experiment.splits.data.classes,
             temperature,
@@ -143,7 +143,7 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         images = self._images(validate_data(self, _flat(X), reset=False))
         about = self.classifier_.architecture
         views = [self._features(images, replace(self._spec, view=view)) for view in about.views]
-        source, rows = CachedSource(*views, names=about.views), np.arange(len(images))
+        source, rows = CachedSource(views, names=about.views), np.arange(len(images))
         head, numbers = self.classifier_.head(), range(len(views))
         logits = predict_logits(head, source, rows, 1024, numbers).numpy()
         return np.asarray(calibration.softmax(logits, self.classifier_.temperature), np.float32)

@@ -1,4 +1,4 @@
-"""Who is told how work goes: the terminal, a log, or nobody."""
+"""Progress of long work: what a terminal, a log, or nobody shows of it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,33 +20,33 @@ class Epoch:
 
 
 class Progress(Protocol):
-    """Who is told how a run goes: the terminal's bars, or nobody."""
+    """Shows how long work goes; `terminal.Terminal`, `NoProgress` and TensorBoard's writer implement it."""
 
     def note(self, name: str, text: str) -> None:
-        """A stage is settled: `Data`, `Weights`, `Recipe` ..."""
+        """One line about the run: `Data`, `Weights`, `Recipe` ..."""
 
     def advance(self, stage: str, done: int, total: int, text: str = "") -> None:
-        """`done` of `total` rows of a stage."""
+        """`done` of `total` rows of a stage are done."""
 
     def epoch(self, line: Epoch) -> None:
-        """An epoch is over."""
+        """An epoch has ended."""
 
     def tested(self, accuracy: float, low: float, high: float, epoch: int) -> None:
         """The test set was scored, after this many epochs: a fraction and its 95 % confidence interval."""
 
     def close(self) -> None:
-        """Nothing further is shown."""
+        """Stop showing anything."""
 
 
-def in_parts(images: NDArray[np.uint8], size: int, stage: str, progress: Progress) -> Iterator[NDArray[np.uint8]]:
-    """Images (n, ...), so many at a time; the progress is told of each part once the next one is asked for."""
+def in_batches(images: NDArray[np.uint8], size: int, stage: str, progress: Progress) -> Iterator[NDArray[np.uint8]]:
+    """Images (n, ...) in batches of `size`; each batch counts as done once the next one is asked for."""
     for start in range(0, len(images), size):
         yield images[start : start + size]
         progress.advance(stage, min(start + size, len(images)), len(images))
 
 
 class NoProgress:
-    """Nobody watches."""
+    """Shows nothing."""
 
     def note(self, name: str, text: str) -> None: ...
 

@@ -29,8 +29,9 @@ def _at_most(most: int, unit: str = "") -> _Rule:
     return _Rule(lambda value: bool(value <= most), f"at most {most}{unit}")
 
 
-def _widths(example: str) -> _Rule:
-    return _Rule(lambda value: all(type(w) is int and w > 0 for w in value), f"widths > 0, such as {example}")
+def _widths(example: str) -> tuple[_Rule, _Rule]:
+    positive = _Rule(lambda value: all(type(w) is int and w > 0 for w in value), f"widths > 0, such as {example}")
+    return positive, _Rule(lambda value: max(value, default=0) <= _MOST_WIDTH, f"widths of at most {_MOST_WIDTH}")
 
 
 def _one_of(choices: tuple[str, ...]) -> _Rule:
@@ -42,7 +43,6 @@ _NOT_NEGATIVE = _Rule(lambda value: math.isfinite(value) and value >= 0, "a numb
 _BELOW_ONE = _Rule(lambda value: 0 <= value < 1, "at least 0, below 1")
 _ABOVE_ZERO = _Rule(lambda value: 0 < value <= 1, "above 0, at most 1")
 _PROBABILITY = _Rule(lambda value: 0 <= value <= 1, "a probability")
-_WIDTH_LIMIT = _Rule(lambda value: max(value, default=0) <= _MOST_WIDTH, f"widths of at most {_MOST_WIDTH}")
 _SEED_LIMIT = _at_most(2**32 - 1)
 
 
@@ -72,75 +72,42 @@ class Recipe:
     pool: int = _setting(0, "Average the feature map to this side; 0 leaves it as it is.", _whole(0))
     flips: bool = _setting(True, "Augmentation: also cache mirrored pictures and train on either.")
     shifts: int = _setting(
-        0,
-        f"Augmentation: also cache this many shifted copies of each picture (0 to {_MOST_SHIFTS}).",
-        _whole(0),
-        _at_most(_MOST_SHIFTS),
+        0, "Augmentation: also cache this many shifted copies (0 to 8).", _whole(0), _at_most(_MOST_SHIFTS)
     )
-    synthetic_drawings: bool = _setting(
-        False, "Augmentation: also cache each picture as a drawing would show it, and train on it."
-    )
-    outlier_exposure: bool = _setting(
-        False, "Also cache shapes that are no garment, and train to answer each class alike for them."
-    )
+    synthetic_drawings: bool = _setting(False, "Augmentation: also cache each picture as a drawing.")
+    outlier_exposure: bool = _setting(False, "Also train on shapes that are no garment, to doubt them.")
     # Two: 0.2 to 0.4 points on validation rows in each of six trials (docs/log.md), for twice the time of a prediction.
-    tta: int = _setting(
-        2,
-        "Test-time augmentation: views of a picture averaged for an answer: plain, mirrored, then shifted.",
-        _whole(1),
-        _at_most(MOST_VIEWS),
-    )
+    tta: int = _setting(2, "Test-time augmentation: views averaged for an answer.", _whole(1), _at_most(MOST_VIEWS))
     standardise: bool = _setting(True, "Scale each feature to mean 0, deviation 1 over the training rows.")
-    finetune_blocks: int = _setting(
-        0, "VGG16 blocks above the boundary that are fine-tuned from their ImageNet weights.", _whole(0)
-    )
+    finetune_blocks: int = _setting(0, "VGG16 blocks above the boundary that are fine-tuned.", _whole(0))
     batch_norm: bool = _setting(False, "Batch normalisation in fine-tuned blocks; folded away in the bundle.")
     head_epochs: int = _setting(0, "First epochs that train the head alone, before blocks are fine-tuned.", _whole(0))
-    layer_decay: float = _setting(
-        1.0, "Factor on the learning rate for each fine-tuned block further below the head.", _ABOVE_ZERO
-    )
-    conv: tuple[int, ...] = _setting(
-        (),
-        "Widths of 3x3 convolutions in front of the hidden layers, such as 256,512.",
-        _widths("256,512"),
-        _WIDTH_LIMIT,
-    )
-    hidden: tuple[int, ...] = _setting(
-        (512,), "Widths of the head's hidden layers, such as 1024,512.", _widths("512,128"), _WIDTH_LIMIT
-    )
+    layer_decay: float = _setting(1.0, "Factor on the learning rate for each block below the head.", _ABOVE_ZERO)
+    conv: tuple[int, ...] = _setting((), "Widths of 3x3 convolutions, such as 256,512.", *_widths("256,512"))
+    hidden: tuple[int, ...] = _setting((512,), "Widths of hidden layers, such as 1024,512.", *_widths("512,128"))
     dropout: float = _setting(0.5, "Fraction of hidden values dropped in training.", _BELOW_ONE)
     lr: float = _setting(1e-3, "Adam's learning rate.", _POSITIVE)
     schedule: str = _choice(
-        "cosine", "Learning-rate schedule: cosine (after a linear warm-up) or constant.", ("cosine", "constant")
+        "cosine", "Of the learning rate: cosine, after a warm-up, or constant.", ("cosine", "constant")
     )
     weight_decay: float = _setting(0.02, "Decoupled weight decay.", _NOT_NEGATIVE)
     label_smoothing: float = _setting(0.05, "Fraction of each label spread over all classes.", _BELOW_ONE)
     random_erasing: float = _setting(0.0, "Probability that a rectangle of a feature map is erased.", _PROBABILITY)
     cutmix: float = _setting(0.0, "Probability that a batch is mixed by CutMix.", _PROBABILITY)
     distill_weight: float = _setting(0.7, "With --teacher: weight of the distillation loss.", _ABOVE_ZERO)
-    distill_temperature: float = _setting(
-        2.0, "With --teacher: temperature of both models' probabilities in that loss.", _POSITIVE
-    )
-    ema: float = _setting(
-        0.0, "Decay of the weights' exponential moving average, which then ships; 0: none.", _BELOW_ONE
-    )
+    distill_temperature: float = _setting(2.0, "With --teacher: temperature in that loss.", _POSITIVE)
+    ema: float = _setting(0.0, "Decay of the weights' moving average, which then ships; 0: none.", _BELOW_ONE)
     clip_grad: float = _setting(0.0, "Largest norm of the gradient; 0: any.", _NOT_NEGATIVE)
     batch_size: int = _setting(256, "Rows per step.", _whole(1))
     epochs: int = _setting(15, "Passes over the training rows.", _whole(1))
     val_size: int = _setting(5000, "Training rows held out for validation; 0: none.", _whole(0))
     stratify: bool = _setting(True, "Keep the proportions of the classes in every split.")
     precision: str = _choice(
-        "auto",
-        "Of the frozen backbone and of training: auto (measured once), fp32 or bf16; answers are fp32.",
-        ("auto", "fp32", "bf16"),
+        "auto", "Of backbone and training: auto (measured), fp32 or bf16.", ("auto", "fp32", "bf16")
     )
-    backend: str = _choice(
-        "torch", "What runs the backbone during extraction: torch, openvino or openvino-int8 (an extra).", BACKENDS
-    )
+    backend: str = _choice("torch", "What runs the backbone in extraction; openvino is an extra.", BACKENDS)
     seed: int = _setting(0, "Seed of initialisation, order and dropout.", _whole(0), _SEED_LIMIT)
-    split_seed: int = _setting(
-        42, "Seed of the split into training, validation and, of one file, test rows.", _whole(0), _SEED_LIMIT
-    )
+    split_seed: int = _setting(42, "Seed of the split into training, validation and test rows.", _whole(0), _SEED_LIMIT)
 
     def __post_init__(self) -> None:
         for name in ("hidden", "conv"):
@@ -181,33 +148,25 @@ class Recipe:
 
     def describe(self) -> str:
         """One line for people, as `attire train` prints it."""
+        norm = " with batch normalisation" if self.batch_norm else ""
         widths = "-".join([*(f"conv{width}" for width in self.conv), *map(str, self.hidden)]) or "linear"
-        parts = [
-            *self._describe_backbone(),
-            f"head {widths}",
-            f"Adam lr {self.lr:g} {self.schedule}",
-            f"{self.epochs} epochs",
-            *self._describe_regularisation(),
-        ]
-        return f"{self.name}: {', '.join(parts)}"
-
-    def _describe_backbone(self) -> list[str]:
-        parts = ["nothing frozen" if self.freeze_to == UNFROZEN else f"frozen to {self.freeze_to}"]
-        parts.append(f"{self.image_size} px" + (f" averaged to {self.pool}x{self.pool}" if self.pool else ""))
-        parts += ["mirrored views"] if self.flips else []
-        parts += [f"{self.shifts} shifted"] if self.shifts else []
-        parts += ["synthetic drawings"] if self.synthetic_drawings else []
-        parts += ["outlier exposure"] if self.outlier_exposure else []
-        if self.finetune_blocks:
-            norm = " with batch normalisation" if self.batch_norm else ""
-            parts.append(f"fine-tuned to {block_above(self.freeze_to, self.finetune_blocks)}{norm}")
-        return parts
-
-    def _describe_regularisation(self) -> list[str]:
-        parts = ["random erasing"] if self.random_erasing else []
-        parts += ["CutMix"] if self.cutmix else []
-        parts += [f"weights averaged {self.ema:g}"] if self.ema else []
-        return [*parts, f"test-time augmentation of {self.tta} views"] if self.tta > 1 else parts
+        parts = {
+            "nothing frozen" if self.freeze_to == UNFROZEN else f"frozen to {self.freeze_to}": True,
+            f"{self.image_size} px" + (f" averaged to {self.pool}x{self.pool}" if self.pool else ""): True,
+            "mirrored views": self.flips,
+            f"{self.shifts} shifted": self.shifts,
+            "synthetic drawings": self.synthetic_drawings,
+            "outlier exposure": self.outlier_exposure,
+            f"fine-tuned to {block_above(self.freeze_to, self.finetune_blocks)}{norm}": self.finetune_blocks,
+            f"head {widths}": True,
+            f"Adam lr {self.lr:g} {self.schedule}": True,
+            f"{self.epochs} epochs": True,
+            "random erasing": self.random_erasing,
+            "CutMix": self.cutmix,
+            f"weights averaged {self.ema:g}": self.ema,
+            f"test-time augmentation of {self.tta} views": self.tta > 1,
+        }
+        return f"{self.name}: {', '.join(part for part, applies in parts.items() if applies)}"
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "hidden": list(self.hidden), "conv": list(self.conv)}

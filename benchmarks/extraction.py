@@ -1,7 +1,7 @@
-"""The backbone's convolutions, direct against Winograd's, layer by layer and whole, with the matrix limit of the same run.
+"""The backbone's convolutions, direct and Winograd's, layer by layer and whole, with the matrix limit of the same run.
 
-    python benchmarks/extraction.py                      every layer and backbone at 32, 64 and 224 px
-    python benchmarks/extraction.py --gradients          forward and backward of one layer, batch 128, instead
+    python benchmarks/extraction.py              every layer and backbone at 32, 64 and 224 px
+    python benchmarks/extraction.py --backbones  the backbones alone
 
 Variants take turns in each round, the rate of a 2,048-square matrix product among them; medians, and the median and
 range of the ratios round by round. GFLOP/s are those of the direct convolution (2 x 9 x C x K for each output place),
@@ -13,20 +13,20 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attire.blocks import BLOCKS
 from attire.data.loading import load_dataset
 from attire.features import cache
-from attire.model import devices, microbatches, pretrained, vgg, winograd
+from attire.model import devices, pretrained, vgg, winograd
+from attire.model.microbatches import Microbatching
 from attire.storage import memory
 
 ROUNDS = 7
 BACKBONES = (("block3", 32, 1024), ("block3", 64, 256), ("block5", 224, 16))
-GRADIENTS = ((64, 64, 32), (64, 128, 16), (128, 128, 16), (128, 256, 8), (256, 256, 8), (256, 512, 4), (512, 512, 4))
 Times = dict[str, list[float]]
 
 
@@ -60,10 +60,10 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
-def line(name: str, times: Times, work: float, images: int, told: str = "") -> None:
+def line(name: str, times: Times, work: float, images: int, note: str = "") -> None:
     """work: floating-point operations of the direct convolution for all images."""
     speed, giga = rate(images, times[name]), rate(work, times[name]) / 1e9
-    print(f"    {name:14} {speed:9.1f} images/s {giga:6.0f} GFLOP/s   x {ratio(times, name)}   {told}", flush=True)
+    print(f"    {name:32} {speed:9.1f} images/s {giga:6.0f} GFLOP/s   x {ratio(times, name)}   {note}", flush=True)
 
 
 def layers(backbone: nn.Sequential, size: int, images: int) -> None:
@@ -81,10 +81,9 @@ def layers(backbone: nn.Sequential, size: int, images: int) -> None:
         direct.float()
         errors = {"direct": error(direct(x[:1]), exact)}
         if layer.in_channels >= winograd._LEAST_CHANNELS:
-            for form, name in ((winograd._F2, "winograd 2x2"), (winograd._F4, "winograd 4x4")):
-                quick = winograd.WinogradConv2d(layer, pool, form)
-                errors[name] = error(quick(x[:1]), exact)
-                variants[name] = lambda x=x, f=quick: f(x)
+            quick = winograd.WinogradConv2d(layer, pool)
+            errors["winograd"] = error(quick(x[:1]), exact)
+            variants["winograd"] = lambda x=x, f=quick: f(x)
         times = alternate(variants)
         limit = rate(operations, times["product"]) / 1e9
         print(f"  {size} px, {layer.in_channels} to {layer.out_channels}, {images} images, limit {limit:.0f} GFLOP/s")
@@ -112,20 +111,20 @@ def backbones(block: str, size: int, images: int) -> None:
         return vgg.vgg16(weights, block, 0, nn.Sequential())
 
     direct, quick = (vgg.Backbone(model(), cpu, "fp32", fast) for fast in (False, True))
-    small = winograd.accelerate(model().features.to(memory_format=torch.channels_last), winograd._F2)
     pictures = vgg.preprocess(load_dataset(part="test").images[:images], size)
     exact = model().features.double()(pictures[:4].double()).flatten(1)
     batches = pictures.to(memory_format=torch.channels_last).split(cache.forward_batch_size(size))
     product, operations = matrix_product()
+
+    def batched(mode: Literal["sequential", "parallel"], backbone: vgg.Backbone) -> Callable[[Tensor], Tensor]:
+        return lambda x: Microbatching(mode).run(backbone.features, x).flatten(1)
+
     variants: dict[str, Callable[[Tensor], Tensor]] = {
         "direct": direct,
-        "in small ones": lambda x: microbatches._in_turn(direct.features, x).flatten(1),
-        "a core each": lambda x: microbatches.side_by_side(direct.features, x).flatten(1),
-        "winograd 2x2": lambda x: microbatches.side_by_side(small, x).flatten(1),
-        "one by one": lambda x: microbatches._in_turn(quick.features, x).flatten(
-            1
-        ),  # winograd 4x4, all cores on each part
-        "winograd 4x4": quick,
+        "direct, microbatches in turn": batched("sequential", direct),
+        "direct, a microbatch a core": batched("parallel", direct),
+        "winograd, microbatches in turn": batched("sequential", quick),
+        "winograd, a microbatch a core": quick,
     }
     calls = {name: lambda f=f: [f(batch) for batch in batches] for name, f in variants.items()}
     times = alternate({"product": product, **calls})
@@ -141,45 +140,18 @@ def backbones(block: str, size: int, images: int) -> None:
         )
     one, other = direct(pictures), quick(pictures)
     differ = (one.half() != other.half()).float().mean().item()
-    print(f"  cached in 16 bits {100 * differ:.2f} % of features differ, winograd 4x4 from direct", flush=True)
-
-
-def gradients(channels: int, outputs: int, size: int, batch: int = 128) -> None:
-    """A layer that is trained: its kernels are transformed in every step."""
-    x, dy = (
-        torch.randn(batch, c, size, size).contiguous(memory_format=torch.channels_last) for c in (channels, outputs)
-    )
-    x, bias = x.requires_grad_(), torch.randn(outputs, requires_grad=True)
-    weight = (torch.randn(outputs, channels, 3, 3) / (9 * channels) ** 0.5).requires_grad_()
-    forward: dict[str, Callable[[], Tensor]] = {
-        "direct": lambda: F.conv2d(x, weight.contiguous(memory_format=torch.channels_last), bias, padding=1),
-        "winograd": lambda: winograd._conv2d_winograd(x, winograd._transform_weight(weight, dtype=torch.float32), bias),
-    }
-
-    def step(name: str) -> list[Tensor]:
-        return list(torch.autograd.grad(forward[name](), (x, weight, bias), dy))
-
-    times = alternate({f"{name} {part}": call for name in forward for part, call in (
-        ("forward", forward[name]), ("both", lambda name=name: step(name)))})  # fmt: skip
-    told = [f"{name} {1e3 * statistics.median(found):.1f} ms" for name, found in times.items()]
-    gap = max(error(a, b.double()) for a, b in zip(step("winograd"), step("direct"), strict=True))
-    ratios = ratio(times, "winograd both", "direct both")
-    print(f"  {channels} to {outputs} at {size} x {size}: {', '.join(told)}; x {ratios}; gradients differ {gap:.0e}")
+    print(f"  cached in 16 bits {100 * differ:.2f} % of features differ, Winograd from direct", flush=True)
 
 
 def main(arguments: list[str]) -> None:
     memory.keep_freed_memory()
-    print(
-        f"{devices.processor_name()}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}, fp32"
-    )
-    if "--gradients" in arguments:
-        print(f"forward and backward, batch 128, {ROUNDS} rounds")
-        for case in GRADIENTS:
-            gradients(*case)
-        return
+    threads = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    print(f"{devices.processor_name()}, {threads}, torch {torch.__version__}, fp32")
     with torch.inference_mode():
         for block, size, images in BACKBONES:
             backbones(block, size, images)
+        if "--backbones" in arguments:
+            return
         for block, size, images in (("block5", 32, 64), ("block5", 64, 16), ("block5", 224, 2)):
             whole = vgg.vgg16(pretrained.vgg16_weights(), block, 0, nn.Sequential()).features
             print(f"every layer at {size} px, {BLOCKS[block]} modules")

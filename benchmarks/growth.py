@@ -101,7 +101,7 @@ def stage_epoch(folder: Path, rows: int) -> dict[str, float]:
     memory.keep_freed_memory()
     base = forget_peak()
     shard_rows = feature_cache.FeatureSpec("block3", 32, 0, "").shard_rows
-    source = sources.CachedSource(feature_cache.Features(folder, rows, WIDTH, shard_rows))
+    source = sources.CachedSource([feature_cache.Features(folder, rows, WIDTH, shard_rows)])
     torch.manual_seed(0)
     head = heads.build_mlp(WIDTH, FAST.hidden, 10, FAST.dropout)
     labels = np.random.default_rng(1).integers(0, 10, rows)

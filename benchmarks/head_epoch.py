@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from attire.features import cache as feature_cache
-from attire.features.sources import CachedSource, fit_standardiser
+from attire.features.sources import CachedSource, Standardiser
 from attire.model import devices, heads
 from attire.recipes import RECIPES, Recipe
 from attire.storage import files, memory
-from attire.training import checkpoints, loop
+from attire.training import loop
 
 ROUNDS = 5
 
@@ -61,25 +61,22 @@ def bare_seconds(head: nn.Sequential, batch: int, steps: int) -> float:
 def epoch_seconds(
     head: nn.Sequential, source: CachedSource, labels: np.ndarray, rows: np.ndarray, recipe: Recipe
 ) -> float:
-    state = checkpoints.State()
-    optimiser = loop._make_optimiser(head, recipe)
-    targets = torch.from_numpy(labels)
+    data = loop.TrainingData(source, labels, rows, rows[:0])
+    head.train()
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        loop._run_epoch(
-            head, optimiser, source, targets, rows, recipe, state, Path(folder), [], lambda state, done, total: None
-        )
+        loop._Trainer(head, data, recipe, Path(folder), lambda state, done, total: None).train_steps([])
         return time.perf_counter() - start
 
 
 def compare(recipe: Recipe, rows: int, width: int, timed: int, cache: Path) -> None:
     torch.manual_seed(0)
-    source = CachedSource(synthetic_features(cache / f"{rows}x{width}", rows, width))
+    source = CachedSource([synthetic_features(cache / f"{rows}x{width}", rows, width)])
     head = heads.build_mlp(width, recipe.hidden, 10, recipe.dropout)
     labels = np.random.default_rng(1).integers(0, 10, rows)
     chosen = np.sort(np.random.default_rng(2).permutation(rows)[:timed])
     if recipe.standardise:
-        source.standardise = fit_standardiser(
+        source.standardise = Standardiser.fit(
             torch.from_numpy(source.views[0].gather(part)) for part in np.array_split(chosen, 30)
         )
     pairs = []

@@ -28,9 +28,10 @@ def attire_fast(race: Race) -> None:
     from attire.progress import NoProgress
     from attire.recipes import FAST
     from attire.storage import files, memory
-    from attire.training.checkpoints import State
+    from attire.training.checkpoints import TrainingState
     from attire.training.experiment import Experiment
-    from attire.training.loop import fit
+    from attire.training.extraction import Extraction
+    from attire.training.loop import TrainingData, fit
 
     choice, recipe = DataChoice(), FAST
     if race.quick:
@@ -39,39 +40,42 @@ def attire_fast(race: Race) -> None:
         choice, recipe = DataChoice(*(str(race.scratch / f"{name}.csv") for name in ("train", "test"))), FAST
     race.start()
     memory.keep_freed_memory()
-    stage = Experiment(recipe, choice, devices.choose_device("cpu"), NoProgress())
-    trained = stage.train_features()
-    trained.standardise = stage.measured(trained)
+    experiment = Experiment.prepare(recipe, choice, devices.choose_device("cpu"), NoProgress())
+    extraction = Extraction(experiment, NoProgress())
+    trained = extraction.train_source()
+    trained.standardise = extraction.fit_standardiser(trained)
     tell("note", text="features of the training images", seconds=race.seconds)
     with race.paused():
-        views, parts = stage.architecture.views, []
-        took = seconds(lambda: parts.extend(stage.extract(stage.splits.test_data, view, "test") for view in views))
+        views, test = experiment.architecture.views, experiment.splits.test_data
+        parts: list[Any] = []
+        took = seconds(lambda: parts.extend(extraction.extract(test, view, "test") for view in views))
         tell("note", text="features of the test images, not counted", seconds=took)
-        tested = CachedSource(*parts, names=views)
+        tested = CachedSource(parts, names=views)
         tested.standardise = trained.standardise
         numbers = range(len(views))
     torch.manual_seed(recipe.seed)
-    head = stage.architecture.build_head(10)
-    quarters = {len(stage.train) * i // 4 // recipe.batch_size for i in (1, 2, 3)}
+    head = experiment.architecture.build_head(10)
+    quarters = {len(experiment.train) * i // 4 // recipe.batch_size for i in (1, 2, 3)}
 
-    def report(state: State, done: int, total: int) -> None:
+    def report(state: TrainingState, done: int, total: int) -> None:
         if done and (state.epoch or state.step not in quarters):
             return
         images = state.epoch * total + done
-        rows = stage.splits.test_rows
+        rows = experiment.splits.test_rows
         race.point_from(images, lambda: predict_logits(head, tested, rows, 1024, numbers).argmax(1).numpy())
         head.train()
 
     folder = files.make_dir(race.scratch / "run" / "checkpoints")
-    recipe = replace(recipe, precision=stage.train_precision)
-    fit(head, trained, stage.splits.data.labels, stage.train, stage.val, recipe, folder, report)
+    recipe = replace(recipe, precision=experiment.train_precision)
+    data = TrainingData(trained, experiment.splits.data.labels, experiment.train, experiment.val)
+    fit(head, data, recipe, folder, report)
 
 
 def classic_rows(race: Race) -> tuple[Any, Any, NDArray[np.int64]] | None:
     """Cached features of recipe `classic` (training set, test set) and its 48,000 rows of the 60,000; None without."""
     from attire.data.dataset import split_indices
     from attire.features import cache
-    from attire.features.cache import FeatureSpec, Features
+    from attire.features.cache import Features, FeatureSpec
     from attire.model import pretrained as model_pretrained
     from attire.model.weights import read_weights, tensor_digest
     from attire.recipes import _CLASSIC
@@ -117,19 +121,19 @@ def attire_classic(race: Race) -> None:
     from attire.model.heads import build_mlp
     from attire.recipes import _CLASSIC
     from attire.storage import files, memory
-    from attire.training.checkpoints import State
-    from attire.training.loop import fit
+    from attire.training.checkpoints import TrainingState
+    from attire.training.loop import TrainingData, fit
 
     found = classic_rows(race)
     if found is None:
         return
     memory.keep_freed_memory()
     recipe = replace(_CLASSIC, epochs=2) if race.quick else _CLASSIC
-    trained, tested = CachedSource(found[0]), CachedSource(found[1])
+    trained, tested = CachedSource([found[0]]), CachedSource([found[1]])
     torch.manual_seed(recipe.seed)
     head = build_mlp(25088, recipe.hidden, 10, recipe.dropout)
 
-    def report(state: State, done: int, total: int) -> None:
+    def report(state: TrainingState, done: int, total: int) -> None:
         if not done:
             rows = np.arange(len(race.test))
             answers: Callable[[], Any] = lambda: predict_logits(head, tested, rows).argmax(1).numpy()  # noqa: E731
@@ -138,7 +142,7 @@ def attire_classic(race: Race) -> None:
     folder = files.make_dir(race.scratch / "run" / "checkpoints")
     race.cap *= 4  # its accuracies are wanted to the last epoch
     race.start()
-    fit(head, trained, race.train.labels, found[2], np.empty(0, np.int64), recipe, folder, report)
+    fit(head, TrainingData(trained, race.train.labels, found[2], found[2][:0]), recipe, folder, report)
 
 
 # fastai.
@@ -471,7 +475,7 @@ def attire_works(race: Race, count: int) -> dict[str, Callable[[], object]]:
     from attire.model import pretrained as model_pretrained
     from attire.model import vgg
     from attire.model.weights import read_weights, tensor_digest
-    from attire.recipes import BACKENDS, _CLASSIC
+    from attire.recipes import _CLASSIC, BACKENDS
 
     digest = tensor_digest(read_weights(model_pretrained.vgg16_weights()))
     works: dict[str, Callable[[], object]] = {}

@@ -19,7 +19,7 @@ from torch import nn
 
 from attire.blocks import block_above, feature_shape
 from attire.data.loading import load_dataset
-from attire.evaluation.report import duration
+from attire.evaluation.report import format_duration
 from attire.features import cache
 from attire.features import views as features_views
 from attire.features.backbones import make_backbone
@@ -28,6 +28,7 @@ from attire.model import devices, heads, pretrained, vgg
 from attire.model.weights import read_weights, tensor_digest
 from attire.recipes import RECIPES, Recipe, named
 from attire.training import augment, loop
+from attire.training.optimiser import make_average, make_optimiser
 
 TRAIN, TEST = 60_000, 10_000
 
@@ -60,7 +61,7 @@ def new_head(recipe: Recipe, weights: Any) -> nn.Sequential:
 
 def step_seconds(recipe: Recipe, head: nn.Sequential, probing: bool, steps: int) -> float:
     width = int(np.prod(recipe.map_shape))
-    optimiser, average = loop._make_optimiser(head, recipe), loop._make_average(head, recipe)
+    optimiser, average = make_optimiser(head, recipe), make_average(head, recipe)
     labels, spent = torch.arange(recipe.batch_size) % 10, []
     heads.set_train_mode(head, probing)
     for step in range(steps + 1):
@@ -110,10 +111,12 @@ def main() -> None:
         print(
             f"{recipe.name}: {views} views of {2 * width / 1000:.0f} kB, {2e-9 * width * views * TRAIN:.1f} GB on disk"
         )
-        print(f"  extraction  {rate:,.0f} images/s        {duration(extract)}")
-        print(f"  a step      {learning:.3f} s, {probing:.3f} s probing   {duration(train)} for {recipe.epochs} epochs")
-        print(f"  answers     {back:,.0f} rows/s          {duration(answers)}")
-        print(f"  in all about {duration(extract + train + answers)}", flush=True)
+        print(f"  extraction  {rate:,.0f} images/s        {format_duration(extract)}")
+        print(
+            f"  a step      {learning:.3f} s, {probing:.3f} s probing   {format_duration(train)} for {recipe.epochs} epochs"
+        )
+        print(f"  answers     {back:,.0f} rows/s          {format_duration(answers)}")
+        print(f"  in all about {format_duration(extract + train + answers)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def head_epochs(quick: bool, scratch: Path, found: Machine) -> Iterator[Stage]:
         precision = devices.choose_train_precision("auto", torch.device("cpu"))
         recipe: Recipe = replace(RECIPES[name], flips=False, precision=precision)
         torch.manual_seed(0)
-        source = sources.CachedSource(head_epoch.synthetic_features(scratch / f"{name}-rows", rows, width))
+        source = sources.CachedSource([head_epoch.synthetic_features(scratch / f"{name}-rows", rows, width)])
         head = heads.build_mlp(width, recipe.hidden, 10, recipe.dropout)
         labels = np.random.default_rng(1).integers(0, 10, rows)
         chosen = np.sort(np.random.default_rng(2).permutation(rows)[:timed])

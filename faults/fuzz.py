@@ -73,9 +73,7 @@ def csv_seeds() -> list[bytes]:
 def read_picture(data: bytes, folder: Path) -> object:
     from attire.data import photos, pictures
 
-    found = pictures.read_image(data)
-    assert found.shape == (28, 28)
-    assert found.dtype == "uint8"
+    assert pictures.decode_colour(data).mode in ("L", "RGB", "RGBA")
     return photos.prepare(data)
 
 
@@ -209,11 +207,13 @@ def checkpoint_seeds() -> list[bytes]:
     import torch
 
     from attire.recipes import FAST
-    from attire.training import checkpoints, loop
+    from attire.training import checkpoints, optimiser
 
     head = torch.nn.Sequential(torch.nn.Linear(3, 2))
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints.save_checkpoint(head, loop._make_optimiser(head, FAST), checkpoints.State(epoch=1), Path(folder))
+        checkpoints.Checkpoints(head, optimiser.make_optimiser(head, FAST), Path(folder)).save(
+            checkpoints.TrainingState(epoch=1)
+        )
         return [path.read_bytes()[:-32] for path in Path(folder).glob("*.ckpt")]
 
 
@@ -221,7 +221,8 @@ def read_export(data: bytes, folder: Path) -> object:
     """The first byte chooses the format."""
     from attire.inference import runtimes
 
-    kind, body = list(runtimes.SUFFIXES)[data[0] % 4 if data else 0], data[1:]
+    kinds = list(runtimes.SUFFIXES)
+    kind, body = kinds[data[0] % len(kinds) if data else 0], data[1:]
     path = folder / f"x{runtimes.SUFFIXES[kind]}"
     if kind == "openvino":
         path.mkdir(exist_ok=True)
@@ -236,16 +237,12 @@ def export_seeds() -> list[bytes]:
 
     facts = {"format": "onnx", "schema": 1, "classes": ["a", "b"], "seal": runtimes.NO_SEAL}
     text = json.dumps(facts).encode()
-    onnx = runtimes._FACTS + bytes([0x80 | len(text) & 0x7F, len(text) >> 7]) + text
-    header = {"__metadata__": {"attire": json.dumps({**facts, "format": "safetensors"})}}
-    tensors = json.dumps(header).encode()
+    onnx = runtimes._METADATA_PREFIX + bytes([0x80 | len(text) & 0x7F, len(text) >> 7]) + text
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         archive.writestr("network/extra/attire.json", json.dumps({**facts, "format": "torch-export", "records": ""}))
     folder = json.dumps({**facts, "format": "openvino", "sha256": {"network.xml": ""}}).encode()
-    return [
-        b"\0" + onnx, b"\1" + folder, b"\2" + out.getvalue(), b"\3" + struct.pack("<Q", len(tensors)) + tensors
-    ]  # fmt: skip
+    return [b"\0" + onnx, b"\1" + folder, b"\2" + out.getvalue()]
 
 
 TARGETS = {

@@ -42,8 +42,12 @@ from attire.model import devices, heads
 from attire.progress import NoProgress
 from attire.recipes import Recipe, from_json, named
 from attire.storage import files, memory
-from attire.training import augment, checkpoints, loop
+from attire.training import augment, checkpoints, loop, optimiser
 from attire.training.experiment import Experiment
+from attire.training.extraction import Extraction, SplitSources
+from attire.training.head_training import _new_head
+from attire.training.outcome import HeadEvaluator
+from attire.training.sampler import epoch_order
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -79,19 +83,19 @@ class Bench:
     """The official data with the recipe's cached features; validation rows are cut off as in every run."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.stage = Experiment(recipe, DataChoice(), devices.choose_device("cpu"), NoProgress())
-        self.recipe = replace(recipe, precision=self.stage.train_precision)
+        self.experiment = Experiment.prepare(recipe, DataChoice(), devices.choose_device("cpu"), NoProgress())
+        self.recipe = replace(recipe, precision=self.experiment.train_precision)
         memory.keep_freed_memory()
-        trained, tested = self.stage.cached()
+        trained, tested = Extraction(self.experiment, NoProgress()).sources()
         assert isinstance(trained, CachedSource)
         assert isinstance(tested, CachedSource)
         self.trained, self.tested = trained, tested
-        self.labels, self.test_labels = self.stage.splits.data.labels, self.stage.splits.test_data.labels
+        self.labels, self.test_labels = self.experiment.splits.data.labels, self.experiment.splits.test_data.labels
         self.test = np.arange(len(self.test_labels))
 
     def head(self, recipe: Recipe) -> nn.Sequential:
         torch.manual_seed(recipe.seed)
-        return self.stage.new_head(self.trained)
+        return _new_head(self.experiment, self.trained)
 
     def fit(
         self,
@@ -104,12 +108,13 @@ class Bench:
         """The classifier, trained on these rows; `each` sees it after every epoch."""
         head = self.head(recipe)
 
-        def report(state: checkpoints.State, done: int, total: int) -> None:
+        def report(state: checkpoints.TrainingState, done: int, total: int) -> None:
             if not done:
                 print(f"epoch {state.epoch}: {each(head) if each else state.history[-1].train_loss}"[:200], flush=True)
 
         with tempfile.TemporaryDirectory(dir=files.cache_dir()) as folder:
-            loop.fit(head, source, labels, rows, rows[:0], recipe, Path(folder) / "run" / "checkpoints", report)
+            data = loop.TrainingData(source, labels, rows, rows[:0])
+            loop.fit(head, data, recipe, Path(folder) / "run" / "checkpoints", report)
         return head
 
     def right(self, head: nn.Sequential, source: CachedSource, rows: Rows, labels: Rows) -> NDArray[np.bool_]:
@@ -119,7 +124,9 @@ class Bench:
         return self.right(head, self.tested, self.test, self.test_labels)
 
     def answers(self, head: nn.Sequential, source: CachedSource, rows: Rows) -> Rows:
-        return np.asarray(self.stage.logits(head, source, rows).argmax(1))
+        return np.asarray(
+            HeadEvaluator(self.experiment, head, SplitSources(source, source)).logits(source, rows).argmax(1)
+        )
 
 
 def share(right: NDArray[np.bool_]) -> dict[str, int]:
@@ -142,12 +149,12 @@ def epochs(bench: Bench, seed: int) -> dict[str, Any]:
         answers = bench.answers(head, bench.tested, bench.test)
         right = answers == bench.test_labels
         line = {"test": share(right), "one_vs_rest": _one_vs_rest_accuracy(int((~right).sum()), len(right), 10)}
-        for name, rows in (("train", bench.stage.train), ("val", bench.stage.val)):
+        for name, rows in (("train", bench.experiment.train), ("val", bench.experiment.val)):
             line[name] = share(bench.right(head, bench.trained, rows, bench.labels)) if len(rows) else None
         lines.append(line)
         return line
 
-    bench.fit(recipe, bench.trained, bench.labels, bench.stage.train, each)
+    bench.fit(recipe, bench.trained, bench.labels, bench.experiment.train, each)
     return {"epochs": lines, "wrong": mistakes(answers, bench.test_labels)}
 
 
@@ -161,14 +168,14 @@ def split(bench: Bench, seed: int) -> dict[str, Any]:
 
 def curve(bench: Bench, count: int) -> dict[str, Any]:
     """Trained on so many of the rows: what more images would bring."""
-    head = bench.fit(bench.recipe, bench.trained, bench.labels, bench.stage.train[:count])
+    head = bench.fit(bench.recipe, bench.trained, bench.labels, bench.experiment.train[:count])
     return {"test": share(bench.right_tested(head))}
 
 
 def leak(bench: Bench, count: int) -> dict[str, Any]:
     """So many test images, with their labels, also among the training images: 10 as in the first release."""
     leaked = np.random.default_rng(0).choice(bench.test, count, replace=False)
-    rows = np.concatenate([bench.stage.train, len(bench.labels) + leaked])
+    rows = np.concatenate([bench.experiment.train, len(bench.labels) + leaked])
     labels = np.concatenate([bench.labels, bench.test_labels])
     inside = np.isin(bench.test, leaked)
     head = bench.fit(bench.recipe, Joined(bench.trained, bench.tested), labels, rows)
@@ -179,15 +186,15 @@ def leak(bench: Bench, count: int) -> dict[str, Any]:
 def stray_break(bench: Bench) -> dict[str, Any]:
     """`break` at the end of a loop's body: only the first batch of each epoch trains; only the first one is scored."""
     recipe, head = bench.recipe, bench.head(bench.recipe)
-    optimiser = loop._make_optimiser(head, recipe)
-    steps = -(-len(bench.stage.train) // recipe.batch_size)
+    adam = optimiser.make_optimiser(head, recipe)
+    steps = -(-len(bench.experiment.train) // recipe.batch_size)
     for epoch in range(recipe.epochs):
-        heads.set_phase(head, False)
-        rows = loop._epoch_order(bench.stage.train, recipe, epoch)[0][: recipe.batch_size]
-        loop._set_learning_rate(optimiser, recipe, epoch * steps, steps)
+        heads.set_train_mode(head, False)
+        rows = epoch_order(bench.experiment.train, recipe, epoch)[0][: recipe.batch_size]
+        optimiser.set_learning_rate(adam, recipe, epoch * steps, steps)
         x = next(iter(bench.trained.batches(rows, len(rows), None)))
         target = augment.Target(torch.from_numpy(bench.labels[rows]))
-        loop._train_step(head, optimiser, x, target, recipe)
+        loop._train_step(head, adam, x, target, recipe)
     right = bench.right_tested(head)
     return {"steps": recipe.epochs, "instead_of": recipe.epochs * steps, "test": share(right)}
 

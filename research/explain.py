@@ -247,8 +247,8 @@ KEPT = "hidden layer, 64 components, unit length"
 def neighbours(classifier: Classifier, data: ImageDataset, test: ImageDataset) -> None:
     recipe = recipes.from_json(classifier.metadata["recipe"])
     train, _ = validation_rows(data, np.arange(len(data)), recipe)
-    source = CachedSource(cached(classifier, data, "plain"))
-    tested = CachedSource(cached(classifier, test, "plain"))
+    source = CachedSource([cached(classifier, data, "plain")])
+    tested = CachedSource([cached(classifier, test, "plain")])
     x = all_rows(tested, np.arange(len(test)))
     with torch.inference_mode():
         answers = classifier.model.classifier(x).argmax(1).numpy()

@@ -138,7 +138,9 @@ class Table:
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
-    def batches(self, order: dataset.RowIndices, batch_size: int, views: dataset.ViewIndices | None) -> Iterator[Tensor]:
+    def batches(
+        self, order: dataset.RowIndices, batch_size: int, views: dataset.ViewIndices | None
+    ) -> Iterator[Tensor]:
         for start in range(0, len(order), batch_size):
             yield self.x[torch.from_numpy(order[start : start + batch_size])]
 
@@ -149,7 +151,7 @@ def trained(x: Tensor, labels: Tensor, fit: int) -> int:
     head = heads.build_mlp(x.shape[1], recipe.hidden, 10, recipe.dropout)
     with tempfile.TemporaryDirectory(dir=files.cache_dir()) as folder:
         table, where = Table(standardised(x, fit)), Path(folder) / "run" / "checkpoints"
-        history = loop.fit(head, table, labels.numpy(), rows[:fit], rows[fit:], recipe, where)
+        history = loop.fit(head, loop.TrainingData(table, labels.numpy(), rows[:fit], rows[fit:]), recipe, where)
     return round((history[-1].val_accuracy or 0) * (len(x) - fit))
 
 

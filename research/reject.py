@@ -44,11 +44,11 @@ def main(bundle: str) -> None:
     data, test = load_dataset(part="train"), load_dataset(part="test")
     recipe = recipes.from_json(classifier.metadata["recipe"])
     train, val = validation_rows(data, np.arange(len(data)), recipe)
-    source = CachedSource(*(cached(classifier, data, view) for view in ("plain", "flip")[: 1 + recipe.flips]))
+    source = CachedSource([cached(classifier, data, view) for view in ("plain", "flip")[: 1 + recipe.flips]])
     rows = out_of_distribution.split_calibration_rows(train, val, recipe.split_seed)
     choose(classifier, data, source, rows)
     report(classifier, test)
-    tested = CachedSource(cached(classifier, test, "plain"))
+    tested = CachedSource([cached(classifier, test, "plain")])
     hold_out(classifier, (data, source), (test, tested), rows)
 
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_digits, load_sample_images
 
-from attire.data.pictures import read_image
+from attire.data.pictures import decode_colour
 
 Images = NDArray[np.uint8]
 Rng = np.random.Generator
@@ -193,7 +193,7 @@ def enlarged_jpeg(image: Images, rng: Rng) -> Images:
     """224 px, JPEG of quality 85, read as any file is."""
     file = io.BytesIO()
     Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC).save(file, "JPEG", quality=85)
-    return read_image(file.getvalue())
+    return np.array(decode_colour(file.getvalue()).convert("L").resize((28, 28), Image.Resampling.LANCZOS))
 
 
 def noisy(deviation: float) -> Callable[[Images, Rng], Images]:

@@ -31,6 +31,8 @@ from attire.progress import NoProgress
 from attire.recipes import Recipe
 from attire.storage import files, memory
 from attire.training.experiment import Experiment
+from attire.training.extraction import Extraction
+from attire.training.head_training import train_head
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -53,20 +55,22 @@ def changed(recipe: Recipe, text: str) -> Recipe:
 
 def trial(recipe: Recipe, rows: int | None, rest: bool) -> NDArray[np.bool_]:
     """Train it and print what it reads; which of the scored rows it names rightly, its views averaged."""
-    stage = Experiment(recipe, DataChoice(), devices.choose_device("cpu"), Progress())
+    experiment = Experiment.prepare(recipe, DataChoice(), devices.choose_device("cpu"), Progress())
     memory.keep_freed_memory()
-    unseen = stage.train[rows:] if rest and rows else stage.train[:0]
-    stage.train, scored = stage.train[:rows], np.concatenate([stage.val, unseen])
-    source = stage.train_features()
-    source.standardise = stage.measured(source)
+    unseen = experiment.train[rows:] if rest and rows else experiment.train[:0]
+    scored = np.concatenate([experiment.val, unseen])
+    experiment = replace(experiment, train=experiment.train[:rows])
+    extraction = Extraction(experiment, Progress())
+    source = extraction.train_source()
+    source.standardise = extraction.fit_standardiser(source)
     began, busy = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory(dir=files.cache_dir()) as folder:
-        head, _ = stage.fit(source, Path(folder) / "run")
+        head, _ = train_head(experiment, source, Path(folder) / "run", Progress())
     took, cpu = time.perf_counter() - began, time.process_time() - busy
-    labels, told = stage.splits.data.labels[scored], []
+    labels, told = experiment.splits.data.labels[scored], []
     shown = [("one view", [0])]
     for count in sorted({recipe.tta, 2 if recipe.flips else 1} - {1}):
-        names = features_views.answer_views(count)
+        names = features_views.tta_views(count)
         if set(names) <= set(source.names):
             shown.append((f"{count} views", [source.names.index(name) for name in names]))
     for what, views in shown:

@@ -17,9 +17,10 @@ from PIL import Image
 
 from attire.data.dataset import FASHION_CLASSES
 from attire.inference.classifier import Architecture, Classifier
-from attire.inference.prediction import Prediction, ranked
+from attire.inference.prediction import Prediction
 from attire.server import listener
-from attire.server.app import _Service, create_app
+from attire.server.app import create_app
+from attire.server.service import Service
 
 PATIENCE = 30.0  # seconds; only a test that fails waits so long
 
@@ -49,7 +50,7 @@ class Fake:
         self.batches.append(len(images))
         rows = np.full((len(images), 10), 0.01, np.float32)
         rows[np.arange(len(images)), images.max((1, 2)) // 12 % 10] = 0.91
-        return [ranked(self.classes, row) for row in rows]
+        return [Prediction.from_probabilities(self.classes, row) for row in rows]
 
     def shut(self) -> None:
         """The next batch waits. Called when nothing is being answered."""
@@ -62,7 +63,7 @@ class Fake:
 @dataclass(frozen=True)
 class Live:
     port: int
-    service: _Service
+    service: Service
     client: httpx.Client
 
     def raw(self, *parts: bytes, patience: float = PATIENCE) -> bytes:
@@ -96,10 +97,10 @@ def statuses(answer: bytes) -> list[int]:
 def running(classifier: Any, **settings: Any) -> Iterator[Live]:
     settings = {"workers": 1, **settings}  # so that what waits can be told from what is worked on
     app, ready = create_app(cast(Classifier, classifier), **settings), threading.Event()
-    service: _Service = app.state.service
+    service: Service = app.state.service
     found = listener.bind("127.0.0.1", 0)
     port = found.getsockname()[1]
-    server = listener._make_server(app, service.leave, ready.set)
+    server = listener._make_server(app, service.start_draining, ready.set)
     thread = threading.Thread(target=server.run, args=([found],))
     thread.start()
     try:

@@ -447,7 +447,7 @@ def exported(kind: str, **about: Any) -> bytes:
         told = json.dumps({"__metadata__": {"attire": facts}}).encode()
         return runtimes.seal_bytes(len(told).to_bytes(8, "little") + told)
     length = bytes([len(facts) & 127 | 128, len(facts) >> 7])  # a varint, for 128 bytes to 16 kB
-    return runtimes.seal_bytes(b"no network" + runtimes._FACTS + length + facts.encode())
+    return runtimes.seal_bytes(b"no network" + runtimes._METADATA_PREFIX + length + facts.encode())
 
 
 @pytest.mark.parametrize(

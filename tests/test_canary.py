@@ -51,7 +51,7 @@ def as_archive(canary: Path) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         archive.writestr("about.json", '{"schema": 1, "history": []}')
-        archive.writestr("classifier.0.weight.npy", as_array(canary))
+        archive.writestr("head.0.weight.npy", as_array(canary))
         archive.writestr("data.pkl", plain(canary))
     return out.getvalue()
 

@@ -26,7 +26,7 @@ from attire.evaluation.png import grey_png
 from attire.evaluation.run_result import load_result
 from attire.features import backbones
 from attire.features import cache as feature_cache
-from attire.features.cache import Features, FeatureSpec
+from attire.features.cache import FeatureSpec, Features
 from attire.model import devices
 from attire.progress import Epoch, NoProgress
 from attire.storage import files
@@ -377,7 +377,7 @@ def test_epochs_that_others_write_are_told(tmp_path: Path) -> None:
             seen.set()
 
     checkpoints.write_history(tmp_path / "history.csv", first)
-    with clusters._following(tmp_path, Watch()):
+    with clusters._reporting_epochs(tmp_path, Watch()):
         checkpoints.write_history(tmp_path / "history.csv", [*first, Epoch(2, 0.5, 0.6, 0.75, 0.5)])
         assert seen.wait(30)
         checkpoints.write_history(
@@ -389,8 +389,8 @@ def test_epochs_that_others_write_are_told(tmp_path: Path) -> None:
 def test_what_a_worker_refused_is_what_is_said(tmp_path: Path) -> None:
     error = RuntimeError("2 workers failed")
     error.worker_failures = {0: RuntimeError("lost"), 1: AttireError("mine.csv", "gone")}  # type: ignore[attr-defined]
-    assert str(clusters._refused(error, tmp_path)) == "mine.csv: gone"
-    told = str(clusters._refused(RuntimeError("first\nlast"), tmp_path))
+    assert str(clusters._training_error(error, tmp_path)) == "mine.csv: gone"
+    told = str(clusters._training_error(RuntimeError("first\nlast"), tmp_path))
     do = f"its checkpoints are kept; go on with: attire train --resume {tmp_path}"
     assert told == f"cluster: the training failed (last); {do}"
 

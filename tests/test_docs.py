@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from attire import recipes
-from attire.cli import doctor, main, shell
+from attire.cli import doctor, main
 from attire.data import fashion_mnist
 from attire.data.loading import write_csv
 from tests.command import Done, attire
@@ -32,21 +32,23 @@ from tests.stores import png, write_parquet
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")), ROOT / "examples/browser/README.md"]
+READMES = [ROOT / folder / "README.md" for folder in ("", "research", "examples/browser")]
+PAGES = [*READMES, ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+OPTIONS_OF_ATTIRE = {name for parameter in main.cli.params for name in parameter.opts} | {"--help", "-h"}
 PROGRAMS = ("attire", "make", "python", "pip", "npm", "curl")
 ENDS = ("|", ">", ">>", "&&", ";")
 INLINE_ENDS = ("...",)  # what stands for the rest in running text
 
 # Commands of Attire that are only parsed here, each with its reason. All others are run on small data.
 PARSED_ONLY = {
-    r"serve\b": "runs until it is stopped; tests/test_server.py and test_listener.py",
-    r"bench\b": "measures for minutes; tests/test_bench.py and test_machine.py",
-    r".* '?(s3|gs|https)://": "a store; tests/test_objects.py and test_bulk.py",
-    r"sweep": "many trials; tests/test_sweep.py",
-    r"train .*--teacher": "its teachers belong to other data here; tests/test_teacher.py",
+    r"serve\b": "runs until it is stopped; tests/server",
+    r"bench\b": "measures for minutes; tests/analysis/test_bench.py",
+    r".* '?(s3|gs|https)://": "a store; tests/storage and tests/inference/test_parquet_predict.py",
+    r"sweep": "many trials; tests/analysis/test_sweep.py",
+    r"train .*--teacher": "its teachers belong to other data here; tests/training/test_distillation.py",
     r".* --cluster ": "needs a cluster; tests/test_cluster.py",
-    r".* --memory-limit ": "the process of the tests holds too much itself; tests/test_memory.py",
-    r"export ": "proved on 2,000 images; tests/test_export.py",
+    r".* --memory-limit ": "the process of the tests holds too much itself; tests/storage/test_memory.py",
+    r"export ": "proved on 2,000 images; tests/export",
 }
 # The recipes as `sandbox` has them: what is slow in them made small, so that every shown training can be run.
 MINIATURES: dict[str, dict[str, Any]] = {
@@ -75,8 +77,8 @@ def block_lines(text: str) -> Iterator[str]:
 
 def words(line: str) -> list[str]:
     """A line of a shell up to its first pipe, redirection, comment or column of explanation."""
-    found = shlex.split(line.partition("   ")[0], comments=True)
-    return found[: next((i for i, word in enumerate(found) if word in ENDS), len(found))]
+    typed = shlex.split(line.partition("   ")[0], comments=True)
+    return typed[: next((i for i, word in enumerate(typed) if word in ENDS), len(typed))]
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -87,8 +89,8 @@ def commands(page: Path) -> list[list[str]]:
 
 def mentions(page: Path) -> list[list[str]]:
     """Those in running text, which may leave arguments out."""
-    found = re.findall(r"`([^`]+)`", outside(page.read_text()))
-    return [words(" ".join(text.split())) for text in found if text.split()[0] in PROGRAMS and " " in text.strip()]
+    quoted = re.findall(r"`([^`]+)`", outside(page.read_text()))
+    return [words(" ".join(text.split())) for text in quoted if text.split()[0] in PROGRAMS and " " in text.strip()]
 
 
 SHOWN = [(page.relative_to(ROOT).as_posix(), command) for page in PAGES for command in commands(page)]
@@ -106,17 +108,17 @@ def parse(given: list[str], whole: bool) -> None:
     """As click would, without running it. whole: what it requires must be there as well."""
     rest = [word for word in given if word not in ("-h", "--help")]
     while rest and rest[0].startswith("-"):
-        assert rest.pop(0) in shell._options(main.cli), given
+        assert rest.pop(0) in OPTIONS_OF_ATTIRE, given
     if not rest:
         return
     assert rest[0] in main.cli.commands, given
     command = main.cli.commands[rest[0]]
-    root = shell._Context(main.cli, info_name="attire", **main.cli.context_settings)
+    root = click.Context(main.cli, info_name="attire", **main.cli.context_settings)
     try:
         if whole and rest == given:
             command.make_context(rest[0], rest[1:], parent=root).close()
         else:
-            context = shell._Context(command, parent=root, info_name=rest[0])
+            context = click.Context(command, parent=root, info_name=rest[0])
             command.make_parser(context).parse_args(rest[1:])
     except click.UsageError as error:
         pytest.fail(f"{shlex.join(['attire', *given])}: {error.format_message()}")
@@ -271,15 +273,15 @@ class Loads(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.addresses: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = {name: value or "" for name, value in attrs}
         if tag == "link" and given.get("rel") not in ("prev", "next", "canonical"):
-            self.found.append(given.get("href", ""))
-        self.found += [given[name] for name in ("src", "srcset", "poster", "data") if name in given]
-        self.found += re.findall(r"url\(([^)]+)\)", given.get("style", ""))
+            self.addresses.append(given.get("href", ""))
+        self.addresses += [given[name] for name in ("src", "srcset", "poster", "data") if name in given]
+        self.addresses += re.findall(r"url\(([^)]+)\)", given.get("style", ""))
 
 
 @pytest.fixture(scope="module")
@@ -297,9 +299,9 @@ def test_no_page_loads_anything_from_another_host(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) >= len(list(DOCS.glob("*.md")))
     for page in pages:
-        found = Loads(page.read_text()).found
-        assert found
-        assert not [url for url in found if re.match(r"\w+:|//", url) and not url.startswith("data:")], page
+        addresses = Loads(page.read_text()).addresses
+        assert addresses
+        assert not [url for url in addresses if re.match(r"\w+:|//", url) and not url.startswith("data:")], page
     for sheet in site.rglob("*.css"):
         assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", sheet.read_text()), sheet
 

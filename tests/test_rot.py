@@ -21,7 +21,7 @@ from attire.inference.runtimes import load_export
 from attire.model import vgg
 from attire.recipes import FAST
 from attire.storage import files
-from attire.training import checkpoints, loop
+from attire.training import checkpoints, optimiser
 from tests.command import attire
 
 PAGE = 4096
@@ -86,12 +86,17 @@ def test_a_damaged_export_is_refused(kind: str, bundle: Path, synthetic: ImageDa
 
 def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
     head = torch.nn.Sequential(torch.nn.Linear(40, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
-    checkpoints.save_checkpoint(head, loop._make_optimiser(head, FAST), checkpoints.State(epoch=1), tmp_path)
+    checkpoints.Checkpoints(head, optimiser.make_optimiser(head, FAST), tmp_path).save(
+        checkpoints.TrainingState(epoch=1)
+    )
     (path,) = checkpoints._checkpoints(tmp_path)
     refused(path, lambda: checkpoints._read_checkpoint(path))
 
 
-REPORTED = [*run_result._TOLD, *(f"evaluation/{name}" for name in ("metrics.json", "predictions.csv", "gallery.png"))]
+REPORTED = [
+    *run_result._DIGESTED_FILES,
+    *(f"evaluation/{name}" for name in ("metrics.json", "predictions.csv", "gallery.png")),
+]
 
 
 @pytest.mark.parametrize("name", REPORTED)
@@ -102,7 +107,7 @@ def test_no_report_is_made_of_damaged_figures(name: str, finished: tuple[Path, o
 
 def test_damaged_digests_of_a_report_are_noticed_or_say_the_same(finished: tuple[Path, object], tmp_path: Path) -> None:
     run = shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("model", "checkpoints"))
-    path = run / run_result._DIGESTS
+    path = run / run_result._DIGESTS_FILE
     whole, told = path.read_bytes(), files.read_json(path)
     for what, data in damages(whole):
         path.write_bytes(data)
@@ -126,7 +131,7 @@ def test_commands_refuse_damaged_figures_in_one_line(
 
 def test_a_run_from_before_there_were_digests_is_read(finished: tuple[Path, object], tmp_path: Path) -> None:
     run = shutil.copytree(finished[0], tmp_path / "run")
-    (run / run_result._DIGESTS).unlink()
+    (run / run_result._DIGESTS_FILE).unlink()
     assert run_result.load_result(run).command == run_result.load_result(finished[0]).command
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from attire.analysis.duplicates import Advance, Images, Rows, contrast_of
 from attire.errors import AttireError
 from attire.evaluation.calibration import fit_temperature, softmax
-from attire.features.sources import Standardiser, fit_standardiser
+from attire.features.sources import Standardiser
 
 _FOLDS = 5
 # On the diagonal of the Gram matrix of standardised features: worth so many rows. The log loss of 600, 3,000, 10,000
@@ -55,7 +55,7 @@ def read_features(
     all rows' Gram matrix less the fold's own, so that each row is multiplied once. Memory: FOLDS * D * D * 4 bytes.
     """
     n = len(labels)
-    scale = fit_standardiser(_followed(blocks(), "Moments", n, advance))
+    scale = Standardiser.fit(_followed(blocks(), "Moments", n, advance))
     targets = torch.nn.functional.one_hot(torch.from_numpy(labels), classes).float()
     gram, cross = _fold_products(_followed(blocks(), "Folds", n, advance), scale, targets, folds)
     priors = torch.stack([targets[torch.from_numpy(folds != fold)].mean(0) for fold in range(_FOLDS)])  # (FOLDS, K)

@@ -309,7 +309,7 @@ class _Bench:
     def stored(self, path: Path) -> list[_Cell]:
         if not path.exists():
             return []
-        with run_result.reading(path):
+        with run_result.refuse_damage(path):
             value = files.read_json(path)
             if value["about"] != self.about():
                 do = "give --out another folder"
@@ -329,7 +329,7 @@ def _write_sweep(found: _Sweep) -> None:
     for cell in found.ranked:
         value = {**cell.to_json(), "on_front": "yes" if cell in front else ""}
         lines.append([value[name] for name in header])
-    files.write_text(found.folder / "sweep.csv", run_result.table_text(header, lines))
+    files.write_text(found.folder / "sweep.csv", run_result.csv_text(header, lines))
     drawing = figures.accuracy_by_speed(found.cells, found.front)
     files.write_bytes(found.folder / "sweep.svg", figures.svg(drawing))
     files.write_bytes(found.folder / "sweep.png", figures.png(drawing))

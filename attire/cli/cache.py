@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 @source_options
 @json_option
 def fetch(data_from: Path | None, weights_from: Path | None, as_json: bool) -> None:
-    """Fetch and verify the official data and VGG16's weights; what is there already is only verified.
+    """Download and verify the official data and VGG16's weights; files that are already here are only verified.
 
     \b
     attire fetch
     attire fetch --data-from FOLDER --weights-from FILE     without a network
     """
-    from attire.data import fashion_mnist as fetching
+    from attire.data import fashion_mnist
     from attire.model import pretrained
     from attire.terminal import Terminal, print_result
 
-    watch = Terminal(as_json)
-    data = fetching.official_data(data_from, watch.advance)
-    weights = pretrained.vgg16_weights(weights_from, watch.advance)
-    watch.close()
+    terminal = Terminal(as_json)
+    data = fashion_mnist.official_data(data_from, terminal.advance)
+    weights = pretrained.vgg16_weights(weights_from, terminal.advance)
+    terminal.close()
     if as_json:
         click.echo(json.dumps({"data": str(data), "weights": str(weights)}))
     else:
@@ -66,11 +66,11 @@ def export_csv(folder: Path, data_from: Path | None, weights_from: Path | None, 
 
 
 @click.command(cls=Command)
-@click.option("--delete", "keys", metavar="KEY", multiple=True, help="Delete the entry whose key begins so.")
+@click.option("--delete", "keys", metavar="KEY", multiple=True, help="Delete the entry whose key begins with KEY.")
 @click.option("--clear", is_flag=True, help="Delete all of them.")
 @json_option
 def cache(keys: tuple[str, ...], clear: bool, as_json: bool) -> None:
-    """List the cached features with their size and what made them, copies of tables and of objects; or delete them.
+    """List or delete what is cached: features with their size and origin, copies of tables and of URLs' objects.
 
     \b
     attire cache
@@ -86,20 +86,20 @@ def cache(keys: tuple[str, ...], clear: bool, as_json: bool) -> None:
     if clear:
         keys = tuple(entry.key for entry in cache_entries())
     freed += sum(delete_entry(key) for key in keys) + row_lookup.delete_stale()
-    entries, tables, fetched = cache_entries(), dict(table_cache.copies()), list(url_copies.copies())
+    entries, tables, objects = cache_entries(), dict(table_cache.copies()), list(url_copies.copies())
     if not as_json:
         if keys or clear:
             click.echo(f"freed {human_size(freed)}")
         for key, size in tables.items():
             click.echo(f"{key[:12]}  {human_size(size):>9}  a CSV file or Parquet files, parsed")
-        for key, url, size in fetched:
+        for key, url, size in objects:
             click.echo(f"{key[:12]}  {human_size(size):>9}  a copy of {one_line(url)}")
-    sizes = {url: size for _, url, size in fetched}
+    sizes = {url: size for _, url, size in objects}
     show_entries(entries, as_json, freed=freed, tables=tables, objects=sizes)
 
 
 def show_entries(entries: "list[CacheEntry]", as_json: bool, **more: Any) -> None:
-    """The end of `attire extract` and of `attire cache`."""
+    """Print these entries of the feature cache, or `more` and the entries as JSON."""
     from attire.features.cache import cache_folder
     from attire.storage.files import human_size
 

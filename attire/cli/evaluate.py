@@ -1,6 +1,8 @@
 """evaluate, ensemble, compare, report, audit: how good models are, and the data that says so."""
 
 import json
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,11 @@ from attire.storage import files
 from attire.storage.run_folder import find_free_folder
 
 _part_option = click.option(
-    "--part", type=click.Choice(["train", "test"]), default="test", show_default=True, help="Of data that has both."
+    "--part",
+    type=click.Choice(["train", "test"]),
+    default="test",
+    show_default=True,
+    help="Which part of data that has both.",
 )
 
 
@@ -39,7 +45,11 @@ _part_option = click.option(
     help="torch, openvino or openvino-int8 (an extra).",
     shell_complete=among(*BACKENDS),
 )
-@click.option("--views", type=int, help="Views averaged, each a forward pass.  [default: the bundle's own number]")
+@click.option(
+    "--tta",
+    type=int,
+    help="Test-time augmentation: views averaged for an answer.  [default: the bundle's own number]",
+)
 @click.option("--out", type=PATH, help="Write report, tables and pictures into this new folder.")
 @device_option
 @memory_option
@@ -51,7 +61,7 @@ def evaluate(
     classes: str | None,
     part: Any,
     backend: str,
-    views: int | None,
+    tta: int | None,
     out: Path | None,
     device: str,
     as_json: bool,
@@ -66,23 +76,23 @@ def evaluate(
 
     from attire.cli.tables import class_table
     from attire.evaluation.report import write_report
-    from attire.evaluation.run_result import metrics, save_result
+    from attire.evaluation.run_result import save_result
     from attire.inference.scoring import evaluate_bundle
     from attire.terminal import Terminal, columns, print_result
 
-    watch = Terminal(as_json)
-    try:
-        result = evaluate_bundle(bundle, test or data, part, class_names(classes), backend, device, watch, views)
-    finally:
-        watch.close()
+    names = class_names(classes)
+    with closing(Terminal(as_json)) as progress:
+        result = evaluate_bundle(bundle, test or data, part, names, backend, device, progress, tta)
     if folder:
-        with files.atomic_folder(folder) as part:
-            save_result(part, result)
-            write_report(part, result)
+        with files.atomic_folder(folder) as unfinished:
+            save_result(unfinished, result)
+            write_report(unfinished, result)
     if as_json:
-        click.echo(json.dumps(metrics(result)))
+        click.echo(json.dumps(result.metrics()))
         return
-    print_result(f"Accuracy        {result.test.accuracy}\nClaim check     {result.claim}\n{_passes(result.config)}")
+    print_result(
+        f"Accuracy        {result.test.accuracy}\nClaim check     {result.claim}\n{_describe_passes(result.config)}"
+    )
     print_result(class_table(result.test, columns()))
 
 
@@ -91,7 +101,9 @@ def evaluate(
 @click.option("--data", type=DATA, metavar="PATH", help="As for evaluate.  [default: the official test images]")
 @click.option("--classes", help="Class names in the order of their labels, separated by commas.")
 @_part_option
-@click.option("--views", type=int, help="Views averaged by each member.  [default: its own number]")
+@click.option(
+    "--tta", type=int, help="Test-time augmentation: views averaged by each member.  [default: its own number]"
+)
 @click.option("--out", type=PATH, help="Write report, tables and ensemble.json into this folder.")
 @device_option
 @memory_option
@@ -103,7 +115,7 @@ def ensemble(
 
     \b
     attire ensemble runs/1 runs/2 runs/3
-    attire ensemble runs/1 runs/2 --views 2 --out both    then: attire ensemble both/ensemble.json
+    attire ensemble runs/1 runs/2 --tta 2 --out both    then: attire ensemble both/ensemble.json
     """
     folder = find_free_folder(out) if out else None
 
@@ -113,27 +125,25 @@ def ensemble(
     from attire.inference.scoring import evaluate_ensemble
     from attire.terminal import Terminal, print_result
 
-    watch = Terminal(as_json)
-    try:
-        found = evaluate_ensemble(models, data, classes=class_names(classes), progress=watch, **options)
-    finally:
-        watch.close()
+    with closing(Terminal(as_json)) as progress:
+        evaluation = evaluate_ensemble(models, data, classes=class_names(classes), progress=progress, **options)
+    result = evaluation.result
     if folder:
-        with files.atomic_folder(folder) as part:
-            save_result(part, found.result)
-            write_report(part, found.result)
-            found.ensemble.save(part / "ensemble.json")
+        with files.atomic_folder(folder) as unfinished:
+            save_result(unfinished, result)
+            write_report(unfinished, result)
+            evaluation.ensemble.save(unfinished / "ensemble.json")
     if as_json:
-        click.echo(json.dumps(found.to_json()))
+        click.echo(json.dumps(evaluation.to_json()))
         return
-    print_result(comparison_table(found.names, (found.result, *found.members)))
-    click.echo(f"\nAccuracy        {found.result.test.accuracy}\nClaim check     {found.result.claim}")
-    click.echo(f"{_passes(found.result.config)}{found.pair}")
+    print_result(comparison_table(evaluation.names, (result, *evaluation.members)))
+    click.echo(f"\nAccuracy        {result.test.accuracy}\nClaim check     {result.claim}")
+    click.echo(f"{_describe_passes(result.config)}{evaluation.pair}")
 
 
-def _passes(config: Any) -> str:
-    """What an answer costs where it takes more than one forward pass."""
-    return f"Views           an answer takes {config['views']} forward passes\n" if config["views"] > 1 else ""
+def _describe_passes(config: Mapping[str, Any]) -> str:
+    """A line about test-time augmentation, where an answer takes more than one forward pass."""
+    return f"Views           an answer takes {config['tta']} forward passes\n" if config["tta"] > 1 else ""
 
 
 @click.command(cls=Command)
@@ -157,29 +167,28 @@ def report(run: Path, as_json: bool) -> None:
 @click.option("--out", type=PATH, help="The page.  [default: compare-A-B.html beside the first]")
 @json_option
 def compare(compared: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
-    """Compare runs on the same test images: paired test, interval of the difference, where they disagree.
+    """Compare runs on the same test images: a paired test, the difference and its 95 % confidence interval.
 
     \b
     attire compare runs/1 runs/2
     attire compare runs/1 measured          a folder that `attire evaluate --out` wrote
     """
     from attire.cli.tables import comparison_table
-    from attire.evaluation.compare import compare as paired
-    from attire.evaluation.compare import write_comparison
+    from attire.evaluation import compare as comparing
     from attire.terminal import print_result
 
     if out and out.suffix == ".json":
         raise UsageError(
             "--out", f"names the page, found {out.name!r}", do="end it in .html; the same in JSON lies beside it"
         )
-    found = paired(compared)
+    comparison = comparing.compare(compared)
     page = out or compared[0].parent / f"compare-{'-'.join(path.name for path in compared)}.html"
-    write_comparison(found, page)
+    comparing.write_comparison(comparison, page)
     if as_json:
-        click.echo(json.dumps({"page": str(page), **found.to_json()}))
+        click.echo(json.dumps({"page": str(page), **comparison.to_json()}))
         return
-    print_result(comparison_table(found.names, found.results))
-    for pair in found.pairs:
+    print_result(comparison_table(comparison.names, comparison.results))
+    for pair in comparison.pairs:
         click.echo(f"{pair}")
     click.echo(f"\nReport          {page}")
 
@@ -188,7 +197,7 @@ def compare(compared: tuple[Path, ...], out: Path | None, as_json: bool) -> None
 @click.argument("data", required=False, type=DATA)
 @click.option("--test", type=DATA, metavar="FILE", help="This file or folder is the test set.")
 @click.option("--classes", help="Class names in the order of their labels, separated by commas.")
-@click.option("--run", type=RUN, help="Take this run's accuracy apart; tested on the same set.")
+@click.option("--run", type=RUN, help="Break down the accuracy of this run, tested on the same set.")
 @click.option("--out", type=PATH, default="audit", show_default=True, help="A new folder.")
 @device_option
 @memory_option
@@ -202,7 +211,7 @@ def audit(
     device: str,
     as_json: bool,
 ) -> None:
-    """Look for doubles, leaks between training and test part, odd images and wrong labels in DATA.
+    """Look for duplicates, leaks between training and test part, odd images and wrong labels in DATA.
 
     \b
     attire audit                       the official data
@@ -211,20 +220,18 @@ def audit(
     """
     folder = find_free_folder(out)
 
-    from attire.analysis.audit import audit as look_through
-    from attire.analysis.audit import write_audit
+    from attire.analysis import audit as auditing
+    from attire.analysis.audit_report import write_audit
     from attire.cli.tables import audit_table
     from attire.terminal import Terminal, print_result
 
-    watch = Terminal(as_json)
-    try:
-        found = look_through(data, test=test, classes=class_names(classes), run=run, device=device, progress=watch)
-    finally:
-        watch.close()
-    with files.atomic_folder(folder) as part:
-        page = folder / write_audit(found, part).name
+    names = class_names(classes)
+    with closing(Terminal(as_json)) as progress:
+        result = auditing.audit(data, test=test, classes=names, run=run, device=device, progress=progress)
+    with files.atomic_folder(folder) as unfinished:
+        page = folder / write_audit(result, unfinished).name
     if as_json:
-        click.echo(json.dumps({"page": str(page), **found.to_json()}))
+        click.echo(json.dumps({"page": str(page), **result.to_json()}))
         return
-    print_result(audit_table(found.counts(), found.accuracies))
+    print_result(audit_table(result))
     click.echo(f"\nReport          {page}")

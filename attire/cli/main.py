@@ -21,7 +21,7 @@ from attire.errors import AttireError, AttireWarning, one_line
 from attire.version import __version__
 
 
-@click.group(cls=shell.Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=shell.CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="attire")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
@@ -70,8 +70,7 @@ def main() -> NoReturn:
     except AttireError as error:
         status = _fail(str(error), error.status, debug)
     except click.UsageError as error:
-        where = error.ctx.command_path if error.ctx else "attire"
-        status = _fail(f"{where}: {one_line(f'{shell.what(error)}; {shell.hint(error)}')}", 2, debug)
+        status = _fail(shell.format_usage_error(error), 2, debug)
     except click.ClickException as error:
         status = _fail(one_line(error.format_message()), 1, debug)
     except (KeyboardInterrupt, click.Abort):

@@ -1,6 +1,7 @@
-"""sweep, plan: what to train, and how long it takes on machines that we have not."""
+"""sweep: which freeze boundary, picture size and pooling to train with."""
 
 import json
+from contextlib import closing
 from typing import Any
 
 import click
@@ -20,9 +21,11 @@ from attire.cli.shell import Command
 @click.option("--sizes", default="32,48,64,96,112,160,224", show_default=True, help="Picture sides in px.")
 @click.option("--boundaries", default="block2,block3,block4,block5", show_default=True, help="Where to tap VGG16.")
 @click.option("--backgrounds", default="black", show_default=True, help="black, white or black,white.")
-@click.option("--rows", type=click.IntRange(1), default=4000, show_default=True, help="Training images that fit.")
-@click.option("--val", type=click.IntRange(1), default=3000, show_default=True, help="Training images that score.")
-@click.option("--out", type=PATH, default="sweep", show_default=True, help="Goes on there.")
+@click.option("--rows", type=click.IntRange(1), default=4000, show_default=True, help="Training images to fit on.")
+@click.option("--val", type=click.IntRange(1), default=3000, show_default=True, help="Training images to score.")
+@click.option(
+    "--out", type=PATH, default="sweep", show_default=True, help="Output folder; an interrupted sweep resumes there."
+)
 @device_option
 @memory_option
 @json_option
@@ -33,26 +36,19 @@ def sweep(sizes: str, boundaries: str, backgrounds: str, classes: str | None, as
     attire sweep                                           the official set
     attire sweep --data mine.csv --sizes 32,48 --out tried
 
-    Each is scored by a closed-form linear classifier on rows cut from the training set. Safe to stop: the same
-    command goes on.
+    Each is scored by a closed-form linear classifier on rows held out from the training set. An interrupted sweep
+    resumes with the same command.
     """
-    from attire.analysis.sweep import sweep as run_sweep
+    from attire.analysis import sweep as sweeping
     from attire.cli.tables import sweep_table
     from attire.terminal import Terminal, print_result
 
-    watch = Terminal(as_json)
-    lists: dict[str, Any] = {
-        "boundaries": boundaries.split(","),
-        "backgrounds": backgrounds.split(","),
-        "sizes": numbers("--sizes", sizes),
-    }
-    try:
-        found = run_sweep(classes=class_names(classes), progress=watch, **lists, **options)
-    finally:
-        watch.close()
+    grid = sweeping.Grid(numbers("--sizes", sizes), boundaries.split(","), backgrounds.split(","))
+    with closing(Terminal(as_json)) as progress:
+        result = sweeping.sweep(classes=class_names(classes), grid=grid, progress=progress, **options)
     if as_json:
-        click.echo(json.dumps(found.to_json()))
+        click.echo(json.dumps(result.to_json()))
         return
-    print_result(sweep_table(found.ranked[:20], found.front))
-    click.echo(f"\nPicture         {found.folder}/sweep.png   (all {len(found.cells)} lines: sweep.csv)")
-    click.echo(f"Proposed        {found.command()}   (the fastest within a standard error of the best)")
+    print_result(sweep_table(result))
+    click.echo(f"\nPicture         {result.folder}/sweep.png   (all {len(result.cells)} lines: sweep.csv)")
+    click.echo(f"Proposed        {result.command()}   (the fastest within a standard error of the best)")

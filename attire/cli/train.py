@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -60,8 +60,8 @@ class _Settings:
         """Whether a stopped run may go on with these settings: it has its own, device included."""
         return self == _Settings(device=self.device)
 
-    def request(self) -> "_Request":
-        """The named or stored recipe, changed by the fields that were given; likewise the options."""
+    def arguments(self) -> "tuple[str | None, Recipe, TrainOptions]":
+        """Arguments of `train`: data, recipe and options, by --config, changed by what was given besides."""
         from attire.storage import files
 
         stored = files.read_json(self.config) if self.config else {}
@@ -82,7 +82,7 @@ class _Settings:
             "log": self.log or stored.get("log"),
             "teacher": self.teachers or stored.get("teacher"),
         }
-        return _Request(data.get("data") if self.data is None else self.data, self._changed(recipe), options)
+        return data.get("data") if self.data is None else self.data, self._changed(recipe), options
 
     def _changed(self, recipe: Recipe) -> Recipe:
         widths = {name: numbers(f"--{name}", self.fields[name]) for name in {"hidden", "conv"} & set(self.fields)}
@@ -123,7 +123,7 @@ class _Job:
         if self.resumed is not None:
             with cluster_at(self.cluster, self.cluster_workers or 0) as cluster:
                 return run.resume(self.resumed, progress, cluster)
-        data, recipe, options = settings.request()
+        data, recipe, options = settings.arguments()
         if self.seeds or self.folds:
             return self._run_many(data, recipe, options, progress)
         with cluster_at(self.cluster, self.cluster_workers or 0) as cluster:
@@ -159,14 +159,6 @@ class _Job:
 def _settings(options: Mapping[str, Any]) -> _Settings:
     own = {name: value for name, value in options.items() if name in _Settings.__dataclass_fields__}
     return _Settings(**own, fields={name: options[name] for name in SETTINGS if options[name] is not None})
-
-
-class _Request(NamedTuple):
-    """The arguments of `training.run.train`."""
-
-    data: str | None
-    recipe: Recipe
-    options: "TrainOptions"
 
 
 def _fraction_or_count(text: str) -> float | int:
@@ -259,7 +251,6 @@ def train(data_from: Path | None, weights_from: Path | None, as_json: bool, **op
 
 def _show_result(result: "Run | Seeds | Folds", as_json: bool) -> None:
     from attire.cli.tables import comparison_table, terminal_summary
-    from attire.evaluation.run_result import metrics
     from attire.terminal import columns, print_result
     from attire.training.seeds_and_folds import Folds, Seeds
 
@@ -272,7 +263,7 @@ def _show_result(result: "Run | Seeds | Folds", as_json: bool) -> None:
         click.echo(f"\nTest accuracy   {result}\nRuns            {folder}")
         return
     if as_json:
-        click.echo(json.dumps({"run": str(folder), **metrics(result.result)}))
+        click.echo(json.dumps({"run": str(folder), **result.result.metrics()}))
         return
     print_result(terminal_summary(result.result, columns()))
     files = f"\nReport          {folder}/report.html\nProbabilities   {folder}/evaluation/predictions.csv"
@@ -315,16 +306,16 @@ def extract(
     from attire.features.cache import cache_entries
     from attire.model.devices import choose_device
     from attire.terminal import Terminal
-    from attire.training.experiment import prepare
+    from attire.training.experiment import Experiment
     from attire.training.extraction import Extraction
     from attire.training.run_config import RunConfig
 
     get_sources(data_from, weights_from)
-    data, recipe, train_options = _settings(options).request()
+    data, recipe, train_options = _settings(options).arguments()
     config, terminal = RunConfig.from_options(data, recipe, **train_options), Terminal(as_json)
     try:
         with cluster_at(cluster) as machines:
-            experiment = prepare(recipe, config.data, choose_device(config.device), terminal)
+            experiment = Experiment.prepare(recipe, config.data, choose_device(config.device), terminal)
             make = machines.extract_shards if machines else None
             features = Extraction(experiment, terminal, make).extract_all()
     except KeyboardInterrupt:

@@ -1,10 +1,10 @@
-"""The CSV form of Fashion-MNIST, `label,pixel1,...,pixel784`: read fast, and precise about what is wrong."""
+"""Read and write the CSV form of Fashion-MNIST, `label,pixel1,...,pixel784`; errors name line and column."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NoReturn
+from typing import IO, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -13,13 +13,10 @@ from pyarrow import csv
 
 from attire.errors import AttireError, one_line
 from attire.storage.files import atomic_file
-from attire.storage.formats import name_format, open_input
-
-if TYPE_CHECKING:
-    import pandas as pd  # which takes a while, and only `read_frame` makes a frame
+from attire.storage.formats import name_format
 
 _Columns = tuple[str, ...]
-_See = Callable[[bytes], object]
+_OnBytes = Callable[[bytes], object]
 
 _PIXEL_COLUMNS: _Columns = tuple(f"pixel{i}" for i in range(1, 785))
 _COLUMNS: _Columns = ("label", *_PIXEL_COLUMNS)
@@ -29,9 +26,9 @@ _PLAIN = b"0123456789,\r\n"
 _SEPARATORS = {b";": "semicolons", b"\t": "tabs", b"|": "bars", b" ": "spaces"}
 _LINE = re.compile(rb"([^\r\n]*)(\r\n|\r|\n|\Z)")
 _PIXELS = frozenset(str(i).encode() for i in range(256))
-_HEAD = 1 << 16  # bytes; the header line needs 6,949 of them
-_TEXT = 1 << 24  # bytes held at a time, some 7,500 rows; 8 MB are 10 % slower, 32 MB no faster
-_BLOCK = 1 << 23  # bytes that Arrow parses at a time; with its own 1 MB, 785 columns become 100,000 tiny arrays
+_FIRST_BYTES = 1 << 16  # the header line needs 6,949 of them
+_TEXT_BYTES = 1 << 24  # held at a time, some 7,500 rows; 8 MB are 10 % slower, 32 MB no faster
+_BLOCK_BYTES = 1 << 23  # parsed by Arrow at a time; with its own 1 MB, 785 columns become 100,000 tiny arrays
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,52 +41,37 @@ class Table:
     def __len__(self) -> int:
         return len(self.pixels)
 
-
-def _read_frame(path: str | Path, class_count: int = 10, labelled: bool = True) -> "pd.DataFrame":
-    """The table as a DataFrame: `label` int64 in 0..class_count-1, `pixel1` .. `pixel784` uint8; one row per line.
-
-    With `labelled` false a file of `pixel1` .. `pixel784` alone is accepted too, and gives a frame without `label`.
-    Raises AttireError with the 1-based line of the first fault; no cell is ever filled in, rounded or stripped.
-    """
-    import pandas as pd
-
-    path = Path(path)
-    with open_input(path) as file:
-        table = joined(read_parts(path, file, class_count, labelled))
-    frame = pd.DataFrame(table.pixels, columns=_PIXEL_COLUMNS, copy=False)
-    if table.labels is not None:
-        frame.insert(0, "label", table.labels)
-    return frame
-
-
-def joined(parts: Iterable[Table]) -> Table:
-    tables = list(parts)
-    labels = [part.labels for part in tables if part.labels is not None]
-    return Table(np.concatenate([part.pixels for part in tables]), np.concatenate(labels) if labels else None)
+    @classmethod
+    def concatenate(cls, parts: Iterable["Table"]) -> "Table":
+        tables = list(parts)
+        labels = [part.labels for part in tables if part.labels is not None]
+        return cls(np.concatenate([part.pixels for part in tables]), np.concatenate(labels) if labels else None)
 
 
 def read_parts(
-    path: Path, file: IO[bytes], class_count: int = 10, labelled: bool = True, see: _See = lambda data: None
+    path: Path, file: IO[bytes], class_count: int = 10, labelled: bool = True, on_bytes: _OnBytes = lambda data: None
 ) -> Iterator[Table]:
-    """As `read_frame`, some thousand rows at a time, so that memory does not grow with the file; one part or more.
+    """Read a table some thousand rows at a time, so that memory does not grow with the file; one part or more.
 
-    see: is given every byte of the file, in order.
+    Labels must lie in 0 to class_count - 1. labelled: whether a file of `pixel1` to `pixel784` alone is refused.
+    on_bytes: called with every byte of the file, in order. Raises AttireError with the 1-based line of the first
+    fault. No cell is ever filled in, rounded or stripped.
     """
-    head = file.read(_HEAD)
-    see(head)
-    if not head:
+    data = file.read(_FIRST_BYTES)
+    on_bytes(data)
+    if not data:
         raise AttireError(path, "empty file", do="expected a CSV file with the header label,pixel1,...,pixel784")
-    _check_kind(path, head)
-    line = _LINE.match(head)
+    _check_kind(path, data)
+    line = _LINE.match(data)
     assert line
     header = line[1].removeprefix(_BOM)
     bare = not labelled and header.startswith(b"pixel") and b"label" not in header.split(b",")
     columns = _PIXEL_COLUMNS if bare else _COLUMNS
     _check_header(path, header, columns)
     rows = 0
-    for text, last in _whole_lines(file, head[line.end() :], see):
+    for text, last in _whole_lines(file, data[line.end() :], on_bytes):
         part = _parse(text, columns)
-        if part is None or not in_range(part.labels, class_count):
+        if part is None or len(_wrong_labels(part.labels, class_count)):
             _diagnose(path, text, rows + 2, last, columns, class_count)
         rows += len(part)
         yield part
@@ -97,57 +79,68 @@ def read_parts(
         raise AttireError(path, "only a header, no rows", do="the file may be cut off there")
 
 
-def in_range(labels: NDArray[np.int64] | None, class_count: int) -> bool:
-    return labels is None or bool(((labels >= 0) & (labels < class_count)).all())
+def _wrong_labels(labels: NDArray[np.int64] | None, class_count: int) -> NDArray[np.int64]:
+    """Return the rows whose label is out of range."""
+    if labels is None:
+        return np.empty(0, np.int64)
+    return np.flatnonzero((labels < 0) | (labels >= class_count))
 
 
-def _whole_lines(file: IO[bytes], text: bytes, see: _See) -> Iterator[tuple[bytes, bool]]:
-    """Lines, about TEXT bytes at a time, without the end of the last one; and whether they are the file's last.
+def check_labels(path: Path, labels: NDArray[np.int64] | None, class_count: int) -> None:
+    """Raise AttireError with the line of the first label out of range."""
+    rows = _wrong_labels(labels, class_count)
+    if labels is not None and len(rows):
+        _wrong_label(path, str(labels[rows[0]]).encode(), int(rows[0]) + 2, class_count - 1)
 
-    text: what was read before. A piece ends where something follows, so that line ends at the end of the file are
-    dropped, and an empty line between rows is not.
+
+def _whole_lines(file: IO[bytes], text: bytes, on_bytes: _OnBytes) -> Iterator[tuple[bytes, bool]]:
+    """Yield whole lines, about 16 MB at a time, without the last line's end; and whether they are the file's last.
+
+    text: the bytes read before. A part ends only where more lines follow: line ends at the end of the file are
+    dropped, an empty line between rows is not.
     """
-    size = _TEXT
+    size = _TEXT_BYTES
     while data := file.read(size):
-        see(data)
+        on_bytes(data)
         text += data
         end = len(text.rstrip(b"\r\n"))
         cut = max(text.rfind(b"\n", 0, end), text.rfind(b"\r", 0, end))
         stop = len(text[: cut + 1].rstrip(b"\r\n"))
-        if not stop:  # a line that is longer, or line ends alone
+        if not stop:  # a longer line, or line ends alone
             size *= 2
             continue
         yield text[:stop], False
-        text, size = text[stop + (2 if text.startswith(b"\r\n", stop) else 1) :], _TEXT
+        text, size = text[stop + (2 if text.startswith(b"\r\n", stop) else 1) :], _TEXT_BYTES
     if text := text.rstrip(b"\r\n"):
         yield text, True
 
 
-def _check_kind(path: Path, head: bytes) -> None:
-    found = name_format(head) or ("binary data" if b"\x00" in head else "")
-    if not found:
+def _check_kind(path: Path, data: bytes) -> None:
+    """Raise AttireError where a file's first bytes show another format."""
+    kind = name_format(data) or ("binary data" if b"\x00" in data else "")
+    if not kind:
         return
-    do = "unpack it first" if "compressed" in found or "archive" in found else ""
-    if found == "UTF-16 text":
+    do = "unpack it first" if "compressed" in kind or "archive" in kind else ""
+    if kind == "UTF-16 text":
         do = "save it as UTF-8"
-    elif "Excel" in found:
+    elif "Excel" in kind:
         do = "export the sheet as CSV"
-    elif "IDX" in found:
+    elif "IDX" in kind:
         do = "name the pair ...-images-idx3-ubyte and ...-labels-idx1-ubyte"
-    raise AttireError(path, f"{found}, expected CSV text", do=do)
+    raise AttireError(path, f"{kind}, expected CSV text", do=do)
 
 
 def _parse(text: bytes, columns: _Columns) -> Table | None:
-    """The rows, or None when any cell is not a plain number of its column's range.
+    """Parse rows; None where a cell is not a plain number in its column's range.
 
-    Arrow forgives blanks around numbers and reads 0x1F; the byte check keeps such cells from passing.
+    Arrow accepts blanks around numbers, and 0x1F; the check of the bytes refuses such cells.
     """
     if text.translate(None, _PLAIN):
         return None
     try:
         table = csv.read_csv(
             pa.BufferReader(text),
-            read_options=csv.ReadOptions(column_names=columns, block_size=_BLOCK),
+            read_options=csv.ReadOptions(column_names=columns, block_size=_BLOCK_BYTES),
             parse_options=csv.ParseOptions(quote_char=False, escape_char=False, ignore_empty_lines=False),
             convert_options=csv.ConvertOptions(
                 column_types=dict.fromkeys(_PIXEL_COLUMNS, pa.uint8()) | {"label": pa.int64()},
@@ -165,7 +158,7 @@ def _parse(text: bytes, columns: _Columns) -> Table | None:
 
 
 def _check_header(path: Path, line: bytes, columns: _Columns) -> None:
-    """Raises AttireError that tells a missing, quoted, misspelt, doubled or reordered header apart."""
+    """Raise AttireError that says whether a header is missing, quoted, misspelt, doubled or reordered."""
     if line == ",".join(columns).encode():
         return
     expected = f"expected {'label,' * (columns == _COLUMNS)}pixel1,...,pixel784"
@@ -189,8 +182,8 @@ def _check_header(path: Path, line: bytes, columns: _Columns) -> None:
         what = f"columns in another order: {names[place]} where {columns[place]} belongs"
         raise AttireError(path, what, f"line 1, column {place + 1}", expected)
     if missing:
-        found = f"{len(names):,} columns" if len(names) != 1 else f"one column, {names[0]}"
-        raise AttireError(path, f"no column {missing[0]} among {found}", "line 1", expected)
+        present = f"{len(names):,} columns" if len(names) != 1 else f"one column, {names[0]}"
+        raise AttireError(path, f"no column {missing[0]} among {present}", "line 1", expected)
     extra = next(name for name in names if name not in columns)
     what = f"{len(names)} columns, expected {len(columns)}; {extra} is not one of them"
     raise AttireError(path, what, "line 1", expected)
@@ -203,9 +196,9 @@ def _check_separator(path: Path, line: bytes, number: int) -> None:
 
 
 def _diagnose(path: Path, text: bytes, first: int, last: bool, columns: _Columns, class_count: int) -> NoReturn:
-    """Raises AttireError for the first line that is not as many whole numbers within their ranges.
+    """Raise AttireError for the first line that has other than whole numbers within their ranges.
 
-    first: the number of the text's first line; last: whether the file ends with the text.
+    first: the number of the text's first line. last: whether the file ends with the text.
     """
     for number, line, at_end in _lines(text, first):
         ends = last and at_end
@@ -215,7 +208,7 @@ def _diagnose(path: Path, text: bytes, first: int, last: bool, columns: _Columns
             _wrong_count(path, line, len(cells), len(columns), number, ends)
         top = class_count - 1
         if columns == _COLUMNS and not (cells[0].isdigit() and int(cells[0][-9:]) <= top and len(cells[0]) <= 9):
-            wrong_label(path, cells[0], number, top)
+            _wrong_label(path, cells[0], number, top)
         pixels = cells[-len(_PIXEL_COLUMNS) :]
         if set(pixels) <= _PIXELS:
             continue
@@ -226,11 +219,11 @@ def _diagnose(path: Path, text: bytes, first: int, last: bool, columns: _Columns
 
 
 def _lines(text: bytes, first: int) -> Iterator[tuple[int, bytes, bool]]:
-    """(first, first line, whether it is the last), ... without their ends: \\n, \\r\\n or \\r, as Arrow has it."""
-    for number, found in enumerate(_LINE.finditer(text), first):
-        if number > first and found.start() == len(text):
+    """Yield number, content and "is the last" of each line; lines end with \\n, \\r\\n or \\r, as for Arrow."""
+    for number, match in enumerate(_LINE.finditer(text), first):
+        if number > first and match.start() == len(text):
             return
-        yield number, found[1], found.end() == len(text)
+        yield number, match[1], match.end() == len(text)
 
 
 def _wrong_count(path: Path, line: bytes, count: int, expected: int, number: int, last: bool) -> NoReturn:
@@ -242,7 +235,7 @@ def _wrong_count(path: Path, line: bytes, count: int, expected: int, number: int
     raise AttireError(path, f"{values}, expected {expected}", f"line {number:,}", do)
 
 
-def wrong_label(path: Path, cell: bytes, number: int, top: int) -> NoReturn:
+def _wrong_label(path: Path, cell: bytes, number: int, top: int) -> NoReturn:
     expected = f"expected a whole number from 0 to {top}"
     do = "name the classes with --classes when they are not these" if cell.isdigit() else ""
     raise AttireError(path, f"label {_quote(cell)}, {expected}", f"line {number:,}", do)
@@ -267,7 +260,7 @@ def _show(cell: bytes) -> str:
 
 
 def write_table(path: str | Path, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
-    """Write images (N, 28, 28) uint8 and labels (N,) in the form that `read_frame` reads, atomically."""
+    """Write images (N, 28, 28) uint8 and labels (N,) int64 as CSV, atomically. Raises AttireError."""
     with atomic_file(Path(path)) as file:
         file.write(_HEADER + b"\n")
         options = csv.WriteOptions(include_header=False, quoting_style="none", batch_size=2048)

@@ -1,7 +1,7 @@
-"""The official data set and the VGG16 weights: from the cache, else from this machine, else from a mirror.
+"""Fetch Fashion-MNIST: from the cache, else from this machine, else from a mirror.
 
-A place is believed for its bytes alone: whichever served, the result equals one pinned SHA-256. The order is what is
-already on this machine, then the publisher's own server, then copies, then the package managers.
+Whichever place serves a file, its bytes must have one pinned SHA-256. The order: this machine, the publisher's server,
+copies of it, the package manager.
 """
 
 import gzip
@@ -23,7 +23,7 @@ _DATA_FILES = {
     "t10k-images-idx3-ubyte": (7_840_016, "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
     "t10k-labels-idx1-ubyte": (10_008, "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
 }
-_SLACK = 100_000  # what a container may add to the bytes it holds
+_SLACK = 100_000  # bytes that a container may add to its content
 DATA_MIRRORS: tuple[str, ...] = (
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",  # Zalando's own; it serves no https
     "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
@@ -40,10 +40,10 @@ _NamedBytes = Iterable[tuple[str, bytes]]
 
 
 def official_data(source: Path | None = None, progress: ProgressCallback | None = None) -> Path:
-    """The folder with Fashion-MNIST's four IDX files, decompressed, each equal to its pinned SHA-256.
+    """Return the folder with Fashion-MNIST's four IDX files, decompressed, each with its pinned SHA-256.
 
-    `source` is a folder that holds them, as published (.gz) or decompressed; without it, and where the cache lacks
-    them, they are fetched. Raises AttireError where `source` holds anything else or no place can be reached.
+    source: a folder with the four files, as published (.gz) or decompressed. Without it, files that the cache lacks
+    are downloaded. Raises AttireError where `source` holds anything else or no place can be reached.
     """
     folder = cache_dir() / "data" / "fashion-mnist"
     if source is None and not missing_files(folder):
@@ -62,11 +62,12 @@ def official_data(source: Path | None = None, progress: ProgressCallback | None 
 
 
 def missing_files(folder: Path) -> list[str]:
+    """Name the official files that a folder lacks or holds damaged."""
     return [name for name, (_, digest) in _DATA_FILES.items() if not matches_digest(folder / name, digest, sha256_file)]
 
 
 def _from_source(source: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, verified decompressed bytes) of the four files in a user's folder."""
+    """Yield name and verified, decompressed bytes of the four files in a user's folder."""
     if not source.is_dir():
         raise AttireError(source, "expected a folder with the four IDX files of Fashion-MNIST")
     for name in _DATA_FILES:
@@ -81,7 +82,7 @@ def _from_source(source: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _read_idx(name: str, path: Path) -> bytes:
-    """The decompressed bytes of one official file; MirrorError where the file holds any others."""
+    """Return the decompressed bytes of one official file. Raises MirrorError where it holds any others."""
     try:
         if path.stat().st_size > _DATA_FILES[name][0] + _SLACK:
             raise MirrorError("too large")
@@ -94,13 +95,13 @@ def _verified(name: str, data: bytes) -> bytes:
     count, digest = _DATA_FILES[name]
     if data.startswith(b"\x1f\x8b"):
         data = _gunzip(data, count)
-    if (found := sha256(data)) != digest:
-        raise MirrorError(f"SHA-256 {found[:12]}..., expected {digest[:12]}...")
+    if (actual := sha256(data)) != digest:
+        raise MirrorError(f"SHA-256 {actual[:12]}..., expected {digest[:12]}...")
     return data
 
 
 def _gunzip(data: bytes, count: int) -> bytes:
-    """At most one byte more than expected, so that no small file can fill the memory."""
+    """Decompress at most one byte more than expected, so that no small file can fill the memory."""
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
             return file.read(count + 1)
@@ -109,22 +110,22 @@ def _gunzip(data: bytes, count: int) -> bytes:
 
 
 def _fetch_data(folder: Path, progress: ProgressCallback | None) -> None:
-    """Go through the places until no file is missing; what one delivered is kept when it fails half-way."""
-    places: list[tuple[str, Callable[[list[str]], _NamedBytes]]] = [(str(_DEBIAN_FOLDER), _from_installed)]
-    places += [(host_of(url), partial(_from_mirror, url, progress)) for url in DATA_MIRRORS]
-    places += [(host_of(url), partial(_from_deb, url, progress)) for url in DEBIAN_MIRRORS]
-    places += [("apt-get", _from_apt)]
-    tried = []
-    for place, serve in places:
+    """Try the places in order until no file is missing. Files of a place that fails half-way are kept."""
+    mirrors: list[tuple[str, Callable[[list[str]], _NamedBytes]]] = [(str(_DEBIAN_FOLDER), _from_installed)]
+    mirrors += [(host_of(url), partial(_from_mirror, url, progress)) for url in DATA_MIRRORS]
+    mirrors += [(host_of(url), partial(_from_deb, url, progress)) for url in DEBIAN_MIRRORS]
+    mirrors += [("apt-get", _from_apt)]
+    failures = []
+    for mirror, serve in mirrors:
         try:
             for name, data in serve(missing_files(folder)):
                 write_bytes(folder / name, data)
         except MirrorError as error:
-            tried.append(f"{place}: {error}")
+            failures.append(f"{mirror}: {error}")
         if not missing_files(folder):
             return
     do = f"put {', '.join(f'{name}.gz' for name in _DATA_FILES)} into a folder and give it as --data-from"
-    raise AttireError("Fashion-MNIST", "cannot be fetched from anywhere", "; ".join(tried), do)
+    raise AttireError("Fashion-MNIST", "cannot be fetched from anywhere", "; ".join(failures), do)
 
 
 def _from_installed(names: list[str]) -> _NamedBytes:
@@ -140,12 +141,12 @@ def _from_mirror(url: str, progress: ProgressCallback | None, names: list[str]) 
 
 
 def _from_deb(url: str, progress: ProgressCallback | None, names: list[str]) -> _NamedBytes:
-    def take(path: Path) -> _NamedBytes:
+    def read(path: Path) -> _NamedBytes:
         if sha256_file(path) != _DEBIAN_SHA256:
             raise MirrorError("its bytes are not Debian's")
         return _unpacked(path, names)
 
-    return download(url, _DEBIAN_BYTES, take, progress)
+    return download(url, _DEBIAN_BYTES, read, progress)
 
 
 def _from_apt(names: list[str]) -> _NamedBytes:

@@ -1,4 +1,4 @@
-"""Pictures in class folders."""
+"""Read pictures in class folders."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,32 +6,33 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from attire.data.pictures import EXPECTED_FORMATS, SUFFIXES, read_image
+from attire.data.pictures import EXPECTED_FORMATS, SUFFIXES
 from attire.errors import AttireError, one_line
 
 
 def read_class_folders(
     folder: str | Path,
-    classes: Sequence[str] | None = None,
-    read: Callable[[Path], NDArray[np.uint8]] = read_image,
+    classes: Sequence[str] | None,
+    read: Callable[[Path], NDArray[np.uint8]],
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64], tuple[str, ...]]:
-    """Images (N, 28, 28), labels (N,) and class names of `<folder>/<class>/<picture>`, in the order of the names.
+    """Read `<folder>/<class>/<picture>`: images (N, 28, 28) uint8, labels (N,) int64 and class names.
 
-    Classes are the sub-folders' names, sorted; with `classes` given, those in that order, a "/" in a name standing as
-    "_" on disk. Hidden files are passed over; any other file that is not a picture is an AttireError.
+    classes: names in order, default the sub-folders' names, sorted; a "/" in a name is "_" on disk. read: decodes one
+    picture as (28, 28) uint8. Hidden files are skipped. Raises AttireError for any other file that is not a picture.
     """
     folder = Path(folder)
-    found = [entry.name for entry in list_visible(folder)]
-    for entry in list_visible(folder):
+    entries = list_visible(folder)
+    present = {entry.name for entry in entries}
+    for entry in entries:
         if not entry.is_dir():
             raise AttireError(entry, "lies outside the class folders", do="put it into the folder of its class")
-    names = tuple(classes or found)
+    names = tuple(classes or (entry.name for entry in entries))
     if len(names) < 2:
         raise AttireError(folder, f"{len(names)} class folder{'s' if not names else ''}, expected at least two")
     folders = [name.replace("/", "_") for name in names]
-    if missing := sorted(set(folders) - set(found)):
+    if missing := sorted(set(folders) - present):
         raise AttireError(folder, f"no folder for the class {one_line(missing[0])}", do="each class needs its folder")
-    if extra := sorted(set(found) - set(folders)):
+    if extra := sorted(present - set(folders)):
         raise AttireError(folder, f"{one_line(extra[0])} is none of the {len(names)} classes")
     paths = [(path, label) for label, name in enumerate(folders) for path in _pictures(folder / name)]
     images = np.stack([read(path) for path, _ in paths])
@@ -39,6 +40,7 @@ def read_class_folders(
 
 
 def _pictures(folder: Path) -> list[Path]:
+    """List the pictures of one class. Raises AttireError where there is none, or anything else."""
     paths = list_visible(folder)
     if not paths:
         raise AttireError(folder, "no pictures in this class", do=f"{EXPECTED_FORMATS} or more")
@@ -51,7 +53,7 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def list_visible(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted by name, without hidden entries."""
+    """List a folder, sorted by name, without hidden entries. Raises AttireError where it cannot be read."""
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except FileNotFoundError as error:

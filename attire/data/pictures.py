@@ -1,4 +1,4 @@
-"""Any picture file is decoded, safely, or becomes 28x28 grey; and folders of pictures, one folder per class."""
+"""Decode picture files safely."""
 
 import io
 import threading
@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from attire.errors import AttireError, one_line
@@ -25,10 +24,10 @@ _MAX_RATIO = 20  # longer side to shorter: beyond it, less than 2 of 28 rows wou
 
 
 class _StrictPillow:
-    """While anyone is inside, what Pillow warns about is an error.
+    """Turns Pillow's warnings into errors while a thread is inside.
 
-    The list of warning filters belongs to the process, and a server decodes in threads: the first one in sets the
-    filter, the last one out puts the list back, and in between they decode side by side.
+    The list of warning filters belongs to the process, and a server decodes in threads: the first thread sets the
+    filter, the last one restores the list, and in between they decode side by side.
     """
 
     def __init__(self) -> None:
@@ -52,38 +51,21 @@ class _StrictPillow:
 _strict_pillow = _StrictPillow()
 
 
-def read_image(source: str | Path | bytes, name: str = "picture") -> NDArray[np.uint8]:
-    """One picture as (28, 28) uint8 grey; `name` stands for it in errors when `source` is its bytes.
-
-    Turned as EXIF says; transparency becomes black, the background of Fashion-MNIST; 16-bit grey keeps its high byte,
-    rounded; colour becomes luma by ITU-R BT.601 (Pillow's "L"). 28x28 is taken as it is; any other size is
-    resized to fit (Lanczos, ratio kept) and centred on black.
-
-    Raises AttireError for what is damaged, cut off, animated, of another format, or of a size out of bounds; sizes are
-    refused from the header, before anything is decoded.
-    """
-    image = _decode(source, name)
-    if image.size == (SIDE, SIDE):
-        return np.array(image)
-    return np.array(ImageOps.pad(image, (SIDE, SIDE), Image.Resampling.LANCZOS, color=0))
-
-
-def _decode(source: str | Path | bytes, name: str = "picture") -> Image.Image:
-    """The whole picture as grey (Pillow mode L), upright, at its own size; checked as `read_image` says."""
-    return _grey(decode_colour(source, name))
-
-
 def decode_colour(source: str | Path | bytes, name: str = "picture") -> Image.Image:
-    """The whole picture in 8 bits (mode L, RGB, or RGBA where it may be transparent), upright, at its own size;
-    checked as `read_image` says."""
+    """Decode one picture in 8 bits, upright, at its own size; `name` stands for it in errors when `source` is bytes.
+
+    The mode is L, RGB, or RGBA where it may be transparent. EXIF's orientation is applied; 16-bit grey keeps its high
+    byte, rounded. Raises AttireError for what is damaged, cut off, animated, of another format, or of a size out of
+    bounds. Sizes are refused from the header, before anything is decoded.
+    """
     data, name = (source, name) if isinstance(source, bytes) else (_read_bytes(Path(source)), str(source))
     if not data:
         raise AttireError(name, "empty file", do=EXPECTED_FORMATS)
-    with _damage(name, data), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with _pillow_errors(name, data), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         _check(name, image)
-        if image.format == "PNG":  # load() leaves the checksums of pixel data alone, verify() leaves nothing else
+        if image.format == "PNG":  # only verify() checks the checksums of pixel data, and it must come alone
             image.verify()
-    with _damage(name, data), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with _pillow_errors(name, data), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         image.load()
         return _eight_bits(ImageOps.exif_transpose(image))
 
@@ -97,18 +79,18 @@ def _read_bytes(path: Path) -> bytes:
 
 
 @contextmanager
-def _damage(name: str, data: bytes) -> Iterator[None]:
-    """Whatever Pillow raises or warns about while it reads `data` becomes one AttireError."""
+def _pillow_errors(name: str, data: bytes) -> Iterator[None]:
+    """Turn whatever Pillow raises or warns about while it reads `data` into an AttireError."""
     with _strict_pillow:
         try:
             yield
         except AttireError:
             raise
         except UnidentifiedImageError as error:
-            found = name_format(data[:4096]) or ("text" if is_text(data[:4096]) else "of no known format")
-            if found in ("a PNG picture", "a JPEG picture", "a WebP picture"):
-                raise AttireError(name, f"{found}, damaged or cut off", do="get the file again") from error
-            raise AttireError(name, f"{found}, not a picture that can be read", do=EXPECTED_FORMATS) from error
+            kind = name_format(data[:4096]) or ("text" if is_text(data[:4096]) else "of no known format")
+            if kind in ("a PNG picture", "a JPEG picture", "a WebP picture"):
+                raise AttireError(name, f"{kind}, damaged or cut off", do="get the file again") from error
+            raise AttireError(name, f"{kind}, not a picture that can be read", do=EXPECTED_FORMATS) from error
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise _too_large(name, "") from error
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
@@ -116,7 +98,7 @@ def _damage(name: str, data: bytes) -> Iterator[None]:
 
 
 def _check(name: str, image: Image.Image) -> None:
-    """Raises AttireError for what the header alone rules out."""
+    """Raise AttireError for what the header alone rules out."""
     width, height = image.size
     size = f"{width:,} x {height:,} pixels"
     if min(width, height) < _MIN_SIDE:
@@ -135,7 +117,7 @@ def _too_large(name: str, size: str) -> AttireError:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Any mode of the allowed formats as L, RGB, or, with transparency data of any kind, RGBA."""
+    """Convert any mode of the allowed formats to L, RGB, or with transparency data of any kind RGBA."""
     if image.mode.startswith("I"):  # 16 bits
         levels = np.asarray(image).astype(np.uint32)
         small = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
@@ -145,10 +127,3 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         return image.convert("RGBA")
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
-
-
-def _grey(image: Image.Image) -> Image.Image:
-    """What `eight_bits` gives as L, transparency on black."""
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return image.convert("L")

@@ -1,4 +1,4 @@
-"""CSV files kept as verified binary in the cache: parsed once, memory-mapped ever after."""
+"""Keep CSV files as verified binary copies in the cache: parsed once, memory-mapped ever after."""
 
 import hashlib
 import os
@@ -6,42 +6,39 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
-from attire.data.csv_table import Table, in_range, joined, read_parts, wrong_label
+from attire.data.csv_table import Table, check_labels, read_parts
 from attire.errors import AttireError, AttireWarning
 from attire.storage import files
-from attire.storage.files import canonical_json
 from attire.storage.formats import open_input
 
-_LEAST = 8 * 2**20  # bytes; a smaller file is parsed in less than a tenth of a second, and not kept
-_VERSION = 1  # of the form below and of what `tables` accepts: raise it when either changes
+_MIN_BYTES = 8 * 2**20  # a smaller file is parsed in less than a tenth of a second, and not kept
+_VERSION = 1  # of the form below and of what `read_parts` accepts: raise it when either changes
 _WIDTH = 784
-SUFFIX = ".table"
-_SEAL = hashlib.sha256().digest_size
+_SUFFIX = ".table"
+_SEAL_BYTES = hashlib.sha256().digest_size
 
 
 def read_table(path: str | Path, class_count: int = 10, labelled: bool = True) -> Table:
-    """What `tables.read_parts` reads, from its binary copy where the cache has one; pixels are then memory-mapped.
+    """Read a CSV file as `read_parts` does, from its binary copy where the cache has one, memory-mapped.
 
-    The copy is found by the SHA-256 of the CSV file's content, never by its name or time, and its own digest is
-    checked at each open. A damaged one is made again with a warning; a cache that cannot be written costs only time.
-    Raises AttireError as `tables.read_frame` does.
+    The copy is found by the SHA-256 of the CSV file's content, never by name or time, and its own digest is checked
+    each time. A damaged copy is made again with a warning. Where the cache is not writable, the file is parsed each
+    time. Raises AttireError as `read_parts` does.
     """
     path = Path(path)
     with open_input(path) as file:
-        if not file.seekable() or _size_of(file) < _LEAST:
-            return joined(read_parts(path, file, class_count, labelled))
+        if not file.seekable() or _size_of(file) < _MIN_BYTES:
+            return Table.concatenate(read_parts(path, file, class_count, labelled))
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(0)
-        table = open_copy(_copy_path(digest), "a CSV file")
-        if table is None or (labelled and table.labels is None):  # that is for the parser to refuse
-            table = _kept(path, file, class_count, labelled)
-    if table.labels is not None and not in_range(table.labels, class_count):
-        row = int(np.flatnonzero((table.labels < 0) | (table.labels >= class_count))[0])
-        wrong_label(path, str(table.labels[row]).encode(), row + 2, class_count - 1)
+        table = open_copy(_csv_copy(digest), "a CSV file")
+        if table is None or (labelled and table.labels is None):  # the parser refuses that
+            table = _parse_and_keep(path, file, class_count, labelled)
+    check_labels(path, table.labels, class_count)
     return table
 
 
@@ -55,47 +52,51 @@ def folder() -> Path:
     return files.cache_dir() / "tables"
 
 
-def _copy_path(digest: str) -> Path:
-    """Where the copy of the CSV file with this SHA-256 is kept."""
-    return folder() / (files.sha256(canonical_json({"csv": digest, "version": _VERSION}))[:32] + SUFFIX)
+def copy_path(key: dict[str, Any]) -> Path:
+    """Return where the copy is kept of the data that `key` describes."""
+    return folder() / (files.sha256(files.canonical_json(key))[:32] + _SUFFIX)
+
+
+def _csv_copy(digest: str) -> Path:
+    return copy_path({"csv": digest, "version": _VERSION})
 
 
 def open_copy(path: Path, what: str) -> Table | None:
-    """The copy, when there is a sound one."""
+    """Open a copy; None where there is no undamaged one. Warns (AttireWarning) where it is damaged."""
     try:
         if not path.exists():
             return None
         if files.has_valid_seal(path):
             return _mapped(path)
     except (OSError, AttireError):
-        return None  # a cache that cannot be read is as good as none
+        return None  # an unreadable cache is as good as none
     line = f"{path}: the copy of {what} is damaged and made again"
     warnings.warn(line, AttireWarning, stacklevel=4)
     return None
 
 
-def _kept(path: Path, file: IO[bytes], class_count: int, labelled: bool) -> Table:
+def _parse_and_keep(path: Path, file: IO[bytes], class_count: int, labelled: bool) -> Table:
     """Parse the file and keep a copy, in one pass and without holding the pixels.
 
     The copy's key is the digest of the very bytes that were parsed, should the file have changed meanwhile.
     """
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     try:
-        parts = read_parts(path, file, class_count, labelled, found.update)
-        return write_copy(parts, lambda: _copy_path(found.hexdigest()))
+        parts = read_parts(path, file, class_count, labelled, sha.update)
+        return write_copy(parts, lambda: _csv_copy(sha.hexdigest()))
     except (AttireError, OSError) as error:
         if isinstance(error, AttireError) and error.subject == str(path):
             raise
         line = f"{error}; {path.name} is parsed anew each time it is read"
         warnings.warn(line, AttireWarning, stacklevel=3)
     file.seek(0)
-    return joined(read_parts(path, file, class_count, labelled))
+    return Table.concatenate(read_parts(path, file, class_count, labelled))
 
 
-def write_copy(parts: Iterator[Table], place: Callable[[], Path]) -> Table:
-    """Write a copy of these rows; its place is asked for once they have all come."""
-    new = folder() / f"{os.getpid()}-{id(parts)}.new"
-    with files.sealed_file(new) as out:
+def write_copy(parts: Iterator[Table], path_of_copy: Callable[[], Path]) -> Table:
+    """Write a copy of these rows and open it. `path_of_copy` is called after the last part."""
+    unfinished = folder() / f"{os.getpid()}-{id(parts)}.new"
+    with files.sealed_file(unfinished) as out:
         labels, rows = [], 0
         for table in parts:
             out.write(np.ascontiguousarray(table.pixels).data)
@@ -103,26 +104,26 @@ def write_copy(parts: Iterator[Table], place: Callable[[], Path]) -> Table:
             rows += len(table)
         out.write(b"".join(array.tobytes() for array in labels))
         out.write(np.array([rows, bool(labels)], "<i8").tobytes())
-    return _mapped(new.replace(place()))
+    return _mapped(unfinished.replace(path_of_copy()))
 
 
 def _mapped(path: Path) -> Table:
-    """The form of a copy: pixels (N, 784) uint8, labels (N,) int64 if any, N and whether there are labels as int64."""
+    """Map a copy: pixels (N, 784) uint8, labels (N,) int64 if any, then N and "has labels" as int64."""
     whole = np.asarray(np.memmap(path, np.uint8, "r"))
-    rows, has_labels = whole[-_SEAL - 16 : -_SEAL].copy().view("<i8").tolist()
+    rows, has_labels = whole[-_SEAL_BYTES - 16 : -_SEAL_BYTES].copy().view("<i8").tolist()
     end = rows * _WIDTH
     labels = whole[end : end + 8 * rows].copy().view("<i8").astype(np.int64) if has_labels else None
     return Table(whole[:end].reshape(rows, _WIDTH), labels)
 
 
 def copies() -> Iterator[tuple[str, int]]:
-    """(key, bytes) of each copy."""
-    for path in sorted(folder().glob(f"*{SUFFIX}")):
+    """Yield key and bytes of each copy."""
+    for path in sorted(folder().glob(f"*{_SUFFIX}")):
         yield path.stem, path.stat().st_size
 
 
 def delete_copies() -> int:
-    """Remove them all; returns the bytes freed."""
+    """Delete all copies; returns the bytes freed."""
     freed = sum(size for _, size in copies())
     for path in folder().glob("*"):
         with suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Runs side by side, on the same test rows: who is better, by how much, how sure, where they disagree, at what cost."""
+"""Runs compared on the same test rows: which is better, by how much, at what cost, and where they disagree."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from attire.data.dataset import ImageDataset
 from attire.data.loading import load_dataset, load_splits
 from attire.errors import AttireError, one_line
-from attire.evaluation import figures
 from attire.evaluation.intervals import Interval, discordant, mcnemar, p_text, paired_difference
 from attire.evaluation.pages import write_page
-from attire.evaluation.run_result import RunResult, load_result
+from attire.evaluation.png import data_uri, grey_png
+from attire.evaluation.run_result import Predictions, RunResult, load_result
 from attire.storage.files import write_json
 
 _SHOWN = 48  # disagreements in a gallery
@@ -23,7 +23,7 @@ _SHOWN = 48  # disagreements in a gallery
 
 @dataclass(frozen=True)
 class Pair:
-    """`second` against `first`: accuracy of second minus first, and McNemar's exact p-value that they are equal."""
+    """Two models on the same test rows: accuracy of `second` minus that of `first`, and McNemar's exact p-value."""
 
     first: str
     second: str
@@ -31,20 +31,32 @@ class Pair:
     p_value: float
     only_first: int  # rows that only the first has right
     only_second: int
-    changed: int  # rows to which they give different answers, right or wrong
+    changed: int  # rows that the two give different answers, right or wrong
+
+    @classmethod
+    def of(cls, first: str, second: str, a: Predictions, b: Predictions) -> "Pair":
+        """a, b: predictions of the models named `first` and `second`, of the same rows."""
+        only_first, only_second, _ = discordant(a.correct, b.correct)
+        difference, p_value = paired_difference(a.correct, b.correct), mcnemar(a.correct, b.correct)
+        changed = int((a.predicted != b.predicted).sum())
+        return cls(first, second, difference, p_value, only_first, only_second, changed)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "difference": self.difference.to_json(), "text": str(self)}
 
     def __str__(self) -> str:
-        gain = self.difference if self.difference.value >= 0 else _turned(self.difference)
-        better, worse = (self.second, self.first) if self.difference.value >= 0 else (self.first, self.second)
-        told = f"{100 * gain.value:.1f} points ({100 * gain.low:.1f} to {100 * gain.high:.1f})"
-        verdict = f"{better} is better than {worse} by {told}"
+        better, worse, gain = self.second, self.first, self.difference
+        if gain.value < 0:
+            better, worse, gain = worse, better, -gain
+        points = f"{100 * gain.value:.1f} points ({100 * gain.low:.1f} to {100 * gain.high:.1f})"
+        verdict = f"{better} is better than {worse} by {points}"
         if self.p_value >= 0.05:
-            verdict = f"{better} and {worse} cannot be told apart: {told} between them"
+            verdict = f"{better} and {worse} cannot be told apart: {points} between them"
         return f"{verdict}, McNemar {p_text(self.p_value)}; {self.changed:,} images changed sides"
 
 
 @dataclass(frozen=True)
-class _Comparison:
+class Comparison:
     """Two or more runs by name, every pair of them, and the rows where the first pair disagrees."""
 
     names: tuple[str, ...]
@@ -54,14 +66,14 @@ class _Comparison:
     def to_json(self) -> dict[str, Any]:
         rows = zip(self.names, self.results, strict=True)
         runs = [{"run": name, "accuracy": r.test.accuracy.to_json(), "seconds": dict(r.seconds)} for name, r in rows]
-        pairs = [{**asdict(pair), "difference": pair.difference.to_json(), "text": str(pair)} for pair in self.pairs]
+        pairs = [pair.to_json() for pair in self.pairs]
         return {"schema": 1, "n": self.results[0].test.n, "runs": runs, "pairs": pairs}
 
 
-def compare(runs: Sequence[str | Path]) -> _Comparison:
-    """Compare finished runs, or evaluations that `attire evaluate --out` wrote, on their common test rows.
+def compare(runs: Sequence[str | Path]) -> Comparison:
+    """Compare two or more finished runs, or evaluations that `attire evaluate --out` wrote, on their common test rows.
 
-    Raises AttireError where the runs were not tested on the same images, labels and classes, told by digest.
+    Raises AttireError where the digests say that the runs were not tested on the same images, labels and classes.
     """
     folders = [Path(run) for run in runs]
     if len(folders) < 2:
@@ -74,8 +86,11 @@ def compare(runs: Sequence[str | Path]) -> _Comparison:
             do = "measure both on one file with: attire evaluate BUNDLE --data FILE --out FOLDER"
             raise AttireError(folder, what, do=do)
     names = tuple(one_line(str(folder)) for folder in folders)
-    every = combinations(range(len(names)), 2)
-    return _Comparison(names, tuple(results), tuple(paired(names, results, i, j) for i, j in every))
+    pairs = [
+        Pair.of(names[i], names[j], results[i].predictions, results[j].predictions)
+        for i, j in combinations(range(len(names)), 2)
+    ]
+    return Comparison(names, tuple(results), tuple(pairs))
 
 
 def _test_digest(folder: Path, result: RunResult) -> str:
@@ -85,51 +100,43 @@ def _test_digest(folder: Path, result: RunResult) -> str:
         raise AttireError(folder / "data.json", "does not say which test set it was", do="run it again") from error
 
 
-def paired(names: Sequence[str], results: Sequence[RunResult], i: int, j: int) -> Pair:
-    a, b = results[i].predictions, results[j].predictions
-    only_first, only_second, _ = discordant(a.correct, b.correct)
-    difference, p_value = paired_difference(a.correct, b.correct), mcnemar(a.correct, b.correct)
-    changed = int((a.predicted != b.predicted).sum())
-    return Pair(names[i], names[j], difference, p_value, only_first, only_second, changed)
-
-
-def _turned(difference: Interval) -> Interval:
-    """The same difference seen from the other side."""
-    return Interval(-difference.value, -difference.high, -difference.low, difference.n, difference.method)
-
-
 def _disagreements(first: RunResult, second: RunResult) -> list[tuple[str, NDArray[np.int64]]]:
     """Titles and test rows: right only in the first, only in the second, wrong in both but differently.
 
     Each gallery begins with the rows where the two answers are given with the most confidence.
     """
     a, b = first.predictions, second.predictions
-    sure = a.probabilities.max(axis=1) + b.probabilities.max(axis=1)
+    confidence = a.probabilities.max(axis=1) + b.probabilities.max(axis=1)
     kinds = (
         ("Only the first is right", a.correct & ~b.correct),
         ("Only the second is right", ~a.correct & b.correct),
         ("Both are wrong, with different answers", ~a.correct & ~b.correct & (a.predicted != b.predicted)),
     )
-    found = [(title, np.flatnonzero(mask)) for title, mask in kinds]
-    return [(f"{title}: {len(rows):,}", rows[np.argsort(-sure[rows], kind="stable")][:_SHOWN]) for title, rows in found]
+    galleries = []
+    for title, mask in kinds:
+        rows = np.flatnonzero(mask)
+        galleries.append((f"{title}: {len(rows):,}", rows[np.argsort(-confidence[rows], kind="stable")][:_SHOWN]))
+    return galleries
 
 
-def write_comparison(found: _Comparison, path: Path) -> Path:
-    """`path`, a page, with the same figures as JSON beside it."""
-    images = _test_images(found.results)
-    first, second = found.results[:2]
-    galleries = _disagreements(first, second)
-    tiles = [(title, [_tile(first, second, row, images) for row in rows]) for title, rows in galleries]
+def write_comparison(comparison: Comparison, path: Path) -> Path:
+    """Write the page `path`, with the same figures as JSON beside it."""
+    images = _test_images(comparison.results)
+    first, second = comparison.results[:2]
+    galleries = [
+        (title, [_gallery_item(first, second, row, images) for row in rows])
+        for title, rows in _disagreements(first, second)
+    ]
     page = write_page(
         path,
         "evaluation/compare.html",
-        c=found,
-        galleries=tiles,
+        c=comparison,
+        galleries=galleries,
         shown=_SHOWN,
         has_images=images is not None,
-        runs=list(zip(found.names, found.results, strict=True)),
+        runs=list(zip(comparison.names, comparison.results, strict=True)),
     )
-    write_json(path.with_suffix(".json"), found.to_json())
+    write_json(path.with_suffix(".json"), comparison.to_json())
     return page
 
 
@@ -156,12 +163,12 @@ def _test_set(result: RunResult) -> ImageDataset:
     return load_splits(**choice, seed=recipe["split_seed"], stratify=recipe["stratify"]).test
 
 
-def _tile(first: RunResult, second: RunResult, row: int, images: NDArray[np.uint8] | None) -> dict[str, Any]:
+def _gallery_item(first: RunResult, second: RunResult, row: int, images: NDArray[np.uint8] | None) -> dict[str, Any]:
     answers = []
     for result in (first, second):
-        found = result.predictions
-        name, p = result.classes[found.predicted[row]], found.probabilities[row].max()
-        answers.append({"name": name, "p": f"{p:.2f}", "wrong": not found.correct[row]})
+        predictions = result.predictions
+        name, p = result.classes[predictions.predicted[row]], predictions.probabilities[row].max()
+        answers.append({"name": name, "p": f"{p:.2f}", "wrong": not predictions.correct[row]})
     label = first.classes[first.predictions.labels[row]]
-    uri = figures.data_uri(figures.grey_png(images[row])) if images is not None else ""
+    uri = data_uri(grey_png(images[row])) if images is not None else ""
     return {"row": int(row), "uri": uri, "true": label, "answers": answers}

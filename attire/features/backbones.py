@@ -16,14 +16,10 @@ if TYPE_CHECKING:
     import torchvision
 
 
-MEASURED_CHOICES = ("precision", "backend", "train_precision")  # of an environment, by measurement
-
-
 def choose_backbone(freeze_to: str, backend: str, precision: str, device: torch.device) -> tuple[str, str]:
     """Precision and backend, as a FeatureSpec has them, for what a recipe or an option asks for.
 
-    Where nothing is frozen there are no products that could be in bf16. Raises UsageError for what this machine does not
-    have.
+    Where nothing is frozen, no product could be in bf16. Raises UsageError for what this machine does not have.
     """
     if freeze_to == UNFROZEN:
         return "fp32", "torch"

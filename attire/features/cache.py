@@ -95,7 +95,7 @@ class Features:
     def gather(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
         """Rows in the order asked for, (n, D) float16.
 
-        They are read, not mapped. Linux (6.18) keeps a file that has just been written in large pieces and maps all of a
+        They are read, not mapped. Linux (6.18) keeps a file that has just been written in large pieces and maps a whole
         piece for a single row, so that whole entries would count as this process's memory.
         """
         out = np.empty((len(rows), self.shape[1]), np.float16)
@@ -144,10 +144,10 @@ def extract(
 ) -> Features:
     """Features of all images, from the cache where it has them.
 
-    images: (N, 28, 28) uint8; extract_shards: computes what is missing; None: this process. Present shards are verified;
-    a damaged one is set aside and computed again with one warning. Two processes that want the same entry take turns;
-    the backbone is loaded only when something is missing. An entry that another machine shares is pulled first, and a
-    new one is shared; see `remote_cache`.
+    images: (N, 28, 28) uint8; extract_shards: computes what is missing; None: this process. Present shards are
+    verified; a damaged one is set aside and computed again with one warning. Two processes that want the same entry
+    take turns; the backbone is loaded only when something is missing. An entry that another machine shares is pulled
+    first, and a new one is shared; see `remote_cache`.
     """
     folder = cache_folder() / spec.key(images_digest)
     report = progress or (lambda done, total: None)
@@ -255,8 +255,8 @@ def compute_features(images: NDArray[np.uint8], spec: FeatureSpec, backbone: Fea
 def verify_shards(folder: Path, rows: int, spec: FeatureSpec) -> ShardRecords:
     """Records of the shards whose bytes have the recorded digest; other shards are set aside with one warning.
 
-    A shard without a record, in an entry without a manifest, counts as missing: a process was killed between writing the
-    shard and writing its record.
+    A shard without a record, in an entry without a manifest, counts as missing: a process was killed between writing
+    the shard and writing its record.
     """
     records, damaged, finished = {}, 0, (folder / _MANIFEST).exists()
     for i, start in enumerate(range(0, rows, spec.shard_rows)):
@@ -285,8 +285,8 @@ def _read_record(folder: Path, index: int) -> dict[str, Any] | None:
         try:
             value = files.read_json(path) if path.exists() else {}
             record = value["shards"][index] if pick and value else value
-            if isinstance(record, dict) and isinstance(record.get("rows"), int) and isinstance(record.get("sha256"), str):
-                return record
+            if isinstance(record["rows"], int) and isinstance(record["sha256"], str):
+                return dict(record)
         except (AttireError, KeyError, IndexError, TypeError):
             continue
     return None

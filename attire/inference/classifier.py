@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from attire.blocks import CHANNELS, BLOCK_ENDS, block_above, feature_shape
+from attire.blocks import BLOCK_ENDS, CHANNELS, block_above, feature_shape
 from attire.data.dataset import check_classes
 from attire.errors import AttireError, UsageError
 from attire.evaluation import calibration
@@ -66,7 +66,7 @@ class Architecture:
     def build_head(self, num_classes: int) -> nn.Sequential:
         """A new head for the features of this backbone, initialised from torch's random state."""
         shape = feature_shape(self.end, self.image_size, self.pool)
-        return heads.build(shape, self.conv, self.hidden, num_classes, self.dropout)
+        return heads.build_head(shape, self.conv, self.hidden, num_classes, self.dropout)
 
     def load_network(self, num_classes: int, tensors: dict[str, Tensor], where: Path) -> "torchvision.models.VGG":
         """The network that these tensors are the weights of, in float32, its `features` frozen.
@@ -98,7 +98,7 @@ class Classifier:
 
     model: torchvision's VGG with `features`, `avgpool` and `classifier`; temperature divides the logits (Guo et al.
     2017), 1 for none; metadata: what the bundle says of itself besides (metrics, recipe, digests), plain JSON;
-    ood_detector: None where it cannot tell what is none of its classes; neighbours: None where it holds no training images.
+    ood_detector: None where too few images trained it; neighbours: None where the bundle holds no training images.
     """
 
     def __init__(
@@ -120,13 +120,13 @@ class Classifier:
 
     # The network's two parts.
 
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> "torchvision.models.VGG":
         """The frozen network, up to the freeze boundary alone where blocks above it were fine-tuned."""
         if not self.architecture.finetune_blocks:
             return self.model
         freeze_to = self.architecture.freeze_to
         with torch.device("meta"):
-            backbone = vgg.Network(freeze_to, 0, nn.Sequential())
+            backbone: Any = vgg.Network(freeze_to, 0, nn.Sequential())
         backbone.features = self.model.features[: BLOCK_ENDS[freeze_to]]
         return backbone.eval()
 
@@ -202,7 +202,7 @@ class Classifier:
                 nearest += [()] * len(x)
                 continue
             with torch.inference_mode():
-                hidden = heads.last_hidden(self.model.classifier)(x)
+                hidden = heads.penultimate_layers(self.model.classifier)(x)
             nearest += self.neighbours.nearest(hidden, self.classes, count)
         return nearest
 
@@ -229,11 +229,10 @@ class Classifier:
     # Files.
 
     def save(self, folder: Path, dtype: str = "float32") -> None:
-        """Write the bundle: `model.safetensors` and `neighbours.safetensors`, then `model.json`, which holds their
-        digests and is written last.
+        """Write the bundle; `model.json`, which holds the digests of the other files, comes last.
 
-        dtype: of the network's weights on disk, float32, float16 or bfloat16; they are computed with in float32, and
-        the OODDetector's tensors stay float32. Raises UsageError for another, AttireError for a weight that is too large.
+        dtype: of the network's weights on disk, float32, float16 or bfloat16; the OODDetector's tensors stay float32.
+        Raises UsageError for another dtype, AttireError for a weight that is too large for it.
         """
         tensors = self._weights(dtype) | (self.ood_detector.tensors() if self.ood_detector else {})
         body = save(tensors, {"format": "pt"})
@@ -242,7 +241,7 @@ class Classifier:
             "schema": _SCHEMA,
             "classes": list(self.classes),
             "architecture": asdict(self.architecture),
-            "preprocess": {"version": vgg.PREPROCESS_VERSION, "mean": vgg.MEAN, "std": vgg.STD},
+            "preprocess": {"version": vgg.PREPROCESS_VERSION, "mean": vgg.IMAGENET_MEAN, "std": vgg.IMAGENET_STD},
             "temperature": self.temperature,
             "ood": self.ood_detector.to_json() if self.ood_detector else None,
             "neighbours": {"sha256": files.sha256(neighbours)} if neighbours else None,

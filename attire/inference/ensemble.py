@@ -111,12 +111,12 @@ def cached_probabilities(
 ) -> NDArray[np.float64]:
     """Calibrated probabilities (n, K) of all images, averaged over these views, by default the bundle's own.
 
-    Only what lies below the freeze boundary comes from the cache; members with one backbone share it. The temperature is
-    the bundle's, whatever the views.
+    Only what lies below the freeze boundary comes from the cache; members with one backbone share it. The temperature
+    is the bundle's, whatever the views.
     """
     names = tuple(views) or classifier.architecture.views
     parts = [_bundle_features(classifier, data, view, backend, progress or NoProgress()) for view in names]
-    source = CachedSource(*parts, names=names)
+    source = CachedSource(parts, names=names)
     logits = predict_logits(classifier.head(), source, np.arange(len(data)), 1024, range(len(names))).numpy()
     return calibration.softmax(logits, classifier.temperature)
 

@@ -28,12 +28,12 @@ class _Source(Protocol):
     @property
     def standardise(self) -> Standardiser: ...
 
-    def batches(self, order: RowIndices, batch_size: int, views: Views | None) -> Iterator[Tensor]: ...
+    def batches(self, order: RowIndices, batch_size: int, views: ViewIndices | None) -> Iterator[Tensor]: ...
 
 
 @dataclass(frozen=True, eq=False)
 class OODDetector:
-    """Mahalanobis distance to the nearest class mean (Lee et al. 2018), of pooled backbone features, with its threshold.
+    """Mahalanobis distance of pooled backbone features to the nearest class mean (Lee et al. 2018), and its threshold.
 
     A feature map is averaged over its places, one value a channel, and its square root taken: activations after a
     ReLU are skewed, and under the root their spread depends less on their size (Bartlett 1936). All classes share one

@@ -79,7 +79,7 @@ class AnswerParts:
             if name.endswith(".part"):  # of a process that was killed
                 continue
             if name not in own or (name.endswith(SUFFIX) and not self._is_own(name)):
-                what = f"{self.location.name(name)} is no part of these answers"
+                what = f"{self.location.url_of(name)} is no part of these answers"
                 raise UsageError("--out", what, do="name a new folder")
 
     def _is_own(self, name: str) -> bool:
@@ -103,7 +103,7 @@ class AnswerParts:
     def join(self, out: str | Path, errors: int) -> None:
         """Write all parts as one file, a row group each."""
         (folder, name), schema = _split(out), self._schema(errors)
-        with folder.writing(name) as file, pq.ParquetWriter(file, schema, **_FORMAT) as writer:
+        with folder.open_output(name) as file, pq.ParquetWriter(file, schema, **_FORMAT) as writer:
             for index in range(self.count):
                 table = _read(self.location, _part_name(index)).replace_schema_metadata(schema.metadata)
                 writer.write_table(table, row_group_size=self.part_rows)

@@ -1,7 +1,7 @@
 """`attire predict IN.parquet --out OUT.parquet`: a row out for each row in, in order, in bounded memory, resumable.
 
-The job is cut into parts. Each is read, answered and written whole, so that a killed process leaves only finished parts;
-the next call computes the others as if nothing had happened.
+The job is cut into parts. Each is read, answered and written whole, so that a killed process leaves only finished
+parts; the next call computes the others as if nothing had happened.
 """
 
 import time
@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from attire.data.parquet import (
     DECODE_THREADS,
     IMAGE_COLUMN,
-    ParquetSource,
     SUFFIX,
+    ParquetSource,
     find_sources,
     image_bytes,
     prepare_image,
 )
-from attire.errors import AttireError, Stopped, UsageError, one_line
+from attire.errors import AttireError, Stopped, one_line
 from attire.inference.bundle_files import find_bundle
 from attire.inference.parquet_parts import AnswerParts
 from attire.inference.predict import BATCH, Model

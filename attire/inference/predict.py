@@ -239,7 +239,7 @@ class _SavedInputs:
             return
         from attire.data import photos
 
-        strip = photos.strip(photos.prepare(item.picture, item.name))
+        strip = photos.comparison_strip(photos.prepare(item.picture, item.name))
         files.write_bytes(self._free_path(self.path, item), strip)
 
     def _free_path(self, path: Path, item: PictureInput) -> Path:

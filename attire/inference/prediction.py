@@ -19,9 +19,9 @@ NO_OOD_DETECTOR = "this bundle cannot tell what is none of its classes; train it
 class Prediction:
     """The answer for one image: the likeliest class first, with its calibrated probability, then the others.
 
-    distance: from the training images, see `Classifier.distances`. out_of_distribution: whether it is farther than all but
-    5 % of garments, and so probably none of the classes; label and probabilities are those of the closest classes all the
-    same. Both are None where the model has no OODDetector.
+    distance: from the training images, see `Classifier.distances`. out_of_distribution: whether it is farther than all
+    but 5 % of garments, and so probably none of the classes; label and probabilities are those of the closest classes
+    all the same. Both are None where the model has no OODDetector.
     """
 
     label: str
@@ -38,7 +38,7 @@ class Prediction:
         distance: float | None = None,
         threshold: float | None = None,
     ) -> Self:
-        """One row of probabilities (K,) as a Prediction; threshold: the distance above which it is out-of-distribution."""
+        """From one row of probabilities (K,); threshold: the distance above which it is out-of-distribution."""
         order = np.argsort(-probabilities, kind="stable")
         ranking = tuple((classes[i], float(probabilities[i])) for i in order)
         label, probability = ranking[0]

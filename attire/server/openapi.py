@@ -8,6 +8,7 @@ from attire.version import __version__
 
 _Json = dict[str, Any]
 
+_TEXT = {"type": "string"}
 _PNG_URI = {"type": "string", "pattern": "^data:image/png;base64,[A-Za-z0-9+/]+={0,2}$"}
 _PROBABILITY = {"type": "number", "minimum": 0, "maximum": 1}
 _DISTANCE = {"type": "number", "minimum": 0}
@@ -61,7 +62,7 @@ def _paths(classes: int, token: bool) -> _Json:
         "description": "How many classes the ranking shows; all by default.",
         "schema": {"type": "integer", "minimum": 1, "maximum": classes},
     }
-    page = {"text/html": {"schema": {"type": "string"}}}
+    page = {"text/html": {"schema": _TEXT}}
     gets = {
         "/": ("page", "The page for people.", page, (), False),
         "/samples": ("samples", "Sample garments.", _of("Samples"), (), token),
@@ -69,7 +70,7 @@ def _paths(classes: int, token: bool) -> _Json:
         "/report": ("report", "The model's report, a page.", page, (404,), token),
         "/healthz": ("healthz", "Whether the process answers.", _of("Status"), (), False),
         "/readyz": ("readyz", "Whether it should be sent requests.", _of("Status"), (503,), False),
-        "/metrics": ("metrics", "Figures for Prometheus.", {"text/plain": {"schema": {"type": "string"}}}, (), token),
+        "/metrics": ("metrics", "Figures for Prometheus.", {"text/plain": {"schema": _TEXT}}, (), token),
         "/openapi.json": ("openapi", "This document.", {"application/json": {"schema": {"type": "object"}}}, (), False),
     }
     posts = {
@@ -82,74 +83,73 @@ def _paths(classes: int, token: bool) -> _Json:
         statuses = (*_ALWAYS, *extra, *((401,) if secured else ()))
         paths[path] = {"get": _operation(name, summary, content, statuses, open_to_all=token and not secured)}
     for path, (name, summary, body, content) in posts.items():
-        made = _operation(name, summary, content, (*_ALWAYS, *_BODY, *((401,) if token else ())))
-        paths[path] = {"post": {**made, "parameters": [top_k], "requestBody": body}}
+        operation = _operation(name, summary, content, (*_ALWAYS, *_BODY, *((401,) if token else ())))
+        paths[path] = {"post": {**operation, "parameters": [top_k], "requestBody": body}}
     return paths
 
 
 def _operation(name: str, summary: str, content: _Json, statuses: Sequence[int], open_to_all: bool = False) -> _Json:
     refusals = {str(code): {"$ref": f"#/components/responses/Problem{code}"} for code in sorted(statuses)}
-    made: _Json = {"operationId": name, "summary": summary}
-    made["responses"] = {"200": {"description": "The answer.", "content": content}, **refusals}
-    return {**made, "security": []} if open_to_all else made
+    success = {"200": {"description": "The answer.", "content": content}}
+    operation: _Json = {"operationId": name, "summary": summary, "responses": {**success, **refusals}}
+    return {**operation, "security": []} if open_to_all else operation
 
 
 def _problem(code: int) -> _Json:
-    made: _Json = {
+    response: _Json = {
         "description": _STATUSES[code],
         "content": {"application/problem+json": {"schema": _ref("Problem")}},
     }
     headers = {401: "WWW-Authenticate", 503: "Retry-After"}
     if name := headers.get(code):
-        made["headers"] = {name: {"required": True, "schema": {"type": "string"}}}
-    return made
+        response["headers"] = {name: {"required": True, "schema": {"type": "string"}}}
+    return response
 
 
 def _schemas_of(classes: Sequence[str], batch_images: int) -> _Json:
+    prediction = _prediction_properties(classes)
+    neighbour = _record({"label": _TEXT, "distance": _DISTANCE, "image": _PNG_URI})
+    explanation = {"heat_map": _PNG_URI, "method": _TEXT, "neighbours": _list_of(neighbour)}
+    image = {"type": "string", "contentEncoding": "base64", "description": "A picture, as for /predict."}
+    prediction_or_error = {"oneOf": [_ref("Prediction"), _record({"error": _ref("Problem")})]}
+    status = {"type": "integer", "minimum": 400, "maximum": 599}
+    return {
+        "Prediction": _record(prediction),
+        "Explanation": _record({**prediction, **explanation}),
+        "Predictions": _record({"predictions": _list_of(prediction_or_error, minItems=1)}),
+        "Batch": _record({"images": _list_of(image, minItems=1, maxItems=batch_images)}),
+        "Samples": _record({"samples": _list_of(_record({"name": _TEXT, "image": _PNG_URI}))}),
+        "Model": {"type": "object", "required": ["name", "version", "classes", "temperature", "limits", "media_types"]},
+        "Status": _record({"status": {"type": "string", "enum": ["ok", "ready"]}}),
+        "Problem": _record({"type": _TEXT, "title": _TEXT, "status": status, "detail": _TEXT, "code": _TEXT}),
+    }
+
+
+def _prediction_properties(classes: Sequence[str]) -> _Json:
     label = {"type": "string", "enum": list(classes)}
-    likely = _record({"label": label, "probability": _PROBABILITY})
-    prediction: _Json = {
+    ranked = _record({"label": label, "probability": _PROBABILITY})
+    return {
         "label": label,
         "probability": _PROBABILITY,
-        "ranking": {"type": "array", "items": likely, "minItems": 1, "maxItems": len(classes)},
+        "ranking": _list_of(ranked, minItems=1, maxItems=len(classes)),
         "out_of_distribution": {
             "type": ["boolean", "null"],
             "description": "Whether it is rather none of these classes; null where the model has no such detector.",
         },
-        "distance": {**_DISTANCE, "type": ["number", "null"], "description": "From the training images, in feature space; null where unknown."},
+        "distance": {
+            **_DISTANCE,
+            "type": ["number", "null"],
+            "description": "From the training images, in feature space; null where unknown.",
+        },
         "verdict": {"type": "string", "description": "The answer in words."},
         "model_input": {**_PNG_URI, "description": "The picture as the model sees it, 28x28."},
         "polarity": {"type": "string", "enum": ["dark on light", "light on dark"]},
         "milliseconds": {"type": "number", "minimum": 0},
     }
-    neighbour = _record({"label": {"type": "string"}, "distance": _DISTANCE, "image": _PNG_URI})
-    explained = {
-        "heat_map": _PNG_URI,
-        "method": {"type": "string"},
-        "neighbours": {"type": "array", "items": neighbour},
-    }
-    image = {"type": "string", "contentEncoding": "base64", "description": "A picture, as for /predict."}
-    either = {"oneOf": [_ref("Prediction"), _record({"error": _ref("Problem")})]}
-    return {
-        "Prediction": _record(prediction),
-        "Explanation": _record({**prediction, **explained}),
-        "Predictions": _record({"predictions": {"type": "array", "items": either, "minItems": 1}}),
-        "Batch": _record({"images": {"type": "array", "items": image, "minItems": 1, "maxItems": batch_images}}),
-        "Samples": _record(
-            {"samples": {"type": "array", "items": _record({"name": {"type": "string"}, "image": _PNG_URI})}}
-        ),
-        "Model": {"type": "object", "required": ["name", "version", "classes", "temperature", "limits", "media_types"]},
-        "Status": _record({"status": {"type": "string", "enum": ["ok", "ready"]}}),
-        "Problem": _record(
-            {
-                "type": {"type": "string"},
-                "title": {"type": "string"},
-                "status": {"type": "integer", "minimum": 400, "maximum": 599},
-                "detail": {"type": "string"},
-                "code": {"type": "string"},
-            }
-        ),
-    }
+
+
+def _list_of(items: _Json, **limits: int) -> _Json:
+    return {"type": "array", "items": items, **limits}
 
 
 def _record(properties: _Json) -> _Json:

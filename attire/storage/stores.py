@@ -115,7 +115,7 @@ def scheme_of(url: str) -> str:
     return scheme
 
 
-def file_path(url: str) -> Path:
+def _file_path(url: str) -> Path:
     """Return the path in a file:// URL. Raises UsageError where it names another machine."""
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost"):
@@ -129,7 +129,7 @@ def open_location(path_or_url: str | Path) -> StorageLocation:
 
     text = str(path_or_url)
     if not is_url(text) or scheme_of(text) == "file":
-        path = Path(text) if not is_url(text) else file_path(text)
+        path = Path(text) if not is_url(text) else _file_path(text)
         return StorageLocation(str(path), fs.LocalFileSystem(), str(path.expanduser().absolute()))
     if scheme_of(text) in ("http", "https"):
         raise UsageError(text, "HTTP has no folders and takes no files", do="expected s3://, gs://, az:// or a path")

@@ -65,8 +65,9 @@ def _update_copy(url: str, folder: Path, progress: ProgressCallback) -> Path:
             raise
         warnings.warn(f"{error}; the copy that was made before is used", AttireWarning, stacklevel=4)
         return target
-    entries = {name: recorded[name] for name, one in objects.items() if _is_current(recorded.get(name), one, target, name)}
-    missing = {name: one for name, one in objects.items() if name not in entries}
+    current = {name for name, one in objects.items() if _is_current(recorded.get(name), one, target, name)}
+    entries = {name: recorded[name] for name in objects if name in current}
+    missing = {name: one for name, one in objects.items() if name not in current}
     needed = sum(one.size for one in missing.values())
     files.check_room(folder, needed, "a copy of it", "make room, or name another disk's folder in ATTIRE_CACHE")
     for name in set(recorded) - set(objects):
@@ -202,9 +203,11 @@ def _split_pattern(url: str) -> tuple[str, str]:
 
 def _metadata(file: Any) -> dict[str, str]:
     """Return the store's metadata of an open object, such as its ETag."""
-    pairs = [(key, value) for key, value in (file.metadata() or {}).items()]
-    texts = [[x.decode("utf-8", "replace") if isinstance(x, bytes) else str(x) for x in pair] for pair in pairs]
-    return {key: value for key, value in texts}
+    return {_text(key): _text(value) for key, value in (file.metadata() or {}).items()}
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def _request_head(url: str) -> _HttpFile:

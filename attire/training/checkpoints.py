@@ -44,76 +44,96 @@ class TrainingState:
     world_size: int = 1  # processes that train together
 
 
-def save_checkpoint(
-    head: nn.Module,
-    optimiser: torch.optim.Adam,
-    state: TrainingState,
-    folder: Path,
-    average: AveragedModel | None = None,
-) -> None:
-    """Write one zip of .npy files: weights, Adam's moments, random states, the rest as JSON; its SHA-256 follows it.
+class Checkpoints:
+    """The checkpoints in `folder`: save and restore one training's head, optimiser and moving average."""
 
-    Array by array, so that 315 MB of `classic` are never copied whole. All processes call it, the first one writes.
-    """
-    arrays = _module_tensors(head, average)
-    for i, moments in optimiser.state_dict()["state"].items():
-        arrays |= {f"adam.{i}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-    arrays["random.cpu"] = distributed.stack_processes(torch.get_rng_state())
-    if next(head.parameters()).is_cuda:
-        arrays["random.cuda"] = distributed.stack_processes(torch.cuda.get_rng_state())
-    if not distributed.is_main_process():
-        return
-    values = {name: value for name, value in asdict(state).items() if name != "resumed"}
-    about = files.canonical_json({**values, "schema": _SCHEMA})
-    path = folder / f"epoch-{state.epoch:03d}-step-{state.step:06d}.ckpt"
-    with files.sealed_file(path) as file, zipfile.ZipFile(cast(IO[bytes], file), "w") as archive:
-        archive.writestr(zipfile.ZipInfo("about.json"), about)  # which has no time stamp: equal states, equal bytes
-        for name, value in arrays.items():
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, value.detach().cpu().numpy(), allow_pickle=False)
-    remove_old_checkpoints(folder)
+    def __init__(
+        self, head: nn.Module, optimiser: torch.optim.Adam, folder: Path, average: AveragedModel | None = None
+    ) -> None:
+        self.head, self.optimiser, self.folder, self.average = head, optimiser, folder, average
 
+    def save(self, state: TrainingState) -> None:
+        """Write one zip of .npy files: weights, Adam's moments, random states, the rest as JSON; its SHA-256 after it.
 
-def _module_tensors(head: nn.Module, average: AveragedModel | None) -> dict[str, Tensor]:
-    """Weights and buffers by the names that a checkpoint gives them: `head.*`, and `average.*` where there is one."""
-    modules = {"head": head} if average is None else {"head": head, "average": average}
-    return {f"{kind}.{name}": value for kind, module in modules.items() for name, value in module.state_dict().items()}
+        Array by array, so that 315 MB of `classic` are never copied whole. All processes call it, the first one writes.
+        """
+        arrays = self._module_tensors()
+        for i, moments in self.optimiser.state_dict()["state"].items():
+            arrays |= {f"adam.{i}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+        arrays["random.cpu"] = distributed.stack_processes(torch.get_rng_state())
+        if next(self.head.parameters()).is_cuda:
+            arrays["random.cuda"] = distributed.stack_processes(torch.cuda.get_rng_state())
+        if not distributed.is_main_process():
+            return
+        values = {name: value for name, value in asdict(state).items() if name != "resumed"}
+        about = files.canonical_json({**values, "schema": _SCHEMA})
+        path = self.folder / f"epoch-{state.epoch:03d}-step-{state.step:06d}.ckpt"
+        with files.sealed_file(path) as file, zipfile.ZipFile(cast(IO[bytes], file), "w") as archive:
+            archive.writestr(zipfile.ZipInfo("about.json"), about)  # which has no time stamp: equal states, equal bytes
+            for name, value in arrays.items():
+                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, value.detach().cpu().numpy(), allow_pickle=False)
+        self.remove_old()
 
+    def remove_old(self) -> None:
+        """Remove all checkpoints but the newest `KEPT_CHECKPOINTS`."""
+        for path in _checkpoints(self.folder)[KEPT_CHECKPOINTS:]:
+            path.unlink()
 
-def remove_old_checkpoints(folder: Path) -> None:
-    """Remove all checkpoints but the newest `KEPT_CHECKPOINTS`."""
-    for old in _checkpoints(folder)[KEPT_CHECKPOINTS:]:
-        old.unlink()
+    def restore(self) -> TrainingState:
+        """Restore the newest sound checkpoint; warn of a damaged one and take the one before. Without any, a new state.
+
+        Raises AttireError where a checkpoint belongs to another head or to another number of processes.
+        """
+        for path in _checkpoints(self.folder):
+            try:
+                state, tensors = _read_checkpoint(path)
+            except AttireError as error:
+                warnings.warn(f"{error}; going on from the one before", AttireWarning, stacklevel=4)
+                continue
+            if state.world_size != distributed.world_size():
+                do = f"resume with as many: torchrun --nproc-per-node {state.world_size} -m attire train --resume RUN"
+                do = do if state.world_size > 1 else "resume without torchrun: attire train --resume RUN"
+                what = f"a checkpoint of {state.world_size} processes, found {distributed.world_size()}"
+                raise AttireError(path, what, do=do)
+            self._restore_modules(tensors, path)
+            self._restore_optimiser(tensors)
+            _restore_random_states(tensors)
+            return state
+        return TrainingState(world_size=distributed.world_size())
+
+    def _module_tensors(self) -> dict[str, Tensor]:
+        """Weights and buffers by their names in a checkpoint: `head.*`, and `average.*` where there is one."""
+        tensors = {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        return tensors
+
+    def _restore_modules(self, tensors: dict[str, Tensor], path: Path) -> None:
+        """Raises AttireError where the checkpoint's tensors are not those of this head."""
+        expected = self._module_tensors()
+        for name, value in tensors.items():
+            if name.startswith(("head.", "average.")) and (name not in expected or expected[name].shape != value.shape):
+                raise AttireError(path, f"{name} does not fit the recipe's head", do="resume with the run's own recipe")
+        if missing := sorted(set(expected) - set(tensors)):
+            raise AttireError(path, f"{missing[0]} is missing", do="resume with the run's own recipe")
+        self.head.load_state_dict({name: tensors[f"head.{name}"] for name in self.head.state_dict()})
+        if self.average is not None:
+            self.average.load_state_dict({name: tensors[f"average.{name}"] for name in self.average.state_dict()})
+
+    def _restore_optimiser(self, tensors: dict[str, Tensor]) -> None:
+        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("adam."):
+                _, index, moment = name.split(".", 2)
+                moments.setdefault(int(index), {})[moment] = _with_layout_of(parameters[int(index)], value)
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Newest first, by the epoch and step in the name."""
     return sorted((p for p in folder.glob("*.ckpt") if re.fullmatch(r"epoch-\d+-step-\d+\.ckpt", p.name)), reverse=True)
-
-
-def resume(
-    head: nn.Module, optimiser: torch.optim.Adam, folder: Path, average: AveragedModel | None = None
-) -> TrainingState:
-    """Restore the newest sound checkpoint; warn of a damaged one and take the one before. Without any, a new state.
-
-    Raises AttireError where a checkpoint belongs to another head or to another number of processes.
-    """
-    for path in _checkpoints(folder):
-        try:
-            state, tensors = _read_checkpoint(path)
-        except AttireError as error:
-            warnings.warn(f"{error}; going on from the one before", AttireWarning, stacklevel=3)
-            continue
-        if state.world_size != distributed.world_size():
-            do = f"resume with as many: torchrun --nproc-per-node {state.world_size} -m attire train --resume RUN"
-            do = do if state.world_size > 1 else "resume without torchrun: attire train --resume RUN"
-            what = f"a checkpoint of {state.world_size} processes, found {distributed.world_size()}"
-            raise AttireError(path, what, do=do)
-        _restore_modules(head, average, tensors, path)
-        _restore_optimiser(optimiser, tensors)
-        _restore_random_states(tensors)
-        return state
-    return TrainingState(world_size=distributed.world_size())
 
 
 def _read_checkpoint(path: Path) -> tuple[TrainingState, dict[str, Tensor]]:
@@ -136,29 +156,6 @@ def _read_checkpoint(path: Path) -> tuple[TrainingState, dict[str, Tensor]]:
         raise files.io_error("read", path, error) from error
     except _UNREADABLE as error:
         raise AttireError(path, "not an Attire checkpoint", str(error)[:80]) from error
-
-
-def _restore_modules(head: nn.Module, average: AveragedModel | None, tensors: dict[str, Tensor], path: Path) -> None:
-    """Raises AttireError where the checkpoint's tensors are not those of this head."""
-    expected = _module_tensors(head, average)
-    for name, value in tensors.items():
-        if name.startswith(("head.", "average.")) and (name not in expected or expected[name].shape != value.shape):
-            raise AttireError(path, f"{name} does not fit the recipe's head", do="resume with the run's own recipe")
-    if missing := sorted(set(expected) - set(tensors)):
-        raise AttireError(path, f"{missing[0]} is missing", do="resume with the run's own recipe")
-    head.load_state_dict({name: tensors[f"head.{name}"] for name in head.state_dict()})
-    if average is not None:
-        average.load_state_dict({name: tensors[f"average.{name}"] for name in average.state_dict()})
-
-
-def _restore_optimiser(optimiser: torch.optim.Adam, tensors: dict[str, Tensor]) -> None:
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("adam."):
-            _, index, moment = name.split(".", 2)
-            moments.setdefault(int(index), {})[moment] = _with_layout_of(parameters[int(index)], value)
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
 
 
 def _with_layout_of(parameter: Tensor, moment: Tensor) -> Tensor:

@@ -31,6 +31,18 @@ class Teacher:
     bundles: tuple[str, ...]
     digests: tuple[str, ...]
 
+    @classmethod
+    def find(cls, teacher: "Sequence[str | Path] | Mapping[str, Any] | Teacher | None") -> "Teacher | None":
+        """The teacher of these folders of runs or bundles, or of what `config.json` holds; None where there is none."""
+        if isinstance(teacher, Teacher):
+            return teacher
+        if not teacher:
+            return None
+        if isinstance(teacher, Mapping):
+            return cls(tuple(teacher["bundles"]), tuple(teacher["digests"]))
+        folders = [find_bundle(path).absolute() for path in teacher]
+        return cls(tuple(map(str, folders)), tuple(files.sha256_file(folder / MODEL_JSON) for folder in folders))
+
     def to_json(self) -> dict[str, Any]:
         return {"bundles": list(self.bundles), "digests": list(self.digests)}
 
@@ -39,52 +51,39 @@ class Teacher:
         who = "one bundle" if count == 1 else f"{count} bundles averaged"
         return f"{who}: {100 * recipe.distill_weight:.0f} % of the loss, softened at {recipe.distill_temperature:g}"
 
+    def soft_targets(
+        self,
+        splits: Splits,
+        views: Sequence[str],
+        recipe: Recipe,
+        folder: Path,
+        progress: Progress,
+        recorded: Mapping[str, Any] | None = None,
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """The teacher's probabilities for each view of each image, (V, N, K), softened by the recipe's temperature; and
+        what `data.json` records of them.
 
-def find_teacher(teacher: "Sequence[str | Path] | Mapping[str, Any] | Teacher | None") -> Teacher | None:
-    """The teacher of these folders of runs or bundles, or of what `config.json` holds; None where there is none."""
-    if isinstance(teacher, Teacher):
-        return teacher
-    if not teacher:
-        return None
-    if isinstance(teacher, Mapping):
-        return Teacher(tuple(teacher["bundles"]), tuple(teacher["digests"]))
-    folders = [find_bundle(path).absolute() for path in teacher]
-    return Teacher(tuple(map(str, folders)), tuple(files.sha256_file(folder / MODEL_JSON) for folder in folders))
+        For a synthetic drawing the teacher sees the photograph that it was drawn from: both show the same garment, and
+        no teacher has seen drawings. An outlier gets the uniform distribution.
 
-
-def soft_targets(
-    teacher: Teacher,
-    splits: Splits,
-    views: Sequence[str],
-    recipe: Recipe,
-    folder: Path,
-    progress: Progress,
-    recorded: Mapping[str, Any] | None = None,
-) -> tuple[NDArray[np.float32], dict[str, Any]]:
-    """The teacher's probabilities for each view of each image, (V, N, K), softened by the recipe's temperature; and
-    what `data.json` records of them.
-
-    For a synthetic drawing the teacher sees the photograph that it was drawn from: both show the same garment, and no
-    teacher has seen drawings. An outlier gets the uniform distribution.
-
-    Computed once, from cached features, and kept in `folder`: a resumed run learns from the very same numbers.
-    recorded: what an earlier start of the run recorded. Raises AttireError where a bundle is not the one that was named
-    or has other classes than the data, or where the numbers are no longer those that were recorded.
-    """
-    data = splits.data
-    path, shape = folder / _FILE, (len(views), len(data), len(data.classes))
-    if (probabilities := _stored_probabilities(path, shape)) is None:
-        members = _load_members(teacher, splits, recipe)
-        by_view = {OUTLIER: np.full(shape[1:], 1 / shape[2], np.float32)}
-        for view in dict.fromkeys(_photograph_view(view) for view in views if view != OUTLIER):
-            by_view[view] = _mean_probabilities(members, data, view, progress)
-        probabilities = np.stack([by_view[_photograph_view(view)] for view in views])
-        with files.sealed_file(path) as file:
-            np.lib.format.write_array(cast(IO[bytes], file), probabilities, allow_pickle=False)
-    digest = files.sha256(probabilities.tobytes())
-    if recorded and recorded.get("targets") != digest:
-        raise AttireError(path, "lost, and made again it is not what the run began with", do="start a new run")
-    return _soften(probabilities, recipe.distill_temperature), {**teacher.to_json(), "targets": digest}
+        Computed once, from cached features, and kept in `folder`: a resumed run learns from the very same numbers.
+        recorded: what an earlier start of the run recorded. Raises AttireError where a bundle is not the one that was
+        named or has other classes than the data, or where the numbers are no longer those that were recorded.
+        """
+        data = splits.data
+        path, shape = folder / _FILE, (len(views), len(data), len(data.classes))
+        if (probabilities := _stored_probabilities(path, shape)) is None:
+            members = _load_members(self, splits, recipe)
+            by_view = {OUTLIER: np.full(shape[1:], 1 / shape[2], np.float32)}
+            for view in dict.fromkeys(_photograph_view(view) for view in views if view != OUTLIER):
+                by_view[view] = _mean_probabilities(members, data, view, progress)
+            probabilities = np.stack([by_view[_photograph_view(view)] for view in views])
+            with files.sealed_file(path) as file:
+                np.lib.format.write_array(cast(IO[bytes], file), probabilities, allow_pickle=False)
+        digest = files.sha256(probabilities.tobytes())
+        if recorded and recorded.get("targets") != digest:
+            raise AttireError(path, "lost, and made again it is not what the run began with", do="start a new run")
+        return _soften(probabilities, recipe.distill_temperature), {**self.to_json(), "targets": digest}
 
 
 def _photograph_view(view: str) -> str:

@@ -15,7 +15,7 @@ from attire.data.dataset import FASHION_MNIST, ImageDataset, RowIndices, Splits,
 from attire.data.loading import DataChoice
 from attire.errors import one_line
 from attire.features import cache
-from attire.features.backbones import MEASURED_CHOICES, choose_backbone, load_backbone
+from attire.features.backbones import choose_backbone, load_backbone
 from attire.features.cache import FeatureSpec
 from attire.features.sources import WINDOW_BYTES
 from attire.features.views import augmentation_views
@@ -32,7 +32,7 @@ _REPORT_BYTES = 12 * 2**20  # of a run besides checkpoints and weights: report, 
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """What one run trains on; `prepare` makes it.
+    """What one run trains on, complete and immutable; `prepare` makes it.
 
     train, val: rows of `splits.data`; weights: file of VGG16's verified weights; spec: of the plain view's features,
     `spec.weights` is the digest of those weights.
@@ -46,6 +46,39 @@ class Experiment:
     spec: FeatureSpec
     train_precision: str
     device: torch.device
+
+    @classmethod
+    def prepare(cls, recipe: Recipe, choice: DataChoice, device: torch.device, progress: Progress) -> "Experiment":
+        """Fetch and read images and weights, split the rows, and choose precision and backend, measuring where needed.
+
+        Raises AttireError for data or weights that cannot be used, UsageError for what this machine does not have.
+        """
+        main_process_first = distributed.main_process_first
+        main_process_first(lambda: url_copies.prefetch(choice.data, choice.test, progress=progress.advance))
+        splits = main_process_first(lambda: choice.load(recipe))
+        progress.note("Data", _describe_splits(splits))
+        train, val = validation_rows(splits.data, splits.train_rows, recipe)
+        weights = main_process_first(lambda: pretrained.vgg16_weights(progress=progress.advance))
+        progress.note("Weights", "VGG16 ImageNet, 13 convolutions   verified")
+        progress.note("Recipe", recipe.describe())
+        if recipe.tta > 1:
+            cost = f"an answer takes {recipe.tta} times the forward passes"
+            progress.note("Views", f"{recipe.tta} of each picture averaged: {cost}")
+        precision, backend = distributed.from_main_process(
+            lambda: choose_backbone(recipe.freeze_to, recipe.backend, recipe.precision, device)
+        )
+        train_precision = distributed.from_main_process(
+            lambda: devices.choose_train_precision(recipe.precision, device)
+        )
+        spec = FeatureSpec(
+            freeze_to=recipe.freeze_to,
+            image_size=recipe.image_size,
+            pool=0 if recipe.finetune_blocks else recipe.pool,
+            weights=tensor_digest(read_weights(weights)),
+            precision=precision,
+            backend=backend,
+        )
+        return cls(recipe, splits, train, val, weights, spec, train_precision, device)
 
     @property
     def architecture(self) -> Architecture:
@@ -68,7 +101,7 @@ class Experiment:
         return partial(load_backbone, self.weights, self.spec, self.device, len(self.splits.data))
 
     def describe_data(self, teacher: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """`data.json`; teacher: what it records of the teacher, see `distillation.soft_targets`."""
+        """`data.json`; teacher: what it records of the teacher, see `Teacher.soft_targets`."""
         rows = {"train": len(self.train), "val": len(self.val), "test": len(self.splits.test_rows)}
         name = self.splits.data.source
         name = "Fashion-MNIST" if name == FASHION_MNIST else name
@@ -85,42 +118,24 @@ class Experiment:
 
         Measured again, on another machine or beside other work, they may come out otherwise.
         """
-        known = all(isinstance(environment.get(name), str) for name in MEASURED_CHOICES)
+        known = all(isinstance(environment.get(name), str) for name in ("precision", "backend", "train_precision"))
         if not known or environment.get("device") != self.environment()["device"]:
             return self
         spec = replace(self.spec, precision=environment["precision"], backend=environment["backend"])
         return replace(self, spec=spec, train_precision=environment["train_precision"])
 
-
-def prepare(recipe: Recipe, choice: DataChoice, device: torch.device, progress: Progress) -> Experiment:
-    """Fetch and read images and weights, split the rows, and choose precision and backend, measuring where needed.
-
-    Raises AttireError for data or weights that cannot be used, UsageError for what this machine does not have.
-    """
-    main_process_first = distributed.main_process_first
-    main_process_first(lambda: url_copies.prefetch(choice.data, choice.test, progress=progress.advance))
-    splits = main_process_first(lambda: choice.load(recipe))
-    progress.note("Data", _describe_splits(splits))
-    train, val = validation_rows(splits.data, splits.train_rows, recipe)
-    weights = main_process_first(lambda: pretrained.vgg16_weights(progress=progress.advance))
-    progress.note("Weights", "VGG16 ImageNet, 13 convolutions   verified")
-    progress.note("Recipe", recipe.describe())
-    if recipe.tta > 1:
-        cost = f"an answer takes {recipe.tta} times the forward passes"
-        progress.note("Views", f"{recipe.tta} of each picture averaged: {cost}")
-    precision, backend = distributed.from_main_process(
-        lambda: choose_backbone(recipe.freeze_to, recipe.backend, recipe.precision, device)
-    )
-    train_precision = distributed.from_main_process(lambda: devices.choose_train_precision(recipe.precision, device))
-    spec = FeatureSpec(
-        freeze_to=recipe.freeze_to,
-        image_size=recipe.image_size,
-        pool=0 if recipe.finetune_blocks else recipe.pool,
-        weights=tensor_digest(read_weights(weights)),
-        precision=precision,
-        backend=backend,
-    )
-    return Experiment(recipe, splits, train, val, weights, spec, train_precision, device)
+    def check_resources(self, folder: Path, runs: int = 1) -> None:
+        """Raise AttireError, before long work, where disk or memory are too small for `runs` runs in `folder`."""
+        recipe, classes = self.recipe, len(self.splits.data.classes)
+        weights = 4 * heads.parameter_count(recipe, classes)
+        checkpoint = (4 if recipe.ema else 3) * weights
+        present = sum(path.stat().st_size for path in folder.rglob("*.ckpt"))
+        need = (runs * KEPT_CHECKPOINTS + 1) * checkpoint - present
+        need += weights + _frozen_bytes(recipe.freeze_to) + _REPORT_BYTES
+        files.check_room(folder, need, "checkpoints and bundle", "make room, or give --out a folder on another disk")
+        one_picture = 2 * cache.FORWARD_BYTES_PER_PIXEL * recipe.image_size**2
+        need = max(WINDOW_BYTES + heads.training_bytes(recipe, classes), one_picture)
+        memory.reserve(need, f"recipe {recipe.name}")
 
 
 def validation_rows(data: ImageDataset, rows: RowIndices, recipe: Recipe) -> tuple[RowIndices, RowIndices]:
@@ -135,20 +150,6 @@ def validation_rows(data: ImageDataset, rows: RowIndices, recipe: Recipe) -> tup
     count = min(recipe.val_size, max(least, len(labels) // 10))
     train, val = split_indices(labels, count, recipe.split_seed, recipe.stratify, name=data.source)
     return rows[train], rows[val]
-
-
-def check_resources(experiment: Experiment, folder: Path, runs: int = 1) -> None:
-    """Raise AttireError, before long work, where disk or memory limit have too little for `runs` runs in `folder`."""
-    recipe, classes = experiment.recipe, len(experiment.splits.data.classes)
-    weights = 4 * heads.parameter_count(recipe, classes)
-    checkpoint = (4 if recipe.ema else 3) * weights
-    present = sum(path.stat().st_size for path in folder.rglob("*.ckpt"))
-    need = (runs * KEPT_CHECKPOINTS + 1) * checkpoint - present
-    need += weights + _frozen_bytes(recipe.freeze_to) + _REPORT_BYTES
-    files.check_room(folder, need, "checkpoints and bundle", "make room, or give --out a folder on another disk")
-    one_picture = 2 * cache.FORWARD_BYTES_PER_PIXEL * recipe.image_size**2
-    need = max(WINDOW_BYTES + heads.training_bytes(recipe, classes), one_picture)
-    memory.reserve(need, f"recipe {recipe.name}")
 
 
 def _describe_splits(splits: Splits) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from attire.data.dataset import ImageDataset
 from attire.features import cache
-from attire.features.sources import CachedSource, GarmentDataset, OnTheFlySource, Standardiser, fit_standardiser
+from attire.features.sources import CachedSource, GarmentDataset, OnTheFlySource, Standardiser
 from attire.model import distributed
 from attire.progress import Progress
 from attire.training.experiment import Experiment
@@ -48,15 +48,15 @@ class Extraction:
 
     def train_source(self) -> CachedSource:
         """Rows of the data that training rows come from, not standardised."""
-        return CachedSource(*self._train_views(), names=self.experiment.views)
+        return CachedSource(self._train_views(), names=self.experiment.views)
 
     def sources(self) -> SplitSources:
         """Cached features of every row, standardised; of separate test data only the test-time augmentation views."""
         train = self.train_source()
-        train.standardise = fit_to_train_rows(self.experiment, train)
+        train.standardise = self.fit_standardiser(train)
         if self._is_one_file:
             return SplitSources(train, train)
-        test = CachedSource(*self._test_views(), names=self.experiment.architecture.views)
+        test = CachedSource(self._test_views(), names=self.experiment.architecture.views)
         test.standardise = train.standardise
         return SplitSources(train, test)
 
@@ -71,10 +71,18 @@ class Extraction:
 
         train = source(splits.data)
         if experiment.recipe.standardise:
-            train.standardise = fit_standardiser(train.batches(experiment.train, _STANDARDISED_ROWS, None))
+            train.standardise = Standardiser.fit(train.batches(experiment.train, _STANDARDISED_ROWS, None))
         test = train if self._is_one_file else source(splits.test_data)
         test.standardise = train.standardise
         return SplitSources(train, test)
+
+    def fit_standardiser(self, source: CachedSource) -> Standardiser:
+        """Scales training rows to mean 0 and deviation 1; no change where the recipe does not standardise."""
+        rows = self.experiment.train
+        if not self.experiment.recipe.standardise:
+            return Standardiser()
+        parts = np.array_split(rows, -(-len(rows) // _STANDARDISED_ROWS))
+        return Standardiser.fit(torch.from_numpy(source.views[0].gather(part)) for part in parts)
 
     @property
     def _is_one_file(self) -> bool:
@@ -89,11 +97,3 @@ class Extraction:
         plain, *others = self.experiment.architecture.views
         data = self.experiment.splits.test_data
         return [self.extract(data, plain, "test"), *(self.extract(data, view, f"test, {view}") for view in others)]
-
-
-def fit_to_train_rows(experiment: Experiment, source: CachedSource) -> Standardiser:
-    """Scales training rows to mean 0 and deviation 1; no change where the recipe does not standardise."""
-    if not experiment.recipe.standardise:
-        return Standardiser()
-    parts = np.array_split(experiment.train, -(-len(experiment.train) // _STANDARDISED_ROWS))
-    return fit_standardiser(torch.from_numpy(source.views[0].gather(rows)) for rows in parts)

@@ -33,7 +33,7 @@ def train_head(
     recipe, device = experiment.recipe, experiment.device
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
-        head = new_head(experiment, source)
+        head = _new_head(experiment, source)
         data = loop.TrainingData(
             source, experiment.splits.data.labels, experiment.train, experiment.val, soft_targets=soft_targets
         )
@@ -43,7 +43,7 @@ def train_head(
     return head, history
 
 
-def new_head(experiment: Experiment, source: HeadSource) -> nn.Sequential:
+def _new_head(experiment: Experiment, source: HeadSource) -> nn.Sequential:
     """The head, and in front of it the blocks that are fine-tuned, if any; initialised from torch's random state."""
     head, recipe = experiment.architecture.build_head(len(experiment.splits.data.classes)), experiment.recipe
     if recipe.finetune_blocks:

@@ -23,7 +23,7 @@ from attire.recipes import Recipe
 from attire.storage import files
 from attire.training import augment, checkpoints, guards
 from attire.training.augment import Target
-from attire.training.checkpoints import TrainingState
+from attire.training.checkpoints import Checkpoints, TrainingState
 from attire.training.loss import training_loss
 from attire.training.optimiser import make_average, make_optimiser, set_learning_rate
 from attire.training.sampler import epoch_order
@@ -36,7 +36,7 @@ class TrainingData:
     """The rows of a feature source that a head is trained and validated on, and their labels.
 
     labels: (N,) over all rows of the source; soft_targets: a teacher's probabilities (V, N, K) for each view of each
-    row, see `distillation.soft_targets`. Validation uses the labels alone.
+    row, see `Teacher.soft_targets`. Validation uses the labels alone.
     """
 
     source: FeatureSource
@@ -81,6 +81,7 @@ class _Trainer:
     ) -> None:
         self.head, self.data, self.recipe, self.folder, self.report = head, data, recipe, folder, report
         self.optimiser, self.average = make_optimiser(head, recipe), make_average(head, recipe)
+        self.checkpoints = Checkpoints(head, self.optimiser, folder, self.average)
         self.labels = torch.from_numpy(data.labels)
         self.device = next(head.parameters()).device
         self.steps_per_epoch = math.ceil(len(data.train) / recipe.batch_size)
@@ -94,7 +95,7 @@ class _Trainer:
         return cast(nn.Sequential, self.average.module)
 
     def resume(self) -> None:
-        self.state = checkpoints.resume(self.head, self.optimiser, self.folder, self.average)
+        self.state = self.checkpoints.restore()
         if distributed.world_size() > 1:
             self._check_same_inputs()
 
@@ -111,7 +112,7 @@ class _Trainer:
             what = f"the weights after epoch {self.state.epoch + 1}"
             distributed.check_equal(guards.weights_digest(self.head), what, do)
         self._end_epoch()
-        self._save()
+        self.checkpoints.save(self.state)
         if distributed.is_main_process():
             checkpoints.write_history(self.folder.parent / "history.csv", self.state.history)
         self.report(self.state, 0, len(self.data.train))
@@ -164,7 +165,7 @@ class _Trainer:
         late = time.perf_counter() - saved > checkpoints.CHECKPOINT_SECONDS
         stopping, due = distributed.any_process(bool(stop), late)
         if stopping or due:
-            self._save()
+            self.checkpoints.save(self.state)
             saved = time.perf_counter()
         if stopping:
             steps = f"epoch {self.state.epoch + 1} after step {self.state.step} of {self.steps_per_epoch}"
@@ -187,16 +188,13 @@ class _Trainer:
     def finish(self) -> list[Epoch]:
         """Put the weights that ship into the head, in evaluation mode, and return the history."""
         if distributed.is_main_process():
-            checkpoints.remove_old_checkpoints(self.folder)  # also one that an earlier start could not remove
+            self.checkpoints.remove_old()  # also one that an earlier start could not remove
         guards.check_loss_fell(self.state.history)
         if self.evaluated_head is not self.head:
             self.head.load_state_dict(self.evaluated_head.state_dict())
         self.optimiser.zero_grad(set_to_none=True)
         self.head.eval()
         return self.state.history
-
-    def _save(self) -> None:
-        checkpoints.save_checkpoint(self.head, self.optimiser, self.state, self.folder, self.average)
 
     def _check_same_inputs(self) -> None:
         """Before the first step: all processes must have the same inputs; features are compared by a sample."""

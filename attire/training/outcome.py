@@ -22,7 +22,7 @@ from attire.model import heads, vgg
 from attire.progress import Progress
 from attire.training.experiment import Experiment
 from attire.training.extraction import HeadSource, SplitSources
-from attire.training.skew import Skew, measure_skew, sample_rows
+from attire.training.skew import Skew, sample_rows
 
 _SCORED_ROWS = 10_000  # of training, where blocks are fine-tuned: the interval is then 0.2 points wide at 99 %
 
@@ -55,33 +55,32 @@ class _SplitLogits:
     test: NDArray[np.float32]
 
 
-def tta_logits(experiment: Experiment, head: nn.Module, source: HeadSource, rows: RowIndices) -> NDArray[np.float32]:
-    """Logits (n, K), the mean over the views of test-time augmentation; each process computes its share."""
-    views = [source.names.index(name) for name in experiment.architecture.views]
-    return np.asarray(distributed_logits(head, source, rows, 1024, views).numpy())
-
-
-def validation_temperature(experiment: Experiment, head: nn.Module, source: HeadSource) -> float:
-    """The temperature that calibrates the head on the validation rows; 1 where there are none."""
-    if not len(experiment.val):
-        return 1.0
-    logits = tta_logits(experiment, head, source, experiment.val)
-    return calibration.fit_temperature(logits, experiment.splits.data.labels[experiment.val])
-
-
 class HeadEvaluator:
-    """Evaluates a trained head. First `split_logits` by all processes, then `evaluate` by the first alone."""
+    """Evaluates a trained head: `split_logits` by all processes, then `evaluate` by the first alone."""
 
     def __init__(self, experiment: Experiment, head: nn.Sequential, sources: SplitSources) -> None:
         self.experiment, self.head, self.sources = experiment, head, sources
 
+    def logits(self, source: HeadSource, rows: RowIndices) -> NDArray[np.float32]:
+        """Logits (n, K), the mean over the views of test-time augmentation; each process computes its share."""
+        views = [source.names.index(name) for name in self.experiment.architecture.views]
+        return np.asarray(distributed_logits(self.head, source, rows, 1024, views).numpy())
+
+    def temperature(self, val_logits: NDArray[np.float32] | None = None) -> float:
+        """The temperature that calibrates the head on the validation rows; 1 where there are none."""
+        val = self.experiment.val
+        if not len(val):
+            return 1.0
+        logits = self.logits(self.sources.train, val) if val_logits is None else val_logits
+        return calibration.fit_temperature(logits, self.experiment.splits.data.labels[val])
+
     def split_logits(self) -> _SplitLogits:
         """The test set is read here, once, by the weights that training ended with."""
-        experiment, head, sources = self.experiment, self.head, self.sources
+        experiment, sources = self.experiment, self.sources
         return _SplitLogits(
-            val=tta_logits(experiment, head, sources.train, experiment.val) if len(experiment.val) else None,
-            train=tta_logits(experiment, head, sources.train, self._scored_train_rows()),
-            test=tta_logits(experiment, head, sources.test, experiment.splits.test_rows),
+            val=self.logits(sources.train, experiment.val) if len(experiment.val) else None,
+            train=self.logits(sources.train, self._scored_train_rows()),
+            test=self.logits(sources.test, experiment.splits.test_rows),
         )
 
     def evaluate(self, logits: _SplitLogits, progress: Progress) -> Outcome:
@@ -91,7 +90,7 @@ class HeadEvaluator:
         """
         splits, val = self.experiment.splits, self.experiment.val
         labels, classes = splits.data.labels, splits.data.classes
-        temperature = 1.0 if logits.val is None else calibration.fit_temperature(logits.val, labels[val])
+        temperature = self.temperature(logits.val)
 
         def evaluation(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Evaluation:
             return evaluate(calibration.softmax(logits, temperature), labels, classes)
@@ -132,7 +131,7 @@ class HeadEvaluator:
         backbone = vgg.Backbone(frozen, experiment.device, "fp32")
         served = OnTheFlySource(dataset, backbone, cache.forward_batch_size(recipe.image_size))
         served.standardise = source.standardise
-        skew = measure_skew(self.head, source, served, data.labels, rows)
+        skew = Skew.measure(self.head, source, served, data.labels, rows)
         progress.note("Skew", skew.describe())
         skew.check(experiment.spec.backend)
         return skew

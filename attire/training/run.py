@@ -21,8 +21,8 @@ from attire.model import devices, distributed
 from attire.progress import NoProgress, Progress
 from attire.recipes import Recipe
 from attire.storage import files, memory, run_folder
-from attire.training.distillation import Teacher, soft_targets
-from attire.training.experiment import Experiment, check_resources, prepare
+from attire.training.distillation import Teacher
+from attire.training.experiment import Experiment
 from attire.training.extraction import Extraction
 from attire.training.head_training import train_head
 from attire.training.outcome import HeadEvaluator
@@ -192,7 +192,7 @@ def _run_steps(folder: Path, config: RunConfig, progress: Progress) -> Run:
 
     def finish() -> None:
         outcome = evaluator.evaluate(logits, progress)
-        seconds = run_result.spent(began, extracted, sum(epoch.seconds for epoch in history))
+        seconds = run_result.run_seconds(began, extracted, sum(epoch.seconds for epoch in history))
         result = make_result(
             experiment, outcome, folder, history=history, seconds=seconds, claimed=config.claimed, teacher=teacher
         )
@@ -209,9 +209,9 @@ def _run_steps(folder: Path, config: RunConfig, progress: Progress) -> Run:
 def _begin(folder: Path, config: RunConfig, progress: Progress) -> tuple[Experiment, _TeacherRecord]:
     """The prepared experiment, written down, and the teacher's record. A resumed run keeps what it began with."""
     if distributed.is_main_process():
-        run_result.reopen(folder)
-    experiment = prepare(config.recipe, config.data, devices.choose_device(config.device), progress)
-    distributed.from_main_process(lambda: check_resources(experiment, folder))
+        run_result.delete_digests(folder)
+    experiment = Experiment.prepare(config.recipe, config.data, devices.choose_device(config.device), progress)
+    distributed.from_main_process(lambda: experiment.check_resources(folder))
     memory.keep_freed_memory()  # from here on: what reading a CSV took goes back to the system
     paths = [folder / name for name in ("data.json", "environment.json")]
     data, environment = distributed.from_main_process(
@@ -232,7 +232,7 @@ def _teach(
     recipe, splits, views = experiment.recipe, experiment.splits, experiment.augmentation_views
     progress.note("Teacher", teacher.describe(recipe))
     targets, record = distributed.main_process_first(
-        lambda: soft_targets(teacher, splits, views, recipe, folder, progress, recorded)
+        lambda: teacher.soft_targets(splits, views, recipe, folder, progress, recorded)
     )
     if distributed.is_main_process():
         files.write_json(folder / "data.json", experiment.describe_data(record))

@@ -9,7 +9,7 @@ from attire import recipes
 from attire.data.loading import DataChoice
 from attire.model import devices
 from attire.recipes import Recipe
-from attire.training.distillation import Teacher, find_teacher
+from attire.training.distillation import Teacher
 
 _Path = str | Path
 
@@ -53,7 +53,7 @@ class RunConfig:
         size = values.pop("test_size", DataChoice.test_size)
         choice = DataChoice(**paths, test_size=size, classes=None if classes is None else tuple(classes))
         devices.choose_device(values.get("device", cls.device))
-        return cls(recipe, choice, teacher=find_teacher(values.pop("teacher", None)), **values)
+        return cls(recipe, choice, teacher=Teacher.find(values.pop("teacher", None)), **values)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], path: Path) -> "RunConfig":
@@ -67,7 +67,7 @@ class RunConfig:
             cache=values["cache"],
             claimed=values["claimed"],
             log=values.get("log"),
-            teacher=find_teacher(values.get("teacher")),
+            teacher=Teacher.find(values.get("teacher")),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def make_result(
         train=outcome.train,
         val=outcome.val,
         ood=outcome.ood,
-        predictions=run_result.predictions(test.labels, outcome.probabilities, test.images),
+        predictions=run_result.Predictions.of_test_set(test.labels, outcome.probabilities, test.images),
         history=[asdict(epoch) for epoch in history],
         seconds=seconds,
         config=files.read_json(folder / "config.json"),

@@ -24,10 +24,10 @@ from attire.model import devices, distributed
 from attire.progress import Epoch, NoProgress, Progress
 from attire.recipes import Recipe
 from attire.storage import files, memory
-from attire.training.experiment import Experiment, check_resources, prepare, validation_rows
-from attire.training.extraction import Extraction, fit_to_train_rows
+from attire.training.experiment import Experiment, validation_rows
+from attire.training.extraction import Extraction, SplitSources
 from attire.training.head_training import train_head
-from attire.training.outcome import tta_logits, validation_temperature
+from attire.training.outcome import HeadEvaluator
 from attire.training.run import create_run_folder, lock_run_folder, resume, start
 from attire.training.run_config import FoldOptions, RunConfig, TrainOptions
 
@@ -151,8 +151,8 @@ def cross_validate(
 
 def _cross_validate_in(folder: Path, folds: int, config: RunConfig, progress: Progress) -> Folds:
     began = time.perf_counter()
-    experiment = prepare(config.recipe, config.data, devices.choose_device(config.device), progress)
-    check_resources(experiment, folder, folds)
+    experiment = Experiment.prepare(config.recipe, config.data, devices.choose_device(config.device), progress)
+    experiment.check_resources(folder, folds)
     memory.keep_freed_memory()
     source = Extraction(experiment, progress).train_source()
     extracted = time.perf_counter() - began
@@ -165,7 +165,7 @@ def _cross_validate_in(folder: Path, folds: int, config: RunConfig, progress: Pr
         fold = replace(experiment, train=train, val=val)
         probabilities[out], history = _train_fold(fold, source, rows[out], folder / f"fold-{k + 1}", progress)
         histories.append(history)
-    seconds = run_result.spent(began, extracted, sum(e.seconds for history in histories for e in history))
+    seconds = run_result.run_seconds(began, extracted, sum(e.seconds for history in histories for e in history))
     result = _folds_result(experiment, folds, config, probabilities, histories, seconds)
     distributed.from_main_process(partial(_write_folds, folder, result))
     progress.close()
@@ -188,7 +188,7 @@ def _folds_result(
         seed=recipe.seed,
         command=_repeat_command(folds, config),
         test=evaluate(probabilities, rows.labels, rows.classes),
-        predictions=run_result.predictions(rows.labels, probabilities, rows.images),
+        predictions=run_result.Predictions.of_test_set(rows.labels, probabilities, rows.images),
         history=_mean_history(histories),
         seconds=seconds,
         config={"schema": 1, "folds": folds, "recipe": recipe.to_json(), "data": asdict(config.data)},
@@ -222,11 +222,11 @@ def _train_fold(
     path, shape = folder / "probabilities.npy", (len(out), len(experiment.splits.data.classes))
     if (stored := _stored_probabilities(path, shape)) is not None and (folder / "history.csv").exists():
         return stored, [Epoch(**row) for row in run_result.read_history(folder / "history.csv")]
-    source.standardise = fit_to_train_rows(experiment, source)
+    source.standardise = Extraction(experiment, progress).fit_standardiser(source)
     head, history = train_head(experiment, source, folder, progress)
-    temperature = validation_temperature(experiment, head, source)
-    logits = tta_logits(experiment, head, source, out)
-    probabilities = calibration.softmax(logits, temperature).astype(np.float32)
+    evaluator = HeadEvaluator(experiment, head, SplitSources(source, source))
+    temperature = evaluator.temperature()
+    probabilities = calibration.softmax(evaluator.logits(source, out), temperature).astype(np.float32)
     if distributed.is_main_process():
         buffer = io.BytesIO()
         np.save(buffer, probabilities)

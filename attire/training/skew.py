@@ -27,6 +27,25 @@ class Skew:
     same: float  # fraction of the rows that get the same class
     change: Interval  # served minus trained, paired
 
+    @classmethod
+    def measure(
+        cls,
+        head: nn.Sequential,
+        trained: FeatureSource,
+        served: FeatureSource,
+        labels: NDArray[np.int64],
+        rows: RowIndices,
+    ) -> "Skew":
+        """Compare predictions for `rows` of two sources of the same images; labels: (N,) over all their rows."""
+        first, second = (predict_logits(head, source, rows).argmax(1).numpy() for source in (trained, served))
+        trained_correct, served_correct = first == labels[rows], second == labels[rows]
+        return cls(
+            trained=float(trained_correct.mean()),
+            served=float(served_correct.mean()),
+            same=float((first == second).mean()),
+            change=paired_difference(trained_correct, served_correct),
+        )
+
     def check(self, backend: str) -> None:
         """Raises AttireError where what would be served is worse than what was trained."""
         if self.change.value < _ALLOWED and self.change.high < 0:
@@ -50,17 +69,3 @@ def sample_rows(rows: RowIndices, size: int, seed: int) -> RowIndices:
     """As many of these rows as can be looked at again at this size, drawn from the seed, in ascending order."""
     count = min(len(rows), _ROWS, max(100, _PIXELS // size**2))
     return np.sort(np.random.default_rng(seed).permutation(rows)[:count])
-
-
-def measure_skew(
-    head: nn.Sequential, trained: FeatureSource, served: FeatureSource, labels: NDArray[np.int64], rows: RowIndices
-) -> Skew:
-    """Compare the head's predictions for `rows` of two sources of the same images; labels: (N,) over all their rows."""
-    first, second = (predict_logits(head, source, rows).argmax(1).numpy() for source in (trained, served))
-    trained_correct, served_correct = first == labels[rows], second == labels[rows]
-    return Skew(
-        trained=float(trained_correct.mean()),
-        served=float(served_correct.mean()),
-        same=float((first == second).mean()),
-        change=paired_difference(trained_correct, served_correct),
-    )

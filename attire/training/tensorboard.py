@@ -1,4 +1,4 @@
-"""`--log tensorboard`: the curves of a run for those who live there. The only code that knows TensorBoard."""
+"""`--log tensorboard`: the curves of a run. The only code that knows TensorBoard."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ _NAMES = {"train_loss": "loss/train", "val_loss": "loss/validation", "val_accura
 
 
 class TensorBoardProgress:
-    """A progress that passes everything on to another one, and writes each epoch as scalars into `folder`.
+    """Progress that passes everything on to `inner`, and writes each epoch as scalars into `folder`.
 
     Steps are epochs. After a resume the epochs go on in a further event file of the same folder, as TensorBoard
     expects. Raises AttireError where TensorBoard is not installed.
@@ -34,7 +34,7 @@ class TensorBoardProgress:
         self.writer.flush()
 
     def tested(self, accuracy: float, low: float, high: float, epoch: int) -> None:
-        """The one test, at the last epoch, with the bounds of its interval beside it."""
+        """The test accuracy, at the last epoch, with its 95 % confidence interval."""
         self.inner.tested(accuracy, low, high, epoch)
         for name, value in (("", accuracy), ("_low", low), ("_high", high)):
             self.writer.add_scalar(f"accuracy/test{name}", value, epoch)

@@ -6,7 +6,6 @@ python docs/make/commands.py
 from pathlib import Path
 
 from attire.cli.main import cli
-from attire.cli.shell import _Context
 from attire.storage.files import write_text
 
 PAGE = Path(__file__).parent.parent / "commands.md"
@@ -20,12 +19,14 @@ Exit status: 0; 1 for data and I/O; 2 for usage; 130 after Ctrl-C.
 
 def helps() -> dict[str, str]:
     """`attire` and each command's name, with its help at COLUMNS."""
-    root = _Context(cli, info_name="attire", terminal_width=COLUMNS, **cli.context_settings)
-    found = {"attire": root.get_help()}
+    root = cli.context_class(cli, info_name="attire", terminal_width=COLUMNS, **cli.context_settings)
+    texts = {"attire": root.get_help()}
     for name in sorted(cli.commands):
         command = cli.commands[name]
-        found[f"attire {name}"] = _Context(command, parent=root, info_name=name, terminal_width=COLUMNS).get_help()
-    return found
+        texts[f"attire {name}"] = command.context_class(
+            command, parent=root, info_name=name, terminal_width=COLUMNS
+        ).get_help()
+    return texts
 
 
 def page() -> str:

@@ -19,7 +19,7 @@ from attire.analysis.label_errors import (
     remoteness,
 )
 from attire.errors import AttireError
-from attire.features.sources import fit_standardiser
+from attire.features.sources import Standardiser
 from tests.conftest import blocks_and_noise
 
 
@@ -60,7 +60,7 @@ def test_scores_equal_a_ridge_regression_on_the_other_folds(monkeypatch: pytest.
     monkeypatch.setattr(label_errors, "_PANEL", 7)
     rows, folds = features_of(LABELS), assign_folds(LABELS, np.arange(600))
     found = read_features(in_blocks(rows), LABELS, folds, 10)
-    x = fit_standardiser(iter([rows]))(rows.clone()).double()
+    x = Standardiser.fit(iter([rows]))(rows.clone()).double()
     targets = torch.eye(10, dtype=torch.float64)[LABELS]
     rest = torch.from_numpy(folds != 2)
     prior = targets[rest].mean(0)

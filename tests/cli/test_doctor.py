@@ -20,10 +20,6 @@ from attire.storage.http import MirrorError
 from tests.command import attire
 
 
-def named(found: list[doctor._Finding], name: str) -> doctor._Finding:
-    return next(finding for finding in found if finding.name == name)
-
-
 @pytest.fixture
 def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """No mirror answers."""
@@ -44,19 +40,19 @@ def cached(cache: Path, convolutions: Path) -> None:
 @pytest.mark.usefixtures("nowhere", "cached")
 def test_a_place_without_data_and_mirrors_can_still_predict(cache: Path) -> None:
     done = attire("doctor", "--json")
-    told = json.loads(done.out)
-    states = {finding["name"]: finding["state"] for finding in told["findings"]}
+    answer = json.loads(done.out)
+    states = {finding["name"]: finding["state"] for finding in answer["findings"]}
     assert states == {
         **dict.fromkeys(("Versions", "Device", "Cache", "Precision", "Model"), "ok"),
         **dict.fromkeys(("Data", "Weights", "Mirrors"), "note"),
     }
-    assert (done.status, told["sound"], done.err) == (0, True, "")
-    facts = {finding["name"]: finding["facts"] for finding in told["findings"]}
-    assert facts["Versions"]["packages"]["torch"] == metadata.version("torch")
-    assert facts["Cache"]["folder"] == str(cache)
-    assert facts["Cache"]["bytes"] == 0
-    assert facts["Model"]["samples"] > 0
-    assert set(facts["Mirrors"].values()) == {"no answer in 3 s"}
+    assert (done.status, answer["sound"], done.err) == (0, True, "")
+    details = {finding["name"]: finding["details"] for finding in answer["findings"]}
+    assert details["Versions"]["packages"]["torch"] == metadata.version("torch")
+    assert details["Cache"]["folder"] == str(cache)
+    assert details["Cache"]["bytes"] == 0
+    assert details["Model"]["samples"] > 0
+    assert set(details["Mirrors"].values()) == {"no answer in 3 s"}
     assert sorted(path.name for path in cache.iterdir()) == ["convolutions.json"]
 
 
@@ -77,24 +73,24 @@ def test_lines_for_people_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_package_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ["click>=8", "flux-capacitor>=1.21", 'hoverboard>=2; extra == "toys"']
     monkeypatch.setattr(metadata, "requires", lambda name: wanted)
-    found = doctor._versions()
-    assert (found.state, found.told) == ("failed", "missing: flux-capacitor")
-    assert found.facts["extras"] == {"toys": ["hoverboard"]}
+    finding = doctor._versions()
+    assert (finding.state, finding.message) == ("failed", "missing: flux-capacitor")
+    assert finding.details["extras"] == {"toys": ["hoverboard"]}
     monkeypatch.setattr(metadata, "requires", lambda name: ["click>=8", wanted[2]])
-    assert doctor._versions().told.endswith("; extras not installed: toys")
+    assert doctor._versions().message.endswith("; extras not installed: toys")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root may write anywhere")
 def test_a_cache_that_cannot_be_written_fails(cache: Path) -> None:
     cache.mkdir(mode=0o500)
-    assert doctor._guarded("Cache", doctor._cache).state == "failed"
+    assert doctor._run_check("Cache", doctor._cache).state == "failed"
 
 
 def test_a_cache_in_place_of_a_file_fails(cache: Path) -> None:
     cache.write_text("")
-    found = doctor._guarded("Cache", doctor._cache)
-    assert found.state == "failed"
-    assert "cannot make the folder" in found.told
+    finding = doctor._run_check("Cache", doctor._cache)
+    assert finding.state == "failed"
+    assert "cannot make the folder" in finding.message
 
 
 def test_a_full_disk_is_noted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,9 +98,9 @@ def test_a_full_disk_is_noted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     (cache / "features").mkdir(parents=True)
     (cache / "features" / "x").write_bytes(bytes(1000))
-    found = doctor._cache()
-    assert (found.state, found.do) == ("note", "attire cache --clear makes room")
-    assert found.facts["parts"] == {"features": 1000}
+    finding = doctor._cache()
+    assert (finding.state, finding.do) == ("note", "attire cache --clear makes room")
+    assert finding.details["parts"] == {"features": 1000}
 
 
 def test_damaged_data_and_weights_are_noted_and_left_alone(cache: Path) -> None:
@@ -130,11 +126,11 @@ def test_a_damaged_model_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(inference_predict, "open_model", damaged)
     done = attire("doctor", "--offline", "--json")
-    told = json.loads(done.out)
-    assert (done.status, told["sound"]) == (1, False)
-    failed = [finding for finding in told["findings"] if finding["state"] == "failed"]
+    answer = json.loads(done.out)
+    assert (done.status, answer["sound"]) == (1, False)
+    failed = [finding for finding in answer["findings"] if finding["state"] == "failed"]
     assert [finding["name"] for finding in failed] == ["Model"]
-    assert failed[0]["told"].startswith("model.safetensors: damaged")
+    assert failed[0]["message"].startswith("model.safetensors: damaged")
 
 
 def test_runtimes_that_disagree_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,17 +141,17 @@ def test_runtimes_that_disagree_fail(monkeypatch: pytest.MonkeyPatch) -> None:
             return real(None, "cpu").predict(images[::-1].copy())
 
     monkeypatch.setattr(inference_predict, "open_model", lambda path, device: Shifted())
-    found = doctor._guarded("Model", doctor._shipped)
-    assert found.state == "failed"
-    assert "answer differently" in found.told
+    finding = doctor._run_check("Model", doctor._shipped_model)
+    assert finding.state == "failed"
+    assert "answer differently" in finding.message
 
 
 def test_what_a_broken_library_raises_is_a_finding() -> None:
     def broken() -> doctor._Finding:
         raise ImportError("libfoo.so.1: cannot open shared object file\nand more")
 
-    found = doctor._guarded("Device", broken)
-    assert (found.state, found.told) == ("failed", "ImportError: libfoo.so.1: cannot open shared object file")
+    finding = doctor._run_check("Device", broken)
+    assert (finding.state, finding.message) == ("failed", "ImportError: libfoo.so.1: cannot open shared object file")
 
 
 def test_mirrors_are_asked_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +160,7 @@ def test_mirrors_are_asked_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None
             raise MirrorError("connection refused")
 
     monkeypatch.setattr(doctor, "check_reachable", probe)
-    found = doctor._mirrors(False)
+    finding = doctor._mirrors(False)
     hosts = {
         http.host_of(url)
         for url in (
@@ -174,6 +170,6 @@ def test_mirrors_are_asked_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None
             *pretrained.SDIST_MIRRORS,
         )
     }
-    assert set(found.facts) == hosts
-    assert (found.state, found.told) == ("ok", f"1 of {len(hosts)} answer (deb.debian.org)")
+    assert set(finding.details) == hosts
+    assert (finding.state, finding.message) == ("ok", f"1 of {len(hosts)} answer (deb.debian.org)")
     assert vars(doctor)["check_reachable"] is not http.check_reachable

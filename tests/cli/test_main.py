@@ -63,7 +63,7 @@ def test_help_lists_every_command_and_every_field_of_a_recipe() -> None:
 
 def test_no_help_waits_for_torch() -> None:
     run = f"""import sys
-from attire.cli import main
+from attire.cli.main import main
 for name in {COMMANDS}:
     sys.argv[1:] = [name, "--help"]
     try: main()
@@ -95,7 +95,7 @@ TAKEN = "mine: the folder is not empty; give --out another name"
 def test_what_is_mistyped_does_not_wait_for_torch(here: Path, command: str, told: str) -> None:
     (here / "mine").mkdir()
     (here / "mine" / "notes.txt").touch()
-    code = "import sys; sys.modules['torch'] = None; from attire.cli import main; main()"
+    code = "import sys; sys.modules['torch'] = None; from attire.cli.main import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2 if told.startswith("--") else 1, f"error: {told}\n")
 
@@ -271,7 +271,7 @@ def test_ctrl_c_elsewhere_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (done.status, done.out, done.err.strip()) == (130, "", "stopped; what was finished is kept")
 
 
-PLAIN = [sys.executable, "-c", "from attire.cli import main; main()"]
+PLAIN = [sys.executable, "-c", "from attire.cli.main import main; main()"]
 
 
 @pytest.mark.parametrize("argument", ["cache", "--help"])
@@ -304,7 +304,7 @@ def test_predict_names_each_file_whatever_it_is_called(bundle: Path, here: Path,
     names = ["a b.png", "two\nlines.png", "-dash.png", "größe.png"]
     for name, image in zip(names, synthetic.images, strict=False):
         picture(here / name, image)
-    done = attire("predict", bundle, "--top", "1", "--", *names)
+    done = attire("predict", bundle, "--top-k", "1", "--", *names)
     assert (done.status, errors(done)) == (0, [])
     lines = done.out.splitlines()
     assert [line[:24].strip() for line in lines] == ["a b.png", r"two\nlines.png", "-dash.png", "größe.png"]

@@ -24,7 +24,7 @@ def program(tmp_path: Path) -> dict[str, str]:
     """The environment of a shell that finds `attire` first on its PATH."""
     path = tmp_path / "bin" / "attire"
     path.parent.mkdir()
-    path.write_text(f"#!{sys.executable}\nfrom attire.cli import main\nmain()\n")
+    path.write_text(f"#!{sys.executable}\nfrom attire.cli.main import main\nmain()\n")
     path.chmod(0o755)
     place = f"{path.parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "PATH": place, "PYTHONPATH": str(Path(shell.__file__).parents[2]), "HOME": str(tmp_path)}
@@ -124,7 +124,7 @@ def test_every_command_shows_an_example(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_answers_programs(name: str) -> None:
-    assert ("--json" in shell._options(main.cli.commands[name])) == (name not in NO_JSON)
+    assert shell._has_option(main.cli.commands[name], "--json") == (name not in NO_JSON)
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])
@@ -151,7 +151,7 @@ def test_the_list_of_commands_says_what_each_does_without_cutting_it(
 
 def test_examples_fold_without_losing_a_word() -> None:
     text = "What it does.\n\n\b\nattire predict photos/ 'more/*.png' --format csv     answers for many\nattire x"
-    assert shell._folded(text, 36) == (
+    assert shell._fold_examples(text, 36) == (
         "What it does.\n\n\b\nattire predict photos/ \\\n    'more/*.png' --format csv\n    answers for many\nattire x"
     )
 

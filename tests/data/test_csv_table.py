@@ -7,8 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attire.data.csv_table import _COLUMNS, _HEADER, _read_frame, write_table
+from attire.data.csv_table import _COLUMNS, _HEADER, Table, read_parts, write_table
 from attire.errors import AttireError
+from attire.storage.formats import open_input
+
+
+def read(path: str | Path, class_count: int = 10) -> Table:
+    with open_input(Path(path)) as file:
+        return Table.concatenate(read_parts(Path(path), file, class_count))
+
 
 GOOD = [str(value) for value in (7, *[i % 256 for i in range(784)])]
 
@@ -29,20 +36,21 @@ def write(tmp_path: Path, *lines: str | bytes, end: bytes = b"\n", name: str = "
 def message(path: Path, class_count: int = 10) -> str:
     """The error's line, after the file's name."""
     with pytest.raises(AttireError) as caught:
-        _read_frame(path, class_count)
+        read(path, class_count)
     text = str(caught.value)
     assert text.startswith(f"{path}: ")
     assert "\n" not in text
     return text.removeprefix(f"{path}: ")
 
 
-def test_frame_has_the_columns_types_and_values_of_the_file(tmp_path: Path) -> None:
-    frame = _read_frame(write(tmp_path, _HEADER, ROW, with_cell(0, "0"), ""))
-    assert tuple(frame.columns) == _COLUMNS
-    assert frame["label"].dtype == np.int64
-    assert set(map(str, frame.dtypes[1:])) == {"uint8"}
-    assert frame["label"].tolist() == [7, 0]
-    assert frame.iloc[1, 1:].tolist() == [i % 256 for i in range(784)]
+def test_a_table_has_the_types_and_values_of_the_file(tmp_path: Path) -> None:
+    table = read(write(tmp_path, _HEADER, ROW, with_cell(0, "0"), ""))
+    assert table.labels is not None
+    assert table.labels.dtype == np.int64
+    assert table.pixels.dtype == np.uint8
+    assert table.labels.tolist() == [7, 0]
+    assert table.pixels[1].tolist() == [i % 256 for i in range(784)]
+    assert tuple(_COLUMNS) == ("label", *(f"pixel{i}" for i in range(1, 785)))
 
 
 def test_a_pipe_is_read_like_a_file(tmp_path: Path) -> None:
@@ -51,7 +59,7 @@ def test_a_pipe_is_read_like_a_file(tmp_path: Path) -> None:
     content = b"\n".join([_HEADER, *[ROW.encode()] * 40])
     writer = threading.Thread(target=pipe.write_bytes, args=(content,))
     writer.start()
-    assert len(_read_frame(pipe)) == 40
+    assert len(read(pipe)) == 40
     writer.join()
 
 
@@ -59,11 +67,12 @@ def test_a_pipe_is_read_like_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tail", [[], [""], ["", "", ""]])
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 def test_harmless_variations_are_accepted(tmp_path: Path, end: bytes, tail: list[str], bom: bytes) -> None:
-    assert len(_read_frame(write(tmp_path, bom + _HEADER, ROW, ROW, *tail, end=end))) == 2
+    assert len(read(write(tmp_path, bom + _HEADER, ROW, ROW, *tail, end=end))) == 2
 
 
 def test_leading_zeros_are_the_same_number(tmp_path: Path) -> None:
-    assert _read_frame(write(tmp_path, _HEADER, with_cell(3, "007"), with_cell(3, "000")))["pixel3"].tolist() == [7, 0]
+    path = write(tmp_path, _HEADER, with_cell(3, "007"), with_cell(3, "000"))
+    assert read(path).pixels[:, 2].tolist() == [7, 0]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +111,7 @@ def test_a_label_beyond_the_classes_points_to_the_option(tmp_path: Path, cell: s
 
 def test_class_count_sets_the_range_of_labels(tmp_path: Path) -> None:
     path = write(tmp_path, _HEADER, with_cell(0, "10"))
-    assert _read_frame(path, 11)["label"].tolist() == [10]
+    assert read(path, 11).labels == [10]
     assert message(write(tmp_path, _HEADER, ROW), 3).startswith("label is 7, expected a whole number from 0 to 2 (line")
 
 
@@ -182,7 +191,7 @@ def test_nothing_there(tmp_path: Path) -> None:
     assert message(tmp_path) == "is a folder, expected a file"
     assert message(tmp_path / ("x" * 300)).startswith("cannot read (File name too long)")
     with pytest.raises(AttireError, match=r"^a\\x00b: cannot read \(.*null"):
-        _read_frame("a\x00b")
+        read("a\x00b")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +219,7 @@ def test_other_formats_are_named(tmp_path: Path, content: bytes, said: str) -> N
 
 def test_a_file_name_with_a_line_break_stays_one_line(tmp_path: Path) -> None:
     with pytest.raises(AttireError, match=re.escape(r"two\nlines.csv: empty file")):
-        _read_frame(write(tmp_path, b"", name="two\nlines.csv"))
+        read(write(tmp_path, b"", name="two\nlines.csv"))
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -218,7 +227,8 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     images = rng.integers(0, 256, (300, 28, 28), np.uint8)
     labels = rng.integers(0, 10, 300)
     write_table(tmp_path / "out.csv", images, labels)
-    frame = _read_frame(tmp_path / "out.csv")
-    assert np.array_equal(frame["label"], labels)
-    assert np.array_equal(frame.iloc[:, 1:].to_numpy(), images.reshape(-1, 784))
+    table = read(tmp_path / "out.csv")
+    assert table.labels is not None
+    assert np.array_equal(table.labels, labels)
+    assert np.array_equal(table.pixels, images.reshape(-1, 784))
     assert (tmp_path / "out.csv").read_bytes().startswith(_HEADER + b"\n" + f"{labels[0]},{images[0, 0, 0]},".encode())

@@ -34,53 +34,53 @@ def dataset(path: Path, data: ImageDataset, **more: Any) -> Path:
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files whose pictures were decoded."""
-    found: list[str] = []
+    names: list[str] = []
     real = parquet._tables
 
-    def tables(parts: Any, coding: Any) -> Iterator[Any]:
-        found.extend(str(part) for part in parts)
-        return real(parts, coding)
+    def tables(sources: Any, encoder: Any) -> Iterator[Any]:
+        names.extend(str(source) for source in sources)
+        return real(sources, encoder)
 
     monkeypatch.setattr(parquet, "_tables", tables)
-    return found
+    return names
 
 
 def test_a_file_holds_the_images_and_labels_that_went_in(synthetic: ImageDataset, tmp_path: Path) -> None:
-    found = load_dataset(dataset(tmp_path / "mine.parquet", synthetic))
-    assert np.array_equal(found.images, synthetic.images)
-    assert np.array_equal(found.labels, synthetic.labels)
-    assert (found.classes, found.source, found.digest) == (FASHION_CLASSES, "mine.parquet", synthetic.digest)
+    loaded = load_dataset(dataset(tmp_path / "mine.parquet", synthetic))
+    assert np.array_equal(loaded.images, synthetic.images)
+    assert np.array_equal(loaded.labels, synthetic.labels)
+    assert (loaded.classes, loaded.source, loaded.digest) == (FASHION_CLASSES, "mine.parquet", synthetic.digest)
 
 
 @pytest.mark.real
 def test_fashion_mnist_as_pictures_in_parquet_is_the_idx_files_rows(tmp_path: Path) -> None:
     official = load_dataset(part="test").subset(range(600))
-    found = load_dataset(dataset(tmp_path / "test.parquet", official, group=100))
-    assert (found.digest, found.image_digest) == (official.digest, official.image_digest)
+    loaded = load_dataset(dataset(tmp_path / "test.parquet", official, group=100))
+    assert (loaded.digest, loaded.image_digest) == (official.digest, official.image_digest)
 
 
 def test_pictures_are_decoded_once(synthetic: ImageDataset, tmp_path: Path, read: list[str]) -> None:
     path = dataset(tmp_path / "mine.parquet", synthetic)
     for _ in range(2):
-        assert len(_read_parquet(path)) == 60
+        assert len(_read_parquet([path])) == 60
     assert read == [str(path)]
     copy = next(table_cache.folder().glob("*.table"))
     copy.write_bytes(copy.read_bytes()[:-1])
     with pytest.warns(AttireWarning, match="the copy of Parquet files is damaged and made again"):
-        assert len(_read_parquet(path)) == 60
+        assert len(_read_parquet([path])) == 60
     dataset(path, synthetic.subset(range(20)))
-    assert len(_read_parquet(path)) == 20
+    assert len(_read_parquet([path])) == 20
 
 
 def test_text_labels_are_the_class_names(synthetic: ImageDataset, tmp_path: Path) -> None:
     words = [("hat", "coat", "scarf")[i % 3] for i in range(60)]
     path = write_parquet(tmp_path / "a.parquet", pngs(synthetic), words)
-    found = load_dataset(path)
-    assert found.classes == ("coat", "hat", "scarf")
-    assert found.labels[:3].tolist() == [1, 0, 2]
+    loaded = load_dataset(path)
+    assert loaded.classes == ("coat", "hat", "scarf")
+    assert loaded.labels[:3].tolist() == [1, 0, 2]
     assert load_dataset(path, classes=["scarf", "hat", "coat"]).labels[:3].tolist() == [1, 2, 0]
     coded = write_parquet(tmp_path / "b.parquet", pngs(synthetic), pa.array(words).dictionary_encode())
-    assert np.array_equal(load_dataset(coded).labels, found.labels)
+    assert np.array_equal(load_dataset(coded).labels, loaded.labels)
     with pytest.raises(AttireError, match=r"a\.parquet: label is 'scarf', none of the 2 classes \(row 3\)$"):
         load_dataset(path, classes=NAMES)
 
@@ -108,8 +108,8 @@ def test_a_folder_s_parts_are_read_in_order_and_training_apart_from_test(
     whole = load_dataset(tmp_path / "d")
     assert np.array_equal(whole.images, synthetic.images[:48])
     dataset(tmp_path / "d" / "test-00000-of-00001.parquet", synthetic.subset(range(48, 60)))
-    found = load_splits(tmp_path / "d")
-    assert (len(found.train), len(found.test), found.how) == (48, 12, {"test": "own"})
+    splits = load_splits(tmp_path / "d")
+    assert (len(splits.train), len(splits.test), splits.method) == (48, 12, {"test": "own"})
     assert np.array_equal(load_dataset(tmp_path / "d" / "train-*.parquet").images, whole.images)
     dataset(tmp_path / "d" / "validation.parquet", synthetic)
     with pytest.raises(AttireError, match=r"validation\.parquet: a third part beside train and test"):
@@ -123,8 +123,8 @@ def test_files_that_number_their_classes_differently_are_put_right(synthetic: Im
     write_parquet(tmp_path / "test.parquet", pngs(synthetic), turned, names=FASHION_CLASSES[::-1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AttireWarning)  # that they are the same images
-        found = load_splits(tmp_path)
-    assert np.array_equal(found.test.labels, synthetic.labels)
+        splits = load_splits(tmp_path)
+    assert np.array_equal(splits.test.labels, synthetic.labels)
     spaced = ["T - shirt / top", *FASHION_CLASSES[1:]]
     path = write_parquet(tmp_path / "hub.parquet", pngs(synthetic), synthetic.labels.tolist(), names=spaced)
     assert load_dataset(path, classes=FASHION_CLASSES).classes == FASHION_CLASSES
@@ -206,8 +206,8 @@ def test_memory_is_bounded_by_batches(synthetic: ImageDataset, tmp_path: Path, m
 def test_row_groups_before_the_first_row_are_not_read(synthetic: ImageDataset, tmp_path: Path) -> None:
     source = parquet.ParquetSource(open_location(dataset(tmp_path / "a.parquet", synthetic, group=20)))
     for first in (0, 7, 20, 59, 60):
-        found = [label for batch in source.batches(["label"], first) for label in batch.column(0).to_pylist()]
-        assert found == synthetic.labels[first:].tolist()
+        labels = [label for batch in source.batches(["label"], first) for label in batch.column(0).to_pylist()]
+        assert labels == synthetic.labels[first:].tolist()
 
 
 @pytest.mark.usefixtures("weights", "here")

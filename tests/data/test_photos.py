@@ -7,8 +7,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from attire.data import photos
 from attire.data.loading import load_dataset
-from attire.data.photos import Steps, _PreparedPhoto, comparison_strip, prepare
+from attire.data.photos import _PreparedPhoto, comparison_strip, prepare
 from attire.errors import AttireError
 from attire.inference import classifier
 
@@ -40,6 +41,13 @@ def close(photo: _PreparedPhoto, least: float = 0.9) -> bool:
     return float(np.corrcoef(photo.image.ravel(), EXPECTED.ravel())[0, 1]) >= least
 
 
+@pytest.fixture
+def unstretched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grey values as they are, without more contrast."""
+    monkeypatch.setattr(photos, "_stretched", lambda values: values)
+    monkeypatch.setattr(photos, "_lifted", lambda values, cloth: values)
+
+
 def test_the_published_steps() -> None:
     photo = prepare(encode(trousers()))
     assert (photo.crop, photo.polarity, photo.kind) == (BOX, "dark on light", "photo")
@@ -51,12 +59,12 @@ def test_the_published_steps() -> None:
     assert photo.original.size == (200, 240)
 
 
-def test_light_on_dark_is_not_negated() -> None:
+def test_light_on_dark_is_not_negated(monkeypatch: pytest.MonkeyPatch) -> None:
     photo = prepare(encode(trousers((10, 10, 10), (240, 230, 220))))
     assert (photo.crop, photo.polarity) == (BOX, "light on dark")
     assert close(photo, 0.98)
-    left = prepare(encode(trousers((10, 10, 10), (240, 230, 220))), steps=Steps(polarity=False))
-    assert not left.image.any()
+    monkeypatch.setattr(photos, "_is_lighter", lambda colours, ground: False)
+    assert not prepare(encode(trousers((10, 10, 10), (240, 230, 220)))).image.any()
 
 
 @pytest.mark.parametrize(
@@ -70,14 +78,15 @@ def test_coloured_backgrounds(paper: tuple[int, ...], cloth: tuple[int, ...]) ->
     assert photo.image.max() >= 250
 
 
-def test_light_that_falls_off_towards_the_edges_is_background() -> None:
+def test_light_that_falls_off_towards_the_edges_is_background(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, columns = np.mgrid[-1:1:240j, -1:1:200j]
     light = (1 - 0.3 * columns - 0.15 * rows * rows)[..., None] / 1.3
     image = Image.fromarray((np.asarray(trousers()) * light).clip(0, 255).astype(np.uint8))
     photo = prepare(encode(image))
     assert photo.crop == BOX
     assert close(photo, 0.95)
-    assert prepare(encode(image), steps=Steps(uneven=False)).crop != BOX
+    monkeypatch.setattr(photos, "_background", lambda colours: (photos._corner_colour(colours), 0.0))
+    assert prepare(encode(image)).crop != BOX
 
 
 def test_a_garment_that_covers_the_edges_is_no_uneven_light() -> None:
@@ -86,44 +95,50 @@ def test_a_garment_that_covers_the_edges_is_no_uneven_light() -> None:
     assert prepare(encode(image)).image.any()
 
 
-def test_noise_and_specks_do_not_widen_the_crop() -> None:
+def test_noise_and_specks_do_not_widen_the_crop(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     noisy = np.asarray(trousers((200, 200, 200))) + rng.normal(0, 9, (240, 200, 3))
     image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
     ImageDraw.Draw(image).rectangle((180, 220, 184, 224), fill=(0, 0, 0))
     assert prepare(encode(image)).crop == BOX
-    assert prepare(encode(image), steps=Steps(specks=False, thin=False)).crop[2:] == (185, 225)
+    monkeypatch.setattr(photos, "_without_specks", lambda mask: mask)
+    monkeypatch.setattr(photos, "_thick", lambda mask: mask)
+    assert prepare(encode(image)).crop[2:] == (185, 225)
 
 
-def test_laces_do_not_widen_the_crop() -> None:
+def test_laces_do_not_widen_the_crop(monkeypatch: pytest.MonkeyPatch) -> None:
     image = trousers()
     ImageDraw.Draw(image).line((100, 60, 190, 8), fill=(0, 0, 0), width=3)
     assert prepare(encode(image)).crop == BOX
-    assert prepare(encode(image), steps=Steps(thin=False)).crop[2] > 185
+    monkeypatch.setattr(photos, "_thick", lambda mask: mask)
+    assert prepare(encode(image)).crop[2] > 185
 
 
-def test_the_outlines_of_a_drawing_are_left_out() -> None:
+@pytest.mark.usefixtures("unstretched")
+def test_the_outlines_of_a_drawing_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.new("L", (400, 400), 255)
     ImageDraw.Draw(image).rectangle((100, 50, 300, 350), fill=155, outline=0, width=5)
-    without = prepare(encode(image), steps=Steps(stretch=False, shadows=False)).image
+    monkeypatch.setattr(photos, "_SHADOW", 0)
+    without = prepare(encode(image)).image
     assert (without[2:-2, 7:20] == 100).all()
     assert without.max() <= 100
-    assert prepare(encode(image), steps=Steps(stretch=False, lines=False)).image.max() > 130
+    monkeypatch.setattr(photos, "_without_lines", lambda values, line: values)
+    assert prepare(encode(image)).image.max() > 130
 
 
 @pytest.mark.parametrize("ink", [0, 255])
 def test_thin_lines_are_shadows_on_the_cloth(ink: int) -> None:
     """Seams and buttons are, in the data set; a pen's negative would be bright."""
-    image = Image.new("L", (400, 400), 255)
-    ImageDraw.Draw(image).rectangle((100, 50, 300, 350), fill=155)
-    ImageDraw.Draw(image).line((200, 60, 200, 340), fill=ink, width=5)
-    found = prepare(encode(image), steps=Steps(stretch=False, subsample=False)).image
-    assert (found[3:-3, 6:10] == 100).all()
-    assert (found[3:-3, 13:15].min(1) < 97).all()
-    assert found.max() <= 101
+    image = Image.new("L", (400, 400), 0)
+    ImageDraw.Draw(image).rectangle((100, 50, 300, 350), fill=100)
+    ImageDraw.Draw(image).line((200, 60, 200, 340), fill=255 - ink, width=5)
+    values = photos._without_lines(np.asarray(image, float), 6)
+    assert (values[60:340, 110:190] == 100).all()
+    assert (values[70:330, 199:202] < 97).all()
+    assert values.max() <= 101
 
 
-def test_a_drawing_that_is_an_outline_alone_is_filled() -> None:
+def test_a_drawing_that_is_an_outline_alone_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.new("L", (400, 400), 255)
     ImageDraw.Draw(image).polygon(((150, 50), (250, 50), (330, 350), (70, 350)), outline=0, width=6)
     ImageDraw.Draw(image).rectangle((190, 40, 200, 60), fill=255)  # a gap, as pens leave it
@@ -131,32 +146,35 @@ def test_a_drawing_that_is_an_outline_alone_is_filled() -> None:
     photo = prepare(encode(image))
     assert photo.image[3:25, 13:15].min() > 140
     assert (photo.image[:8, :3] == 0).all()
-    hollow = prepare(encode(image), steps=Steps(hollow=False)).image
+    monkeypatch.setattr(photos, "_hollow", lambda values, mask, line: None)
+    hollow = prepare(encode(image)).image
     assert hollow[8:20, 12:16].max() == 0
 
 
-def test_a_cut_out_of_white_cloth_with_dark_lines_is_cloth() -> None:
+def test_a_cut_out_of_white_cloth_with_dark_lines_is_cloth(monkeypatch: pytest.MonkeyPatch) -> None:
     image = trousers((0, 0, 0, 0), (255, 255, 255, 255), "RGBA")
     ImageDraw.Draw(image).rectangle((BOX[0], BOX[1], BOX[2] - 1, BOX[1] + 12), fill=(0, 0, 0, 255))
     ImageDraw.Draw(image).line((65, 80, 65, 190), fill=(0, 0, 0, 255), width=14)
     assert close(prepare(encode(image)), 0.8)
-    assert not close(prepare(encode(image), steps=Steps(hollow=False)), 0.8)
+    monkeypatch.setattr(photos, "_hollow", lambda values, mask, line: None)
+    assert not close(prepare(encode(image)), 0.8)
 
 
-def test_pale_cloth_is_lifted_and_dark_cloth_left() -> None:
+def test_pale_cloth_is_lifted_and_dark_cloth_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dark sole would keep a pale shoe dark."""
     image = Image.new("L", (400, 240), 255)
     ImageDraw.Draw(image).rectangle((50, 40, 349, 199), fill=215)
     ImageDraw.Draw(image).rectangle((50, 180, 349, 199), fill=0)
-    levels = [int(np.median(prepare(encode(image), steps=Steps(lift=lift)).image[8:18])) for lift in (True, False)]
-    assert levels[0] > 130
-    assert levels[1] < 60
     black = Image.new("L", (400, 240), 255)
     ImageDraw.Draw(black).rectangle((50, 40, 349, 199), fill=20)
-    assert np.array_equal(prepare(encode(black)).image, prepare(encode(black), steps=Steps(lift=False)).image)
+    lifted, dark = prepare(encode(image)).image, prepare(encode(black)).image
+    monkeypatch.setattr(photos, "_lifted", lambda values, cloth: values)
+    assert np.median(lifted[8:18]) > 130
+    assert np.median(prepare(encode(image)).image[8:18]) < 60
+    assert np.array_equal(dark, prepare(encode(black)).image)
 
 
-def test_what_is_opaque_is_the_garment_wherever_it_stands() -> None:
+def test_what_is_opaque_is_the_garment_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may reach into three corners, and be of the paper's colour in part."""
     image = Image.new("RGBA", (200, 240))
     ImageDraw.Draw(image).rectangle((0, 0, 199, 150), fill=(30, 40, 90, 255))
@@ -164,19 +182,18 @@ def test_what_is_opaque_is_the_garment_wherever_it_stands() -> None:
     photo = prepare(encode(image))
     assert (photo.crop, photo.polarity) == ((0, 0, 200, 240), "dark on light")
     assert photo.image[2:14, 6:22].min() > 180
-    assert prepare(encode(image), steps=Steps(cut_out=False)).polarity == "light on dark"
     covered = trousers().convert("RGBA")  # opaque throughout: its corners tell
     assert prepare(encode(covered)).crop == BOX
+    monkeypatch.setattr(photos, "_opaque", lambda picture, size: None)
+    assert prepare(encode(image)).polarity == "light on dark"
 
 
-def test_the_published_sharpening_is_left_out() -> None:
+def test_the_published_sharpening_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.new("L", (200, 240), 255)
     ImageDraw.Draw(image).rectangle((60, 40, 139, 199), fill=150)
     ImageDraw.Draw(image).rectangle((60, 40, 139, 70), fill=0)
-    plain, sharp = (prepare(encode(image), steps=Steps(sharpen=sharpen, lift=False)).image for sharpen in (False, True))
-    assert (plain[6:, 14] == 105).all()  # the lower part, right up to the dark one
-    assert sharp[6, 14] < 105  # and its edge sharpened
-    assert (sharp[12:, 14] == 105).all()
+    monkeypatch.setattr(photos, "_lifted", lambda values, cloth: values)
+    assert (prepare(encode(image)).image[6:, 14] == 105).all()  # the lower part, right up to the dark one
 
 
 def test_exif_orientation() -> None:
@@ -284,8 +301,8 @@ def test_the_strip_shows_original_crop_and_result(size: tuple[int, int]) -> None
         image.load()
     assert (image.format, image.mode, image.height) == ("PNG", "RGB", 112)
     assert 112 + 2 * 56 <= image.width <= 5 * 112 + 8
-    seen = np.asarray(image)[2::4, -110::4, 0]
-    assert np.array_equal(seen, photo.image)
+    shown = np.asarray(image)[2::4, -110::4, 0]
+    assert np.array_equal(shown, photo.image)
 
 
 def photographed(image: NDArray[np.uint8]) -> bytes:
@@ -327,6 +344,6 @@ def icon(name: str, cloth: tuple[int, ...], side: int = 128) -> bytes:
 @pytest.mark.parametrize("name", ["T-shirt/top", "Trouser", "Pullover"])
 @pytest.mark.parametrize("cloth", [(59, 136, 195, 255), (255, 204, 77, 255), (41, 47, 51, 255), (204, 214, 221, 255)])
 def test_plain_icons_are_named_and_most_are_accepted(name: str, cloth: tuple[int, ...]) -> None:
-    found = classifier.load_bundle(classifier.SHIPPED, "cpu").predict(prepare(icon(name, cloth)).image)
-    assert found.label == name
-    assert not found.out_of_distribution or name == "T-shirt/top"
+    prediction = classifier.load_bundle(classifier.SHIPPED, "cpu").predict(prepare(icon(name, cloth)).image)
+    assert prediction.label == name
+    assert not prediction.out_of_distribution or name == "T-shirt/top"

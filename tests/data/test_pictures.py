@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
-from attire.data.image_folder import read_class_folders
-from attire.data.pictures import _decode, read_image
+from attire.data.pictures import decode_colour
 from attire.errors import AttireError
 
 GREY = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
@@ -31,6 +31,14 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def png_header(width: int, height: int) -> bytes:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def read_image(source: Path | bytes, name: str = "picture") -> NDArray[np.uint8]:
+    """Grey values, transparency on black."""
+    image = decode_colour(source, name)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return np.array(image.convert("L"))
 
 
 def message(data: bytes) -> str:
@@ -53,16 +61,8 @@ def test_28_by_28_is_taken_as_it_is(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "options"), [("JPEG", {"quality": 95}), ("WEBP", {"lossless": True})])
 def test_lossy_formats_are_read(kind: str, options: dict[str, Any]) -> None:
     smooth = np.add.outer(np.arange(28), np.arange(28)).astype(np.uint8) * 4
-    found = read_image(encode(Image.fromarray(smooth), kind, **options))
-    assert np.abs(found.astype(int) - smooth).max() <= 4
-
-
-def test_other_sizes_fit_their_longer_side_and_are_centred_on_black() -> None:
-    found = read_image(encode(Image.new("L", (100, 50), 200)))
-    assert (found[:7] == 0).all()
-    assert (found[7:21] == 200).all()
-    assert (found[21:] == 0).all()
-    assert read_image(encode(Image.new("L", (2, 40), 9)))[:, 14].tolist() == [9] * 28
+    values = read_image(encode(Image.fromarray(smooth), kind, **options))
+    assert np.abs(values.astype(int) - smooth).max() <= 4
 
 
 def test_modes_become_grey() -> None:
@@ -85,22 +85,22 @@ def test_modes_become_grey() -> None:
 def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
     levels = np.full((28, 28), 257 * 100, np.uint16)
     levels[0] = 65535
-    found = read_image(encode(Image.fromarray(levels)))
-    assert found[0, 0] == 255
-    assert found[1, 1] == 100
+    values = read_image(encode(Image.fromarray(levels)))
+    assert values[0, 0] == 255
+    assert values[1, 1] == 100
     assert read_image(encode(Image.fromarray(levels), transparency=257 * 100))[1, 1] == 0
 
 
 def test_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate 90 degrees clockwise to show"
-    found = read_image(encode(Image.fromarray(GREY), exif=exif))
-    assert np.array_equal(found, np.rot90(GREY, -1))
+    values = read_image(encode(Image.fromarray(GREY), exif=exif))
+    assert np.array_equal(values, np.rot90(GREY, -1))
 
 
 def test_decode_keeps_the_size() -> None:
-    image = _decode(encode(Image.new("RGB", (60, 40))))
-    assert (image.size, image.mode) == ((60, 40), "L")
+    image = decode_colour(encode(Image.new("RGB", (60, 40))))
+    assert (image.size, image.mode) == ((60, 40), "RGB")
 
 
 @pytest.mark.parametrize(
@@ -157,56 +157,3 @@ def test_threads_leave_the_warning_filters_as_they_were() -> None:
     for thread in threads:
         thread.join()
     assert warnings.filters == before
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for name, levels in {"shoe": (10, 20), "bag": (30,)}.items():
-        (tmp_path / name).mkdir()
-        for level in levels:
-            Image.new("L", (28, 28), level).save(tmp_path / name / f"{level}.PNG")
-    (tmp_path / ".hidden").write_text("x")
-    (tmp_path / "bag" / ".DS_Store").write_text("x")
-    return tmp_path
-
-
-def refusal(folder: Path, classes: tuple[str, ...] | None = None) -> str:
-    with pytest.raises(AttireError) as caught:
-        read_class_folders(folder, classes)
-    return str(caught.value).removeprefix(f"{folder}")
-
-
-def test_folders_are_classes(folder: Path) -> None:
-    images, labels, classes = read_class_folders(folder)
-    assert classes == ("bag", "shoe")
-    assert labels.tolist() == [0, 1, 1]
-    assert images[:, 0, 0].tolist() == [30, 10, 20]
-    assert read_class_folders(folder, ("shoe", "bag"))[1].tolist() == [0, 0, 1]
-
-
-def test_a_slash_in_a_class_is_an_underscore_on_disk(folder: Path) -> None:
-    (folder / "bag").rename(folder / "T-shirt_top")
-    assert read_class_folders(folder, ("T-shirt/top", "shoe"))[1].tolist() == [0, 1, 1]
-
-
-def test_folders_that_are_refused(folder: Path) -> None:
-    assert refusal(folder, ("shoe", "hat")) == ": no folder for the class hat; each class needs its folder"
-    (folder / "hat").mkdir()
-    assert refusal(folder) == f"/hat: no pictures in this class; {SHOULD} or more"
-    assert refusal(folder, ("bag", "shoe")) == ": hat is none of the 2 classes"
-    (folder / "hat" / "a.txt").write_text("x")
-    assert refusal(folder) == f"/hat/a.txt: not a picture by its name; {SHOULD}"
-    (folder / "hat" / "a.txt").rename(folder / "hat" / "a.png")
-    assert refusal(folder) == f"/hat/a.png: text, not a picture that can be read; {SHOULD}"
-    (folder / "hat" / "a.png").unlink()
-    (folder / "hat" / "red").mkdir()
-    assert refusal(folder).startswith("/hat/red: a folder inside a class folder; ")
-    (folder / "notes.txt").write_text("x")
-    assert refusal(folder) == "/notes.txt: lies outside the class folders; put it into the folder of its class"
-    assert refusal(folder / "none") == ": no such folder"
-
-
-def test_one_class_is_not_enough(tmp_path: Path) -> None:
-    assert refusal(tmp_path) == ": 0 class folders, expected at least two"
-    (tmp_path / "bag").mkdir()
-    assert refusal(tmp_path) == ": 1 class folder, expected at least two"

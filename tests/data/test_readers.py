@@ -1,4 +1,4 @@
-"""Files that Hypothesis makes and spoils: what the readers take is what was written, the rest is refused in one line.
+"""Files that Hypothesis makes and spoils: what the readers accept is what was written, the rest is refused in one line.
 
 Few examples, always the same, are part of `make test`. For 3,000 new ones of each property:
 make test ARGS="tests/test_readers.py --hypothesis-profile long"
@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from attire.data import csv_table, table_cache
-from attire.data.csv_table import Table, _COLUMNS, _HEADER, write_table
+from attire.data.csv_table import _COLUMNS, _HEADER, Table, write_table
 from attire.data.idx import _read_idx
 from attire.errors import AttireError, AttireWarning
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 Edit = tuple[str, float, bytes]
 CHARACTERS = b"0123456789,\r\n\"'; \t-+.exna\x00\xff\xef\xbb\xbf"
 PLACES = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0]))
@@ -63,10 +63,10 @@ def written(path: Path, rows: int = 3, seed: int = 0) -> bytes:
     return path.read_bytes()
 
 
-def found_by(read: Callable[[], Found]) -> Found | None:
+def result_of(reader: Callable[[], Result]) -> Result | None:
     """What a reader returns; None where it refuses in one line."""
     try:
-        return read()
+        return reader()
     except AttireError as error:
         said = str(error)
     assert said.isprintable()
@@ -75,12 +75,12 @@ def found_by(read: Callable[[], Found]) -> Found | None:
 
 def read_plain(path: Path) -> Table:
     with path.open("rb") as file:
-        return csv_table.joined(csv_table.read_parts(path, file))
+        return Table.concatenate(csv_table.read_parts(path, file))
 
 
-def same(found: Table, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> bool:
-    assert found.labels is not None
-    return np.array_equal(found.pixels, pixels.reshape(-1, 784)) and np.array_equal(found.labels, labels)
+def same(read: Table, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> bool:
+    assert read.labels is not None
+    return np.array_equal(read.pixels, pixels.reshape(-1, 784)) and np.array_equal(read.labels, labels)
 
 
 def strictly(data: bytes) -> list[list[int]] | None:
@@ -108,11 +108,11 @@ def test_what_is_written_as_csv_is_read(path: Path, rows: int, seed: int, end: b
 def test_a_spoilt_csv_is_read_by_the_letter_or_refused(path: Path, edits: list[Edit]) -> None:
     data = edited(written(path), edits)
     path.write_bytes(data)
-    found, true = found_by(lambda: read_plain(path)), strictly(data)
-    assert (found is None) == (true is None)
-    if found is not None and true is not None:
+    read, true = result_of(lambda: read_plain(path)), strictly(data)
+    assert (read is None) == (true is None)
+    if read is not None and true is not None:
         rows = np.array(true)
-        assert same(found, rows[:, 1:].astype(np.uint8), rows[:, 0])
+        assert same(read, rows[:, 1:].astype(np.uint8), rows[:, 0])
 
 
 @given(st.integers(1, 20), st.integers(0, 2**32), EDITS)
@@ -122,7 +122,7 @@ def test_whatever_happens_to_a_copy_the_rows_stay_those_of_the_file(
     images, labels = drawn(rows, seed)
     written(path, rows, seed)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        patch.setattr(table_cache, "_LEAST", 0)
+        patch.setattr(table_cache, "_MIN_BYTES", 0)
         patch.setenv("ATTIRE_CACHE", str(path.parent / "cache"))
         warnings.simplefilter("ignore", AttireWarning)
         assert same(table_cache.read_table(path), images, labels)
@@ -165,12 +165,12 @@ def test_a_spoilt_idx_is_what_its_header_says_or_refused(
     whole = as_idx(labels.astype(np.uint8) if is_labels else images)
     data = edited(gzip.compress(whole) if packed else whole, edits)
     path.write_bytes(data)
-    plain, found = unpacked(data), found_by(lambda: _read_idx(path))
-    if found is None:  # refused: then it is none, or one that is not ours to take
+    plain, read = unpacked(data), result_of(lambda: _read_idx(path))
+    if read is None:  # refused: then it is none, or one that is not ours to take
         assert plain is None or as_read(plain) is None
     else:
         assert plain is not None
-        assert np.array_equal(found, np.array(as_read(plain)))
+        assert np.array_equal(read, np.array(as_read(plain)))
 
 
 def as_read(data: bytes) -> NDArray[np.uint8] | None:

@@ -14,7 +14,8 @@ from attire.features import views as features_views
 from attire.recipes import FAST, Recipe
 from attire.training import loop
 from attire.training.augment import Target
-from attire.training.loop import _epoch_order, _loss_of
+from attire.training.loss import training_loss
+from attire.training.sampler import epoch_order
 
 Make = Callable[[np.ndarray], np.ndarray]
 
@@ -34,28 +35,28 @@ def garments() -> np.ndarray:
 def test_what_is_drawn_depends_on_the_image_alone(
     make: Callable[[np.ndarray], np.ndarray], garments: np.ndarray
 ) -> None:
-    found = make(garments)
-    assert found.shape == garments.shape
-    assert found.dtype == np.uint8
-    assert np.array_equal(make(garments[[7, 3]]), found[[7, 3]])  # whatever stands beside it
-    assert len({image.tobytes() for image in found}) == len(garments)
-    assert np.mean([not np.array_equal(*pair) for pair in zip(found, garments, strict=True)]) > 0.9
-    assert np.mean(found.max((1, 2)) > 200) > 0.8
+    drawings = make(garments)
+    assert drawings.shape == garments.shape
+    assert drawings.dtype == np.uint8
+    assert np.array_equal(make(garments[[7, 3]]), drawings[[7, 3]])  # whatever stands beside it
+    assert len({image.tobytes() for image in drawings}) == len(garments)
+    assert np.mean([not np.array_equal(a, b) for a, b in zip(drawings, garments, strict=True)]) > 0.9
+    assert np.mean(drawings.max((1, 2)) > 200) > 0.8
 
 
 def test_a_drawing_keeps_the_garments_place_and_a_strange_shape_does_not(garments: np.ndarray) -> None:
-    def overlap(found: np.ndarray, whole: np.ndarray) -> float:
-        ours, theirs = whole > synthetic._CLOTH, found > synthetic._CLOTH
+    def overlap(drawn: np.ndarray, whole: np.ndarray) -> float:
+        ours, theirs = whole > synthetic._CLOTH, drawn > synthetic._CLOTH
         return float(np.median((ours & theirs).sum((1, 2)) / (ours | theirs).sum((1, 2))))
 
-    whole = np.stack([render(image.astype(float), image > 8, synthetic._STEPS)[1] for image in garments])
+    whole = np.stack([render(image.astype(float), image > 8)[1] for image in garments])
     assert overlap(synthetic.draw_garments(garments), whole) > 0.7
     assert overlap(synthetic.draw_outliers(garments), whole) < 0.6
 
 
 def test_what_is_drawn_is_wider_or_narrower_and_fills_the_picture(garments: np.ndarray) -> None:
-    found = synthetic.draw_garments(np.concatenate([garments + np.uint8(i) * (garments > 0) for i in range(4)]))
-    high, wide = (found.any(axis).sum(1) for axis in (2, 1))
+    drawings = synthetic.draw_garments(np.concatenate([garments + np.uint8(i) * (garments > 0) for i in range(4)]))
+    high, wide = (drawings.any(axis).sum(1) for axis in (2, 1))
     assert (np.maximum(high, wide) == 28).mean() > 0.95
     shapes = wide / high
     assert shapes.std() > 0.1
@@ -82,8 +83,10 @@ def test_views_are_numbered_with_the_strange_one_last(garments: np.ndarray) -> N
     assert recipe.training_views == len(names)
     drawn, mirrored = (features_views.apply_view(garments, name) for name in ours[:2])
     assert np.array_equal(mirrored, drawn[:, :, ::-1])
-    assert np.array_equal(features_views.apply_view(garments, features_views.OUTLIER), synthetic.draw_outliers(garments))
-    _, views = _epoch_order(np.arange(3000), recipe, 0)
+    assert np.array_equal(
+        features_views.apply_view(garments, features_views.OUTLIER), synthetic.draw_outliers(garments)
+    )
+    _, views = epoch_order(np.arange(3000), recipe, 0)
     assert views is not None
     shares = np.bincount(views, minlength=7) / 3000
     assert np.abs(shares - np.array([2, 2, 2, 2, 1, 1, 1]) / 11).max() < 0.03  # a picture's own views count twice
@@ -92,15 +95,15 @@ def test_views_are_numbered_with_the_strange_one_last(garments: np.ndarray) -> N
 def test_rows_that_are_none_of_the_classes_are_to_be_answered_with_each_alike() -> None:
     logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
     labels, none = torch.arange(6), torch.tensor([False, True, False, False, True, False])
-    found = _loss_of(logits, Target(labels, none=none), FAST)
+    found = training_loss(logits, Target(labels, outliers=none), FAST)
     known = F.cross_entropy(logits[~none], labels[~none], label_smoothing=FAST.label_smoothing, reduction="sum")
     alike = F.cross_entropy(logits[none], torch.full((2, 10), 0.1), reduction="sum")
-    assert torch.allclose(found, (known + alike) / 6)
+    assert torch.allclose(loss, (known + alike) / 6)
     for every in (torch.ones(6, dtype=torch.bool), torch.zeros(6, dtype=torch.bool)):
-        assert torch.isfinite(_loss_of(logits, Target(labels, none=every), FAST))
-    part = Target(labels, none=none).part(slice(1, 3))
-    assert part.none is not None
-    assert part.none.tolist() == [True, False]
+        assert torch.isfinite(training_loss(logits, Target(labels, outliers=every), FAST))
+    part = Target(labels, outliers=none).select(slice(1, 3))
+    assert part.outliers is not None
+    assert part.outliers.tolist() == [True, False]
 
 
 def test_strange_shapes_and_cutmix_exclude_each_other() -> None:
@@ -120,7 +123,7 @@ def test_a_classifier_learns_to_doubt_what_is_strange() -> None:
     optimiser = torch.optim.Adam(net.parameters(), 1e-2)
     recipe = Recipe(precision="fp32", label_smoothing=0.0)
     for _ in range(200):
-        loop._train_step(net, optimiser, x, Target(labels, none=none), recipe)
+        loop._train_step(net, optimiser, x, Target(labels, outliers=none), recipe)
     sure = net(x).softmax(1).amax(1)
     assert sure[~none].min() > 0.9
     assert sure[none].median() < 0.7

@@ -1,4 +1,4 @@
-"""The binary copy of a CSV file: the same rows, found by content alone, never stale, never trusted unseen."""
+"""The binary copy of a CSV file: the same rows, dataset by content alone, never stale, never trusted unseen."""
 
 import os
 import warnings
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from attire.data import csv_table, table_cache
-from attire.data.csv_table import _PIXEL_COLUMNS, _read_frame
+from attire.data.csv_table import _PIXEL_COLUMNS, Table
 from attire.data.dataset import ImageDataset
 from attire.data.loading import _read_csv, read_csv_images, write_csv
 from attire.errors import AttireError, AttireWarning
@@ -18,31 +18,37 @@ from attire.errors import AttireError, AttireWarning
 
 @pytest.fixture(autouse=True)
 def keep_small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_cache, "_LEAST", 0)
+    monkeypatch.setattr(table_cache, "_MIN_BYTES", 0)
 
 
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that were parsed, in order."""
-    found: list[Path] = []
+    paths: list[Path] = []
     real = csv_table.read_parts
 
-    def counted(path: Path, file: IO[bytes], *rest: Any) -> Iterator[csv_table.Table]:
-        found.append(path)
-        return real(path, file, *rest)
+    def counted(path: Path, file: IO[bytes], class_count: int, labelled: bool, *on_bytes: Any) -> Iterator[Table]:
+        paths.append(path)
+        return real(path, file, class_count, labelled, *on_bytes)
 
     monkeypatch.setattr(table_cache, "read_parts", counted)
-    return found
+    return paths
+
+
+def parse(path: Path, class_count: int = 10) -> Table:
+    """Without a copy."""
+    with path.open("rb") as file:
+        return Table.concatenate(csv_table.read_parts(path, file, class_count))
 
 
 def test_a_file_is_parsed_once_and_the_copy_holds_the_same_rows(
     small_csv: Path, synthetic: ImageDataset, parsed: list[Path]
 ) -> None:
     for _ in range(2):
-        found = _read_csv(small_csv)
-        assert np.array_equal(found.images, synthetic.images)
-        assert np.array_equal(found.labels, synthetic.labels)
-        assert found.digest == synthetic.digest
+        dataset = _read_csv(small_csv)
+        assert np.array_equal(dataset.images, synthetic.images)
+        assert np.array_equal(dataset.labels, synthetic.labels)
+        assert dataset.digest == synthetic.digest
     assert parsed == [small_csv]
     assert [size for _, size in table_cache.copies()] == [60 * (784 + 8) + 16 + 32]
 
@@ -96,7 +102,7 @@ def test_what_is_wrong_is_said_as_without_a_copy_and_nothing_is_kept(small_csv: 
     with pytest.raises(AttireError) as caught:
         _read_csv(small_csv)
     with pytest.raises(AttireError, match=r"786 values, expected 785 \(line 6\)") as expected:
-        _read_frame(small_csv)
+        parse(small_csv)
     assert str(caught.value) == str(expected.value)
     assert not list(table_cache.folder().iterdir())
 
@@ -106,7 +112,7 @@ def test_labels_are_checked_against_the_classes_of_each_reading(small_csv: Path)
     with pytest.raises(AttireError) as caught:
         _read_csv(small_csv, ("a", "b", "c"))
     with pytest.raises(AttireError, match=r"label is 3, expected a whole number from 0 to 2 \(line 5\)") as expected:
-        _read_frame(small_csv, 3)
+        parse(small_csv, 3)
     assert str(caught.value) == str(expected.value)
 
 
@@ -121,28 +127,28 @@ def test_a_file_without_labels_has_a_copy_and_still_no_labels(tmp_path: Path, sy
 
 
 def test_small_files_are_not_kept(small_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_cache, "_LEAST", 2**23)
+    monkeypatch.setattr(table_cache, "_MIN_BYTES", 2**23)
     _read_csv(small_csv)
     assert not list(table_cache.copies())
 
 
 def test_copies_can_be_deleted_while_one_is_mapped(small_csv: Path, synthetic: ImageDataset) -> None:
-    found = _read_csv(small_csv)
+    dataset = _read_csv(small_csv)
     assert table_cache.delete_copies() == 60 * 792 + 48
     assert not list(table_cache.copies())
-    assert np.array_equal(found.images, synthetic.images)
+    assert np.array_equal(dataset.images, synthetic.images)
 
 
 def test_mapped_images_are_used_without_a_warning(small_csv: Path) -> None:
     from attire.analysis import duplicates
     from attire.model import vgg
 
-    found = _read_csv(small_csv)
+    dataset = _read_csv(small_csv)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert vgg.preprocess(found.images[:3], 32).shape == (3, 3, 32, 32)
-        duplicates._descriptors(found.images)
-    assert not found.images.flags.writeable
+        assert vgg.preprocess(dataset.images[:3], 32).shape == (3, 3, 32, 32)
+        duplicates._descriptors(dataset.images)
+    assert not dataset.images.flags.writeable
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
@@ -153,16 +159,16 @@ def test_pieces_of_any_size_give_the_same_rows_and_line_numbers(
     path = tmp_path / "mine.csv"
     write_csv(synthetic, path)
     lines = path.read_bytes().splitlines()
-    monkeypatch.setattr(csv_table, "_TEXT", text)
-    monkeypatch.setattr(csv_table, "_HEAD", len(csv_table._HEADER) + 20)
+    monkeypatch.setattr(csv_table, "_TEXT_BYTES", text)
+    monkeypatch.setattr(csv_table, "_FIRST_BYTES", len(csv_table._HEADER) + 20)
     path.write_bytes(end.join([*lines, b"", b""]))
-    assert np.array_equal(_read_frame(path).iloc[:, 1:].to_numpy(), synthetic.images.reshape(60, 784))
+    assert np.array_equal(parse(path).pixels, synthetic.images.reshape(60, 784))
     path.write_bytes(end.join([*lines[:50], lines[50] + b"x", *lines[51:]]))
     with pytest.raises(AttireError, match=r"\(line 51\)"):
-        _read_frame(path)
+        parse(path)
     path.write_bytes(end.join([*lines[:50], b"", b"", *lines[50:]]))
     with pytest.raises(AttireError, match=r"empty line between rows \(line 51\)"):
-        _read_frame(path)
+        parse(path)
     path.write_bytes(end.join([*lines[:60], lines[60][:400]]) + end)
     with pytest.raises(AttireError, match=r"\(line 61\); the file may be cut off there"):
-        _read_frame(path)
+        parse(path)

@@ -19,7 +19,7 @@ from attire.evaluation import figures
 from attire.evaluation.calibration import softmax
 from attire.evaluation.metrics import evaluate
 from attire.evaluation.model_card import model_card, write_model_card
-from attire.evaluation.report import _times, duration, flat, page, write_report
+from attire.evaluation.report import _times, flatten_settings, format_duration, report_page, write_report
 from attire.evaluation.run_result import (
     RunResult,
     _choose_galleries,
@@ -127,7 +127,7 @@ def test_the_files_say_what_they_should(tmp_path: Path) -> None:
 
 
 def test_the_page_stands_alone() -> None:
-    text = page(made())
+    text = report_page(made())
     found = Page(text)
     assert not {"script", "iframe", "object", "embed", "base", "form"} & set(found.tags)
     assert all(load.startswith(("data:", "#")) for load in found.loads)
@@ -140,7 +140,7 @@ def test_the_page_stands_alone() -> None:
 
 def test_the_page_tells_the_story() -> None:
     result = made()
-    words = " ".join(Page(page(result)).words.split())
+    words = " ".join(Page(report_page(result)).words.split())
     for expected in (
         "Claim check: not confirmed. 98.0 % was claimed",
         "Hardest class:",
@@ -155,12 +155,12 @@ def test_the_page_tells_the_story() -> None:
         f"One-vs-rest mean accuracy: {100 * result.test.one_vs_rest_accuracy:.1f} %",
     ):
         assert expected in words
-    assert "scored once, after training had ended" in page(replace(result, val=result.test))
+    assert "scored once, after training had ended" in report_page(replace(result, val=result.test))
 
 
 def test_names_are_text_wherever_they_appear(tmp_path: Path) -> None:
     result = made(NASTY, title="<b>run</b>", data={"name": '": {x'}, command="attire train '<i>'")
-    found = Page(page(result))
+    found = Page(report_page(result))
     assert not {"script", "b", "i"} & set(found.tags) - {"b"}
     assert found.tags.count("b") == 1  # the headline's own
     assert NASTY[0] in found.words
@@ -198,8 +198,8 @@ def test_the_terminal_summary_fits_and_says_it_all() -> None:
 def test_a_faultless_run_without_epochs_or_errors_has_a_page_too(tmp_path: Path) -> None:
     result = made(signal=50, history=(), train=None, seconds={}, config={}, environment={}, data={}, claimed=1.0)
     save_result(tmp_path, result)
-    assert page(load_result(tmp_path)) == page(result)
-    words = Page(page(result)).words
+    assert report_page(load_result(tmp_path)) == report_page(result)
+    words = Page(report_page(result)).words
     assert "No test image was misclassified." in words
     assert "not trained in epochs" in words
     assert "Hardest class: T-shirt/top 100.0 %." in words
@@ -215,7 +215,7 @@ def test_a_class_that_never_occurs_is_shown_as_undefined(tmp_path: Path) -> None
     found = evaluate(p, labels, CLASSES, resamples=20)
     result = made(test=found, train=None, predictions=predictions(labels, p, np.zeros((30, 28, 28), np.uint8)))
     save_result(tmp_path, result)
-    assert page(load_result(tmp_path)) == page(result)
+    assert report_page(load_result(tmp_path)) == report_page(result)
     assert "nan" not in (tmp_path / "evaluation/per_class.csv").read_text()
     assert "nan" not in shown(result, 90)
     assert "undefined" in model_card(result)
@@ -225,7 +225,7 @@ def test_class_names_in_any_script_survive(tmp_path: Path) -> None:
     result = made(("ドレス", "コート", "ערב"))
     save_result(tmp_path, result)
     assert load_result(tmp_path).classes == ("ドレス", "コート", "ערב")
-    assert "ドレス" in Page(page(result)).words
+    assert "ドレス" in Page(report_page(result)).words
     assert "ドレス" in (tmp_path / "evaluation/confusion.svg").read_text(encoding="utf-8")
 
 
@@ -293,7 +293,7 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     [(0.35, "0.3 s"), (42, "42 s"), (59.7, "1 min 0 s"), (127.3, "2 min 7 s"), (3840, "1 h 4 min")],
 )
 def test_durations_read_the_way_people_say_them(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_times_account_for_the_whole() -> None:
@@ -304,5 +304,5 @@ def test_times_account_for_the_whole() -> None:
 
 def test_rows_per_class_take_one_line() -> None:
     even, uneven = {"rows_per_class": {"Coat": 6000, "Bag": 6000}}, {"rows_per_class": {"Coat": 1200, "Bag": 7}}
-    assert flat({"train": even}) == [("train.rows_per_class", "6,000 each")]
-    assert flat({"test": uneven}) == [("test.rows_per_class", "Coat 1,200, Bag 7")]
+    assert flatten_settings({"train": even}) == [("train.rows_per_class", "6,000 each")]
+    assert flatten_settings({"test": uneven}) == [("test.rows_per_class", "Coat 1,200, Bag 7")]

@@ -18,7 +18,7 @@ from attire.export.bundle_graph import write_graph
 from attire.export.export import export
 from attire.inference.classifier import Architecture, Classifier, load_bundle
 from attire.inference.out_of_distribution import OODDetector, _fit_classes, mahalanobis_distance, pool_features
-from attire.inference.runtimes import load_export, load_graph
+from attire.inference.runtimes import load_export
 from attire.model import vgg
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own deprecations
@@ -27,7 +27,7 @@ pytest.importorskip("onnxscript")
 
 
 @pytest.fixture
-def rejecting(classifier: Classifier, synthetic: ImageDataset) -> Classifier:
+def detecting(classifier: Classifier, synthetic: ImageDataset) -> Classifier:
     """Rejects about a half of the synthetic images."""
     x = torch.cat([pool_features(part, 128) for part in classifier._features(synthetic.images)])
     centre, whiten, means = _fit_classes(x, torch.from_numpy(synthetic.labels), shrinkage=0.9)  # 60 rows, 128 channels
@@ -37,21 +37,21 @@ def rejecting(classifier: Classifier, synthetic: ImageDataset) -> Classifier:
 
 
 @pytest.fixture(params=["float32", "float16"])
-def graphed(request: pytest.FixtureRequest, rejecting: Classifier, synthetic: ImageDataset, tmp_path: Path) -> Path:
+def graphed(request: pytest.FixtureRequest, detecting: Classifier, synthetic: ImageDataset, tmp_path: Path) -> Path:
     folder = tmp_path / "bundle"
-    rejecting.save(folder, request.param)
+    detecting.save(folder, request.param)
     write_graph(folder, synthetic)
     return folder
 
 
 def test_the_graph_answers_as_the_bundle_and_holds_no_weights(graphed: Path, synthetic: ImageDataset) -> None:
-    bundle, graph = load_bundle(graphed, "cpu"), load_graph(graphed)
-    expected, found = bundle.predict(synthetic.images), graph.predict(synthetic.images)
-    assert [x.label for x in found] == [x.label for x in expected]
-    assert [x.out_of_distribution for x in found] == [x.out_of_distribution for x in expected]
-    assert {True, False} == {x.out_of_distribution for x in found}
-    assert np.allclose([x.probability for x in found], [x.probability for x in expected], atol=1e-4)
-    assert np.allclose([x.distance or 0 for x in found], [x.distance or 0 for x in expected], rtol=1e-3)
+    bundle, graph = load_bundle(graphed, "cpu"), load_export(graphed / "network.onnx")
+    expected, answers = bundle.predict(synthetic.images), graph.predict(synthetic.images)
+    assert [x.label for x in answers] == [x.label for x in expected]
+    assert [x.out_of_distribution for x in answers] == [x.out_of_distribution for x in expected]
+    assert {True, False} == {x.out_of_distribution for x in answers}
+    assert np.allclose([x.probability for x in answers], [x.probability for x in expected], atol=1e-4)
+    assert np.allclose([x.distance or 0 for x in answers], [x.distance or 0 for x in expected], rtol=1e-3)
     assert (graphed / "network.onnx").stat().st_size < 0.2 * (graphed / "model.safetensors").stat().st_size
     assert graph.predict(synthetic.images[:0]) == []
 
@@ -68,43 +68,45 @@ def test_a_convolutional_classifier_has_a_graph_of_the_bundles_own_weights(
             torch.nn.init.uniform_(value, 0.5, 1.5)  # moments and weights of batch normalisation that are not its first
         elif name.endswith("weight"):
             torch.nn.init.normal_(value, std=0.1)  # answers that differ
-    found = Classifier(vgg.vgg16(weights, "block2", 0, head), architecture, FASHION_CLASSES)
-    found.save(tmp_path / "bundle")
+    classifier = Classifier(vgg.vgg16(weights, "block2", 0, head), architecture, FASHION_CLASSES)
+    classifier.save(tmp_path / "bundle")
     bundle = load_bundle(tmp_path / "bundle", "cpu")
     write_graph(tmp_path / "bundle", synthetic)
     expected = bundle.predict_proba(synthetic.images)
     assert np.ptp(expected, axis=0).max() > 0.01
-    assert np.allclose(load_graph(tmp_path / "bundle").predict_proba(synthetic.images), expected, atol=1e-4)
+    assert np.allclose(
+        load_export(tmp_path / "bundle" / "network.onnx").predict_proba(synthetic.images), expected, atol=1e-4
+    )
 
 
 def test_doubt_counts_in_the_graph_as_in_the_bundle(
-    rejecting: Classifier, synthetic: ImageDataset, tmp_path: Path
+    detecting: Classifier, synthetic: ImageDataset, tmp_path: Path
 ) -> None:
-    assert rejecting.ood_detector is not None
-    plain = rejecting.distances(synthetic.images)
-    rejecting.ood_detector = replace(rejecting.ood_detector, doubt=5.0)
-    far = rejecting.distances(synthetic.images)
-    rejecting.ood_detector = replace(rejecting.ood_detector, threshold=float(np.sort(far)[29:31].mean()))
-    rejecting.save(tmp_path)
+    assert detecting.ood_detector is not None
+    plain = detecting.distances(synthetic.images)
+    detecting.ood_detector = replace(detecting.ood_detector, confidence_weight=5.0)
+    far = detecting.distances(synthetic.images)
+    detecting.ood_detector = replace(detecting.ood_detector, threshold=float(np.sort(far)[29:31].mean()))
+    detecting.save(tmp_path)
     write_graph(tmp_path, synthetic)
-    found = load_graph(tmp_path).predict(synthetic.images)
-    assert np.allclose([x.distance or 0 for x in found], far, rtol=1e-3)
+    answers = load_export(tmp_path / "network.onnx").predict(synthetic.images)
+    assert np.allclose([x.distance or 0 for x in answers], far, rtol=1e-3)
     assert not np.allclose(far, plain, rtol=1e-3)
-    assert sum(bool(x.out_of_distribution) for x in found) == 30
+    assert sum(bool(x.out_of_distribution) for x in answers) == 30
 
 
 def test_a_graph_holds_the_views_that_its_bundle_averages(
-    rejecting: Classifier, synthetic: ImageDataset, tmp_path: Path
+    detecting: Classifier, synthetic: ImageDataset, tmp_path: Path
 ) -> None:
-    rejecting.architecture = replace(rejecting.architecture, tta=6)
-    rejecting.save(tmp_path)
-    gate = write_graph(tmp_path, synthetic)
-    assert gate.largest < 1e-5
-    bundle, graph = load_bundle(tmp_path, "cpu"), load_graph(tmp_path)
+    detecting.architecture = replace(detecting.architecture, tta=6)
+    detecting.save(tmp_path)
+    parity = write_graph(tmp_path, synthetic)
+    assert parity.max_difference < 1e-5
+    bundle, graph = load_bundle(tmp_path, "cpu"), load_export(tmp_path / "network.onnx")
     for rows in (1, 7):
-        expected, found = bundle.predict(synthetic.images[:rows]), graph.predict(synthetic.images[:rows])
-        assert np.allclose([x.probability for x in found], [x.probability for x in expected], atol=1e-5)
-        assert np.allclose([x.distance or 0 for x in found], [x.distance or 0 for x in expected], rtol=1e-3)
+        expected, answers = bundle.predict(synthetic.images[:rows]), graph.predict(synthetic.images[:rows])
+        assert np.allclose([x.probability for x in answers], [x.probability for x in expected], atol=1e-5)
+        assert np.allclose([x.distance or 0 for x in answers], [x.distance or 0 for x in expected], rtol=1e-3)
 
 
 def test_any_reader_of_onnx_can_open_it(graphed: Path, synthetic: ImageDataset) -> None:
@@ -112,8 +114,10 @@ def test_any_reader_of_onnx_can_open_it(graphed: Path, synthetic: ImageDataset) 
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(graphed / "network.onnx"), providers=["CPUExecutionProvider"])
-    (found,) = session.run(["probabilities"], {"images": synthetic.images[:5]})
-    assert np.allclose(found, load_graph(graphed).predict_proba(synthetic.images[:5]), atol=1e-5)
+    (probabilities,) = session.run(["probabilities"], {"images": synthetic.images[:5]})
+    assert np.allclose(
+        probabilities, load_export(graphed / "network.onnx").predict_proba(synthetic.images[:5]), atol=1e-5
+    )
 
 
 def test_a_graph_without_a_verdict_where_the_bundle_has_none(
@@ -121,15 +125,16 @@ def test_a_graph_without_a_verdict_where_the_bundle_has_none(
 ) -> None:
     classifier.save(tmp_path)
     write_graph(tmp_path, synthetic)
-    assert load_graph(tmp_path).predict(synthetic.images[:1])[0].out_of_distribution is None
+    assert load_export(tmp_path / "network.onnx").predict(synthetic.images[:1])[0].out_of_distribution is None
 
 
-def test_an_onnx_export_gives_verdicts_too(rejecting: Classifier, synthetic: ImageDataset, tmp_path: Path) -> None:
-    rejecting.save(tmp_path / "bundle")
+def test_an_onnx_export_gives_verdicts_too(detecting: Classifier, synthetic: ImageDataset, tmp_path: Path) -> None:
+    detecting.save(tmp_path / "bundle")
     made = export(tmp_path / "bundle", "onnx", out=tmp_path / "m.onnx", data=synthetic)
-    expected = [found.out_of_distribution for found in rejecting.predict(synthetic.images)]
-    assert [found.out_of_distribution for found in made.predict(synthetic.images)] == expected
-    assert (made.metadata["gate"]["verdicts"], made.metadata["gate"]["distance"] < 1e-3) == (0, True)
+    expected = [answer.out_of_distribution for answer in detecting.predict(synthetic.images)]
+    assert [answer.out_of_distribution for answer in made.predict(synthetic.images)] == expected
+    parity = made.metadata["parity"]
+    assert (parity["changed_verdicts"], parity["max_distance_difference"] < 1e-3) == (0, True)
 
 
 def flip(path: Path, at: float) -> None:
@@ -141,13 +146,13 @@ def flip(path: Path, at: float) -> None:
 @pytest.mark.parametrize("name", ["network.onnx", "model.safetensors", "model.json"])
 @pytest.mark.parametrize("at", [0.1, 0.5, 0.99])
 def test_one_flipped_bit_is_refused(
-    name: str, at: float, rejecting: Classifier, synthetic: ImageDataset, tmp_path: Path
+    name: str, at: float, detecting: Classifier, synthetic: ImageDataset, tmp_path: Path
 ) -> None:
-    rejecting.save(tmp_path)
+    detecting.save(tmp_path)
     write_graph(tmp_path, synthetic)
     flip(tmp_path / name, at)
     with pytest.raises(AttireError, match="damaged"):
-        load_graph(tmp_path)
+        load_export(tmp_path / "network.onnx")
 
 
 def test_another_bundle_s_graph_is_refused(graphed: Path, classifier: Classifier, tmp_path: Path) -> None:
@@ -155,17 +160,17 @@ def test_another_bundle_s_graph_is_refused(graphed: Path, classifier: Classifier
     classifier.save(tmp_path / "other")
     shutil.copy(graphed / "network.onnx", tmp_path / "other")
     with pytest.raises(AttireError, match=r"model\.safetensors or model\.json beside it is damaged or another's"):
-        load_graph(tmp_path / "other")
+        load_export(tmp_path / "other" / "network.onnx")
     (tmp_path / "other/model.safetensors").unlink()
     with pytest.raises(AttireError, match="cannot read"):
         load_export(tmp_path / "other/network.onnx")
 
 
 def test_a_graph_that_answers_otherwise_is_not_written(
-    rejecting: Classifier, synthetic: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    detecting: Classifier, synthetic: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rejecting.save(tmp_path)
-    far = rejecting.distances(synthetic.images) * 1.01
+    detecting.save(tmp_path)
+    far = detecting.distances(synthetic.images) * 1.01
     monkeypatch.setattr(Classifier, "distances", lambda self, images: far)
     with pytest.raises(AttireError, match=r"network\.onnx: not written, since it is not equal .* distances"):
         write_graph(tmp_path, synthetic)
@@ -175,11 +180,11 @@ def test_a_graph_that_answers_otherwise_is_not_written(
 def test_predict_needs_no_torch(graphed: Path, synthetic: ImageDataset, tmp_path: Path) -> None:
     Image.fromarray(synthetic.images[0]).save(tmp_path / "a.png")
     run = (
-        "import sys\nfrom attire.cli import main\n"
+        "import sys\nfrom attire.cli.main import main\n"
         f"sys.argv[1:] = ['predict', '--json', '--model', {str(graphed)!r}, {str(tmp_path / 'a.png')!r}]\n"
         "try: main()\nexcept SystemExit as end: assert end.code == 0\n"
-        "found = [name for name in ('torch', 'pandas', 'pyarrow', 'scipy', 'rich', 'onnx') if name in sys.modules]\n"
-        "assert not found, found\n"
+        "imported = [name for name in ('torch', 'pandas', 'pyarrow', 'scipy', 'rich', 'onnx') if name in sys.modules]\n"
+        "assert not imported, imported\n"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", run], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

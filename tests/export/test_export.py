@@ -26,9 +26,18 @@ from attire.data.dataset import ImageDataset
 from attire.data.loading import load_dataset, write_csv
 from attire.errors import AttireError, UsageError
 from attire.export.export import export
+from attire.export.export_format import ExportFormat
 from attire.inference import scoring
 from attire.inference.classifier import load_bundle
-from attire.inference.runtimes import ExportedModel, METADATA_FILE, NO_SEAL, SUFFIXES, load_export, records_digest, seal_bytes
+from attire.inference.runtimes import (
+    METADATA_FILE,
+    NO_SEAL,
+    SUFFIXES,
+    ExportedModel,
+    load_export,
+    records_digest,
+    seal_bytes,
+)
 from attire.recipes import Recipe
 from attire.storage import files
 from attire.training import run
@@ -49,7 +58,7 @@ def bundle(small_csv: Path, tiny: Recipe, weights: Path, tmp_path: Path) -> Path
 @pytest.fixture
 def calibrated(synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """int8 is calibrated on the synthetic images: the official ones are not needed here."""
-    monkeypatch.setattr("attire.export.export._calibration", lambda: synthetic.images)
+    monkeypatch.setattr(ExportFormat, "_calibration_images", lambda self: synthetic.images)
 
 
 @pytest.mark.parametrize("kind", list(SUFFIXES))
@@ -61,18 +70,18 @@ def test_an_export_answers_as_its_bundle_for_any_number_of_images(
     made = export(bundle, kind, out=tmp_path / f"m{suffix}", data=synthetic)
     classifier = load_bundle(bundle)
     for rows in (1, 2, 7, 60):
-        found = load_export(made.path).predict_proba(synthetic.images[:rows])
+        probabilities = load_export(made.path).predict_proba(synthetic.images[:rows])
         expected = classifier.predict_proba(synthetic.images[:rows])
-        assert found.shape == (rows, 10)
-        assert np.abs(found - expected).max() < 1e-4
+        assert probabilities.shape == (rows, 10)
+        assert np.abs(probabilities - expected).max() < 1e-4
     assert made.classes == classifier.classes
-    assert made.metadata["gate"]["n"] == 60
-    assert made.metadata["gate"]["agreement"]["value"] == 1
+    assert made.metadata["parity"]["n"] == 60
+    assert made.metadata["parity"]["agreement"]["value"] == 1
     assert made.predict(synthetic.images[:1])[0].label == classifier.predict(synthetic.images[0]).label
     assert made.predict_proba(synthetic.images[:0]).shape == (0, 10)
 
 
-@pytest.mark.parametrize("kind", ["onnx", "openvino", "torch-export", "safetensors"])
+@pytest.mark.parametrize("kind", ["onnx", "openvino", "torch-export"])
 def test_an_export_averages_the_views_that_its_bundle_averages(
     kind: str, bundle: Path, synthetic: ImageDataset, tmp_path: Path
 ) -> None:
@@ -86,13 +95,11 @@ def test_an_export_averages_the_views_that_its_bundle_averages(
         assert np.abs(made.predict_proba(synthetic.images[:rows]) - expected).max() < 1e-4
     csv = tmp_path / "all.csv"
     write_csv(synthetic, csv)
-    with pytest.raises(UsageError, match="--views: an exported file holds its own; measure the bundle it was made of"):
-        scoring.evaluate_bundle(made.path, csv, views=2)
+    with pytest.raises(UsageError, match="--tta: an exported file holds its own; measure the bundle it was made of"):
+        scoring.evaluate_bundle(made.path, csv, tta=2)
 
 
-@pytest.mark.parametrize(
-    ("kind", "precision"), [("onnx", "int8"), ("openvino", "int8"), ("torch-export", "bf16"), ("safetensors", "bf16")]
-)
+@pytest.mark.parametrize(("kind", "precision"), [("onnx", "int8"), ("openvino", "int8"), ("torch-export", "bf16")])
 def test_smaller_precisions_are_measured_and_smaller(
     kind: str, precision: str, bundle: Path, synthetic: ImageDataset, calibrated: None, tmp_path: Path
 ) -> None:
@@ -101,8 +108,8 @@ def test_smaller_precisions_are_measured_and_smaller(
     exact = export(bundle, kind, out=tmp_path / f"exact{suffix}", data=synthetic)
     small = export(bundle, kind, out=tmp_path / f"small{suffix}", precision=precision, max_drop=1, data=synthetic)
     assert size(small.path) < 0.6 * size(exact.path)
-    assert small.metadata["gate"]["largest"] > exact.metadata["gate"]["largest"]
-    assert 0.5 < small.metadata["gate"]["agreement"]["value"] <= 1
+    assert small.metadata["parity"]["max_difference"] > exact.metadata["parity"]["max_difference"]
+    assert 0.5 < small.metadata["parity"]["agreement"]["value"] <= 1
 
 
 def size(path: Path) -> int:
@@ -112,7 +119,9 @@ def size(path: Path) -> int:
 def test_an_export_that_is_not_equal_is_not_written(
     bundle: Path, synthetic: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attire.model.vgg.IMAGENET_MEAN", (0.5, 0.4, 0.4))  # what a hand-written preprocessing would get wrong
+    monkeypatch.setattr(
+        "attire.model.vgg.IMAGENET_MEAN", (0.5, 0.4, 0.4)
+    )  # what a hand-written preprocessing would get wrong
     expected = load_bundle(bundle).predict_proba(synthetic.images)
     monkeypatch.undo()
     monkeypatch.setattr("attire.inference.classifier.Classifier.predict_proba", lambda self, images: expected)
@@ -173,7 +182,7 @@ def damage_openvino(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "damage"),
-    [("onnx", damage_onnx), ("torch-export", damage_pt2), ("openvino", damage_openvino), ("safetensors", damage_onnx)],
+    [("onnx", damage_onnx), ("torch-export", damage_pt2), ("openvino", damage_openvino)],
 )
 def test_tampered_and_truncated_files_are_refused(
     kind: str, damage: Callable[[Path], None], bundle: Path, synthetic: ImageDataset, tmp_path: Path
@@ -196,7 +205,7 @@ def test_tampered_and_truncated_files_are_refused(
         ("a.onnx", b"hello", "not an ONNX file that `attire export` wrote, or damaged"),
         ("a.onnx", b"", "not an ONNX file that `attire export` wrote, or damaged"),
         ("a.pt2", b"PK\x03\x04 no", "not a torch.export file that `attire export` wrote, or damaged"),
-        ("a.bin", b"hello", "not an exported file by its name; expected .onnx, .openvino, .pt2, .safetensors"),
+        ("a.bin", b"hello", "not an exported file by its name; expected .onnx, .openvino, .pt2"),
     ],
 )
 def test_foreign_files_are_refused_in_one_line(name: str, content: bytes, line: str, tmp_path: Path) -> None:
@@ -214,7 +223,7 @@ def test_foreign_files_are_refused_in_one_line(name: str, content: bytes, line: 
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"kind": "tflite"}, "--format: expected one of onnx, openvino, torch-export, safetensors, found 'tflite'"),
+        ({"kind": "tflite"}, "--format: expected one of onnx, openvino, torch-export, found 'tflite'"),
         ({"kind": "onnx", "precision": "bf16"}, "--precision: onnx has fp32 and int8, found 'bf16'"),
         ({"max_drop": -0.1}, "--max-drop: expected 0 to 100 points, found -10"),
         ({"kind": "torch-export", "out": "m.onnx"}, "--out: expected a name that ends in .pt2, found 'm.onnx'"),
@@ -247,13 +256,13 @@ def test_metadata_travels_in_the_onnx_file(bundle: Path, synthetic: ImageDataset
     import onnx
 
     path = export(bundle, "onnx", out=tmp_path / "m.onnx", data=synthetic).path
-    told = {line.key: line.value for line in onnx.load(path).metadata_props}
-    facts = json.loads(told["attire"])
-    assert facts["classes"][0] == "T-shirt/top"
-    assert facts["runtime"]["opset"] == 20
-    assert told["card"].startswith("---")
+    properties = {line.key: line.value for line in onnx.load(path).metadata_props}
+    metadata = json.loads(properties["attire"])
+    assert metadata["classes"][0] == "T-shirt/top"
+    assert metadata["runtime_versions"]["opset"] == 20
+    assert properties["card"].startswith("---")
     assert str(Path(export.__code__.co_filename).parent).encode() not in path.read_bytes()  # nor any other trace
-    assert facts["seal"] != NO_SEAL
+    assert metadata["seal"] != NO_SEAL
 
 
 def test_a_seal_has_exactly_one_place() -> None:
@@ -284,20 +293,20 @@ def test_the_example_consumers_answer_as_the_bundle_does_without_attire(
         wall.paste(Image.linear_gradient("L").resize((40, 60)).point(lambda value: value // 2), (x, 20))
         wall.save(place)
     script = EXAMPLES / f"{kind.replace('-', '_')}_classify.py"
-    told = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-X", "importtime", script, path, *pictures, *places],
         capture_output=True,
         text=True,
         check=True,
     )
     expected = load_bundle(bundle).predict(synthetic.images[:3])
-    lines = [f"{picture} {found}" for picture, found in zip(pictures, expected, strict=True)]
-    answers = told.stdout.splitlines()
+    lines = [f"{picture} {answer}" for picture, answer in zip(pictures, expected, strict=True)]
+    answers = process.stdout.splitlines()
     assert answers[:3] == lines
     assert len({answer.split(maxsplit=1)[1] for answer in answers[3:]}) == 1  # wherever it hangs
-    imported = {line.rpartition("|")[2].strip() for line in told.stderr.splitlines()}
+    imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
     assert not {"attire", "torchvision"} & imported
-    assert kind in ("torch-export", "safetensors") or "torch" not in imported
+    assert kind == "torch-export" or "torch" not in imported
 
 
 @pytest.mark.real
@@ -311,8 +320,8 @@ def test_the_official_images_are_the_gate(tmp_path: Path) -> None:
     write_csv(load_dataset().subset(range(400)), csv)
     bundle = run.train(csv, recipe, run_dir=tmp_path / "run").bundle
     made: ExportedModel = export(bundle, "onnx", out=tmp_path / "m.onnx")
-    assert made.metadata["gate"]["n"] == 2000
-    assert made.metadata["gate"]["agreement"]["value"] == 1
+    assert made.metadata["parity"]["n"] == 2000
+    assert made.metadata["parity"]["agreement"]["value"] == 1
 
 
 TELL = """<script>const told = document.getElementById("answer");
@@ -392,13 +401,13 @@ def with_records(path: Path, change: Callable[[dict[str, bytes]], None]) -> None
     with zipfile.ZipFile(path) as archive:
         records = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
     change(records)
-    facts = json.loads(records.pop(f"extra/{METADATA_FILE}"))
+    metadata = json.loads(records.pop(f"extra/{METADATA_FILE}"))
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in records.items():
             archive.writestr(f"x/{name}", data)
-    facts = {**facts, "records": records_digest(path)}
-    del facts["seal"]
-    sealed = {**facts, "seal": files.sha256(files.canonical_json(facts))}
+    metadata = {**metadata, "records_digest": records_digest(path)}
+    del metadata["seal"]
+    sealed = {**metadata, "seal": files.sha256(files.canonical_json(metadata))}
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(f"x/extra/{METADATA_FILE}", json.dumps(sealed))
 
@@ -424,10 +433,10 @@ def test_no_pickle_in_an_exported_program_is_ever_run(bundle: Path, synthetic: I
         (lambda records: records.update({"data/constants/opaque_obj_0": payload}), "holds more than a network"),
         (lambda records: records.update({"data/aotinductor/model/x.so": b"\x7fELF"}), "holds more than a network"),
     ]
-    for change, told in changes:
+    for change, said in changes:
         made.write_bytes(whole)
         with_records(made, change)
-        with pytest.raises(AttireError, match=told):
+        with pytest.raises(AttireError, match=said):
             load_export(made)
         assert not canary.exists()
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ

@@ -14,7 +14,7 @@ from attire.export import release
 from attire.export.release import _check_release
 from attire.inference import bundle_files, predict
 from attire.inference.classifier import load_bundle
-from attire.inference.runtimes import load_graph
+from attire.inference.runtimes import load_export
 from attire.storage import files
 from tests.command import attire
 
@@ -36,7 +36,7 @@ def test_a_released_bundle_is_complete_and_says_what_is_true(
     run: Path, synthetic: ImageDataset, tmp_path: Path, onnx: None
 ) -> None:
     out = tmp_path / "out"
-    told = release.release(run, out, data=synthetic)
+    measured = release.release(run, out, data=synthetic)
     names = {
         "MODEL_CARD.md",
         "model.json",
@@ -49,21 +49,23 @@ def test_a_released_bundle_is_complete_and_says_what_is_true(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     classifier = load_bundle(out, "cpu")
     right = int((classifier.predict_proba(synthetic.images).argmax(1) == synthetic.labels).sum())
-    assert (told["correct"], told["n"], told["first"]) == (right, 60, {"n": 60, "correct": right})
+    assert (measured["correct"], measured["n"], measured["subset"]) == (right, 60, {"n": 60, "correct": right})
     assert f"| all | {right} | 60 |" in (out / "MODEL_CARD.md").read_text()
     assert str(run.parent) not in (out / "MODEL_CARD.md").read_text().partition("| Setting |")[0]
-    assert classifier.metadata["release"]["digests"]["report.html"] == files.sha256_file(out / "report.html")
-    assert told["bytes"] == sum(path.stat().st_size for path in out.iterdir())
+    assert classifier.metadata["release"]["file_digests"]["report.html"] == files.sha256_file(out / "report.html")
+    assert measured["bytes"] == sum(path.stat().st_size for path in out.iterdir())
     assert _check_release(out, synthetic) == []
     (out / "report.html").write_text("another")
     assert _check_release(out, ImageDataset(synthetic.images, 9 - synthetic.labels, synthetic.classes, "x")) != []
 
 
 def test_where_teachers_lay_is_nobody_elses_business() -> None:
-    told = {"rows": 3, "teacher": {"bundles": ["/home/ann/runs/seed-0/model", "/mnt/b"], "digests": ["1", "2"]}}
-    found = release._without_places(told)
-    assert found == {"rows": 3, "teacher": {"bundles": ["seed-0", "b"], "digests": ["1", "2"]}}
-    assert release._without_places({"teacher": None, "rows": 3}) == {"teacher": None, "rows": 3}
+    data = {"rows": 3, "teacher": {"bundles": ["/home/ann/runs/seed-0/model", "/mnt/b"], "digests": ["1", "2"]}}
+    assert release._without_teacher_folders(data) == {
+        "rows": 3,
+        "teacher": {"bundles": ["seed-0", "b"], "digests": ["1", "2"]},
+    }
+    assert release._without_teacher_folders({"teacher": None, "rows": 3}) == {"teacher": None, "rows": 3}
 
 
 def test_what_is_replaced_is_a_bundle_and_samples_stay(
@@ -88,8 +90,8 @@ def test_what_is_replaced_is_a_bundle_and_samples_stay(
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("LARGEST", 0.0, "not written: float16 keeps the class of 60 of 60 images, probabilities within"),
-        ("LIMIT", 1000, r"bytes altogether, allowed 1,000; release a smaller recipe"),
+        ("_MAX_DIFFERENCE", 0.0, "not written: float16 keeps the class of 60 of 60 images, probabilities within"),
+        ("_MAX_BYTES", 1000, r"bytes altogether, allowed 1,000; release a smaller recipe"),
     ],
 )
 def test_what_does_not_pass_leaves_the_old_one(
@@ -127,15 +129,18 @@ SHIPPED = bundle_files.SHIPPED
 
 def test_what_ships_is_whole_and_small_enough() -> None:
     classifier = load_bundle(device="cpu")
-    told = classifier.metadata["release"]
-    assert all(files.sha256_file(SHIPPED / name) == digest for name, digest in told["digests"].items())
+    claimed = classifier.metadata["release"]
+    assert all(files.sha256_file(SHIPPED / name) == digest for name, digest in claimed["file_digests"].items())
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 16_000_000
     assert classifier.ood_detector is not None
-    graph = load_graph()
+    graph = load_export(SHIPPED / bundle_files.GRAPH)
     assert (graph.classes, graph.threshold) == (classifier.classes, classifier.ood_detector.threshold)
-    first = told["first"]
+    subset = claimed["subset"]
     card = (SHIPPED / "MODEL_CARD.md").read_text()
-    assert f"| all | {told['correct']:,} | {told['n']:,} |\n| the first 2,000 | {first['correct']:,} | 2,000 |" in card
+    assert (
+        f"| all | {claimed['correct']:,} | {claimed['n']:,} |\n| the first 2,000 | {subset['correct']:,} | 2,000 |"
+        in card
+    )
 
 
 def test_predict_answers_right_after_install_without_torch(tmp_path: Path, synthetic: ImageDataset) -> None:
@@ -143,15 +148,15 @@ def test_predict_answers_right_after_install_without_torch(tmp_path: Path, synth
 
     Image.fromarray(synthetic.images[0]).save(tmp_path / "a.png")
     run = (
-        "import sys\nfrom attire.cli import main\nsys.argv[1:] = ['predict', '--json', 'a.png']\n"
+        "import sys\nfrom attire.cli.main import main\nsys.argv[1:] = ['predict', '--json', 'a.png']\n"
         "try: main()\nexcept SystemExit as end: assert end.code == 0\nassert 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", run], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     expected = load_bundle(device="cpu").predict(tmp_path / "a.png")
-    told = json.loads(done.stdout)
-    assert (told["label"], told["out_of_distribution"]) == (expected.label, expected.out_of_distribution)
-    assert told["distance"] == pytest.approx(expected.distance, rel=1e-4)
+    answer = json.loads(done.stdout)
+    assert (answer["label"], answer["out_of_distribution"]) == (expected.label, expected.out_of_distribution)
+    assert answer["distance"] == pytest.approx(expected.distance, rel=1e-4)
 
 
 def test_torch_answers_where_a_device_is_named_or_onnx_runtime_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,14 +15,14 @@ from torch import Tensor
 from attire.data.dataset import ImageDataset
 from attire.errors import AttireError, AttireWarning
 from attire.features import cache
-from attire.features.cache import FeatureSpec, Features, extract
+from attire.features.cache import Features, FeatureSpec, extract
 
 SPEC = FeatureSpec("block2", 16, 0, "w" * 64)  # 4 x 4 x 128 = 2,048 features
 Shrunk = Callable[[], "CountingBackbone"]
 
 
 class CountingBackbone:
-    """2,048 numbers that depend on every pixel; counts its calls, and stops where it is told to."""
+    """2,048 numbers that depend on every pixel; counts its calls, and stops at call `fail_at`."""
 
     def __init__(self, fail_at: int = 0) -> None:
         self.calls, self.fail_at = 0, fail_at
@@ -45,8 +45,8 @@ def run(data: ImageDataset, backbone: CountingBackbone, spec: FeatureSpec = SPEC
     return extract(data.images, data.image_digest, spec, lambda: backbone)
 
 
-def rows_of(found: Features) -> np.ndarray:
-    return np.concatenate(list(found.blocks(7)))
+def rows_of(features: Features) -> np.ndarray:
+    return np.concatenate(list(features.blocks(7)))
 
 
 def test_features_are_computed_once(synthetic: ImageDataset) -> None:
@@ -76,10 +76,10 @@ def test_a_stopped_extraction_redoes_at_most_one_shard(fail_at: int, synthetic: 
         assert not entry.finished
         assert "unfinished" in entry.describe()
     rest = CountingBackbone()
-    found = run(synthetic, rest)
+    resumed = run(synthetic, rest)
     assert rest.calls == 4 - (fail_at - 1)
-    assert np.array_equal(rows_of(found), cache.compute_features(synthetic.images, SPEC, CountingBackbone()))
-    assert sorted(path.suffix for path in found.folder.iterdir()) == [".json"] + 4 * [".npy"]  # the manifest alone
+    assert np.array_equal(rows_of(resumed), cache.compute_features(synthetic.images, SPEC, CountingBackbone()))
+    assert sorted(path.suffix for path in resumed.folder.iterdir()) == [".json"] + 4 * [".npy"]  # the manifest alone
 
 
 def flip_byte(path: Path) -> None:
@@ -105,9 +105,9 @@ def test_a_damaged_shard_is_set_aside_and_made_again_with_one_warning(
     damage(cache._shard_path(made.folder, 2))
     again = CountingBackbone()
     with pytest.warns(AttireWarning, match=r"1 damaged shard set aside as \*\.damaged and made again") as caught:
-        found = run(synthetic, again)
+        mended = run(synthetic, again)
     assert (len(caught), again.calls) == (1, 1)
-    assert np.array_equal(rows_of(found), whole)
+    assert np.array_equal(rows_of(mended), whole)
     assert (made.folder / "shard-00002.damaged").exists()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -120,8 +120,8 @@ def test_a_damaged_manifest_costs_the_entry_but_nothing_else(text: str, syntheti
     whole = rows_of(made)
     (made.folder / "MANIFEST.json").write_text(text)
     with pytest.warns(AttireWarning, match="damaged shards set aside"):
-        found = run(synthetic, CountingBackbone())
-    assert np.array_equal(rows_of(found), whole)
+        mended = run(synthetic, CountingBackbone())
+    assert np.array_equal(rows_of(mended), whole)
 
 
 def test_a_manifest_cannot_point_elsewhere(synthetic: ImageDataset, tmp_path: Path) -> None:
@@ -136,38 +136,38 @@ def test_a_manifest_cannot_point_elsewhere(synthetic: ImageDataset, tmp_path: Pa
 
 
 def test_rows_come_in_the_order_asked_for_across_shards(synthetic: ImageDataset) -> None:
-    found = run(synthetic, CountingBackbone())
-    whole = rows_of(found)
+    features = run(synthetic, CountingBackbone())
+    whole = rows_of(features)
     order = np.array([59, 0, 17, 16, 15, 31, 0, 42])
-    assert np.array_equal(found.gather(order), whole[order])
-    assert np.array_equal(whole[order], np.concatenate([found.shards[i // 16][None, i % 16] for i in order]))
-    assert found.gather(np.empty(0, np.int64)).shape == (0, 2048)
-    path = cache._shard_path(found.folder, 1)
+    assert np.array_equal(features.gather(order), whole[order])
+    assert np.array_equal(whole[order], np.concatenate([features.shards[i // 16][None, i % 16] for i in order]))
+    assert features.gather(np.empty(0, np.int64)).shape == (0, 2048)
+    path = cache._shard_path(features.folder, 1)
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(AttireError, match=r"shard-00001\.npy: a row is missing: the file was cut off"):
-        found.gather(order)
+        features.gather(order)
 
 
 def test_the_other_views_are_the_mirrored_and_the_negative_image(synthetic: ImageDataset) -> None:
     backbone = CountingBackbone()
-    flipped = cache.compute_features(synthetic.images, cache._with_view(SPEC, "flip"), backbone)
+    flipped = cache.compute_features(synthetic.images, replace(SPEC, view="flip"), backbone)
     assert np.array_equal(flipped, cache.compute_features(synthetic.images[:, :, ::-1].copy(), SPEC, backbone))
-    negative = cache.compute_features(synthetic.images, cache._with_view(SPEC, "negative"), backbone)
+    negative = cache.compute_features(synthetic.images, replace(SPEC, view="negative"), backbone)
     assert np.array_equal(negative, cache.compute_features(255 - synthetic.images, SPEC, backbone))
     assert not np.array_equal(flipped, negative)
 
 
-def test_progress_is_told_in_rows(synthetic: ImageDataset) -> None:
-    told: list[tuple[int, int]] = []
-    extract(
-        synthetic.images, synthetic.image_digest, SPEC, CountingBackbone, lambda done, total: told.append((done, total))
-    )
-    assert told == [(0, 60), (16, 60), (32, 60), (48, 60), (60, 60), (60, 60)]
-    told.clear()
-    extract(
-        synthetic.images, synthetic.image_digest, SPEC, CountingBackbone, lambda done, total: told.append((done, total))
-    )
-    assert told == [(60, 60)]
+def test_progress_is_reported_in_rows(synthetic: ImageDataset) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int) -> None:
+        calls.append((done, total))
+
+    extract(synthetic.images, synthetic.image_digest, SPEC, CountingBackbone, progress)
+    assert calls == [(0, 60), (16, 60), (32, 60), (48, 60), (60, 60), (60, 60)]
+    calls.clear()
+    extract(synthetic.images, synthetic.image_digest, SPEC, CountingBackbone, progress)
+    assert calls == [(60, 60)]
 
 
 def test_shards_hold_a_power_of_two_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,14 +36,16 @@ def forget() -> None:
 
 def test_what_one_machine_made_another_pulls(entry: StorageLocation, synthetic: ImageDataset) -> None:
     assert sorted(name[:11] for name in entry.sizes()) == ["MANIFEST.js", *(f"shard-{i:05d}" for i in range(4))]
-    backbone, told = CountingBackbone(), list[tuple[int, int]]()
-    found = cache.extract(
-        synthetic.images, synthetic.image_digest, SPEC, lambda: backbone, lambda done, total: told.append((done, total))
-    )
+    backbone, calls = CountingBackbone(), list[tuple[int, int]]()
+
+    def progress(done: int, total: int) -> None:
+        calls.append((done, total))
+
+    pulled = cache.extract(synthetic.images, synthetic.image_digest, SPEC, lambda: backbone, progress)
     assert backbone.calls == 0
-    assert told[:4] == [(16, 60), (32, 60), (48, 60), (60, 60)]
-    assert np.array_equal(rows_of(found), cache.compute_features(synthetic.images, SPEC, CountingBackbone()))
-    assert sorted(path.name for path in found.folder.iterdir()) == [
+    assert calls[:4] == [(16, 60), (32, 60), (48, 60), (60, 60)]
+    assert np.array_equal(rows_of(pulled), cache.compute_features(synthetic.images, SPEC, CountingBackbone()))
+    assert sorted(path.name for path in pulled.folder.iterdir()) == [
         "MANIFEST.json",
         *(f"shard-{i:05d}.npy" for i in range(4)),
     ]
@@ -66,10 +68,10 @@ def test_a_damaged_shard_is_computed_here(harm: str, entry: StorageLocation, syn
         entry.write(name, data[:-1] if harm == "cut off" else data[:500] + bytes([data[500] ^ 1]) + data[501:])
     backbone = CountingBackbone()
     line = rf"^{remote_cache._VARIABLE}: .*{name}: damaged or missing; features are computed here$"
-    with pytest.warns(AttireWarning, match=line) as told:
-        found = run(synthetic, backbone)
-    assert (backbone.calls, len(told)) == (1, 1)
-    assert np.array_equal(rows_of(found), cache.compute_features(synthetic.images, SPEC, CountingBackbone()))
+    with pytest.warns(AttireWarning, match=line) as caught:
+        features = run(synthetic, backbone)
+    assert (backbone.calls, len(caught)) == (1, 1)
+    assert np.array_equal(rows_of(features), cache.compute_features(synthetic.images, SPEC, CountingBackbone()))
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b'{"shards": []}', b'{"shards": 1}'])
@@ -120,8 +122,8 @@ def test_two_machines_that_made_it_differently_do_not_mix(entry: StorageLocation
     run(synthetic, Doubled())
     assert len(entry.sizes()) == len(there) + 4
     forget()
-    found = run(synthetic, CountingBackbone(fail_at=1))
-    assert np.array_equal(rows_of(found), cache.compute_features(synthetic.images, SPEC, Doubled()))
+    features = run(synthetic, CountingBackbone(fail_at=1))
+    assert np.array_equal(rows_of(features), cache.compute_features(synthetic.images, SPEC, Doubled()))
 
 
 class Doubled(CountingBackbone):
@@ -143,12 +145,12 @@ def test_who_may_not_write_goes_on_reading(
     entry: StorageLocation, synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(self: StorageLocation, name: str, data: bytes) -> None:
-        raise StoreError(self.name(name), "the store did not serve it", "ACCESS_DENIED")
+        raise StoreError(self.url_of(name), "the store did not serve it", "ACCESS_DENIED")
 
     monkeypatch.setattr(StorageLocation, "write", refused)
     with pytest.warns(AttireWarning, match="ACCESS_DENIED.*; new features are not shared"):
         run(synthetic.subset(range(20)), CountingBackbone())
-    run(synthetic.subset(range(30)), CountingBackbone())  # told once
+    run(synthetic.subset(range(30)), CountingBackbone())  # warned of once
     backbone = CountingBackbone()
     run(synthetic, backbone)
     assert backbone.calls == 0

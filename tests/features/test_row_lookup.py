@@ -1,6 +1,7 @@
 """Images found one by one: what an entry holds is computed no second time, in whatever array it comes back."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +47,8 @@ def expected(images: NDArray[np.uint8]) -> NDArray[np.float16]:
     return feature_cache.compute_features(images, SPEC, Counting())
 
 
-def rows_of(found: feature_cache.Features) -> NDArray[np.float16]:
-    return np.concatenate(list(found.blocks(7)))
+def rows_of(features: feature_cache.Features) -> NDArray[np.float16]:
+    return np.concatenate(list(features.blocks(7)))
 
 
 def test_only_images_that_no_entry_holds_are_computed(backbone: Counting, load: Callable[[], Counting]) -> None:
@@ -66,16 +67,16 @@ def test_only_images_that_no_entry_holds_are_computed(backbone: Counting, load: 
 
 def test_rows_come_in_any_order_and_into_a_given_array(load: Callable[[], Counting]) -> None:
     row_lookup.extract_by_image(IMAGES[::2], SPEC, load)
-    found, asked = row_lookup.extract_by_image(IMAGES, SPEC, load), np.array([39, 0, 5, 5])
-    assert np.array_equal(found.gather(asked), expected(IMAGES[asked]))
+    features, asked = row_lookup.extract_by_image(IMAGES, SPEC, load), np.array([39, 0, 5, 5])
+    assert np.array_equal(features.gather(asked), expected(IMAGES[asked]))
     out = np.empty((3, 512), np.float16)
-    found.read(np.array([1, 4, 8]), out)
+    features.read(np.array([1, 4, 8]), out)
     assert np.array_equal(out, expected(IMAGES[[1, 4, 8]]))
 
 
 def test_another_spec_has_features_of_its_own(backbone: Counting, load: Callable[[], Counting]) -> None:
     row_lookup.extract_by_image(IMAGES[:9], SPEC, load)
-    row_lookup.extract_by_image(IMAGES[:9], feature_cache._with_view(SPEC, "flip"), load)
+    row_lookup.extract_by_image(IMAGES[:9], replace(SPEC, view="flip"), load)
     assert backbone.rows == 18
 
 
@@ -88,11 +89,11 @@ def test_an_array_that_is_an_entry_already_is_taken_as_one(backbone: Counting, l
 
 
 def test_without_the_cache_nothing_is_written(backbone: Counting, load: Callable[[], Counting], cache: Path) -> None:
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     double = np.concatenate([IMAGES[:9], IMAGES[:3]])
-    found = row_lookup.extract_in_memory(double, SPEC, load, lambda done, total: told.append((done, total)))
-    assert np.array_equal(rows_of(found), expected(double))
-    assert (backbone.rows, told[-1]) == (9, (9, 9))
+    features = row_lookup.extract_in_memory(double, SPEC, load, lambda done, total: calls.append((done, total)))
+    assert np.array_equal(rows_of(features), expected(double))
+    assert (backbone.rows, calls[-1]) == (9, (9, 9))
     assert not cache.exists()
     assert row_lookup.extract_in_memory(IMAGES[:0], SPEC, load).shape == (0, 512)
 
@@ -110,8 +111,8 @@ def test_a_damaged_entry_is_computed_again(backbone: Counting, load: Callable[[]
     shard = feature_cache._shard_path(entry.folder, 0)
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x99")
     with pytest.warns(AttireWarning, match="1 damaged shard set aside"):
-        found = row_lookup.extract_by_image(IMAGES[3:9], SPEC, load)
-    assert np.array_equal(rows_of(found), expected(IMAGES[3:9]))
+        features = row_lookup.extract_by_image(IMAGES[3:9], SPEC, load)
+    assert np.array_equal(rows_of(features), expected(IMAGES[3:9]))
     assert backbone.rows == 15
 
 

@@ -24,7 +24,7 @@ from attire.errors import AttireError, UsageError
 from attire.features import views
 from attire.inference import classifier as module
 from attire.inference.classifier import Architecture, Classifier, load_bundle
-from attire.inference.prediction import as_images
+from attire.inference.prediction import Prediction, as_images
 from attire.model import vgg
 from attire.model.heads import fold_standardisation
 from attire.storage import files
@@ -175,7 +175,8 @@ def test_one_image_one_file_and_many_give_the_same_predictions(
 
 
 def test_equal_probabilities_keep_the_order_of_the_classes(classifier: Classifier) -> None:
-    assert [label for label, _ in classifier.ranked(np.full(10, 0.1)).ranking] == list(FASHION_CLASSES)
+    answer = Prediction.from_probabilities(classifier.classes, np.full(10, 0.1))
+    assert [label for label, _ in answer.ranking] == list(FASHION_CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +368,7 @@ SHAPE = {"freeze_to": "block2", "image_size": 16, "pool": 0, "hidden": [8], "dro
         {"temperature": -1.0},
         {"temperature": "1"},
         {"temperature": None},
-        {"facts": []},
+        {"metadata": []},
         {"sha256": None},
         {"preprocess": 1},
         {"preprocess": {}},

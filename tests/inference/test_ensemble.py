@@ -69,7 +69,7 @@ def test_a_bundle_with_trained_blocks_takes_only_what_is_frozen_from_the_cache(
     expected = load_bundle(run.bundle, "cpu").predict_proba(synthetic.images)
     assert np.allclose(found.predictions.probabilities, expected, atol=5e-3)
     assert {(entry.manifest["freeze_to"], entry.manifest["width"]) for entry in cache.cache_entries()} == {key}
-    assert found.config["views"] == recipe.tta
+    assert found.config["tta"] == recipe.tta
 
 
 def test_an_ensemble_is_the_mean_of_its_members(
@@ -80,8 +80,8 @@ def test_an_ensemble_is_the_mean_of_its_members(
     assert np.allclose(found.result.predictions.probabilities, np.mean(alone, 0), atol=2e-3)
     assert np.allclose(found.ensemble.predict_proba(synthetic.images), np.mean(alone, 0), atol=1e-6)
     assert [entry.manifest["view"] for entry in cache.cache_entries()].count("plain") == 1  # one backbone, one entry
-    assert [member.config["views"] for member in found.members] == [1, 2]
-    assert found.result.config["views"] == 3
+    assert [member.config["tta"] for member in found.members] == [1, 2]
+    assert found.result.config["tta"] == 3
     right = [member.test.correct for member in found.members]
     gained = found.result.test.correct - max(right)
     assert found.pair.only_second - found.pair.only_first == gained
@@ -89,15 +89,15 @@ def test_an_ensemble_is_the_mean_of_its_members(
 
 
 def test_every_member_can_be_given_the_same_views(pair: tuple[Path, Path], everything: Path) -> None:
-    found = scoring.evaluate_ensemble(pair, everything, views=2)
-    one = scoring.evaluate_bundle(pair[0], everything, views=2)
+    found = scoring.evaluate_ensemble(pair, everything, tta=2)
+    one = scoring.evaluate_bundle(pair[0], everything, tta=2)
     assert np.array_equal(found.members[0].predictions.probabilities, one.predictions.probabilities)
     plain = scoring.evaluate_bundle(pair[0], everything)
     assert not np.allclose(plain.predictions.probabilities, one.predictions.probabilities)
-    assert one.command == f"attire evaluate {pair[0]} --data {everything} --views 2"
+    assert one.command == f"attire evaluate {pair[0]} --data {everything} --tta 2"
     for count in (0, 19):
-        with pytest.raises(UsageError, match=f"--views: expected 1 to 18, found {count}"):
-            scoring.evaluate_bundle(pair[0], everything, views=count)
+        with pytest.raises(UsageError, match=f"--tta: expected 1 to 18, found {count}"):
+            scoring.evaluate_bundle(pair[0], everything, tta=count)
 
 
 def test_an_ensemble_s_file_names_its_members_by_digest(pair: tuple[Path, Path], tmp_path: Path) -> None:

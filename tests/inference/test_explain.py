@@ -48,9 +48,7 @@ def block_of(label: int) -> NDArray[np.bool_]:
 def explained(labels: tuple[str, ...] = ()) -> _Explanation:
     near = tuple(Neighbour(label, 0.1, np.zeros((28, 28), np.uint8)) for label in labels)
     prediction = Prediction("Coat", 1.0, (("Coat", 1.0),))
-    return _Explanation(
-        np.zeros((28, 28), np.uint8), "Coat", np.zeros((28, 28), np.float32), _METHOD, prediction, near
-    )
+    return _Explanation(np.zeros((28, 28), np.uint8), "Coat", np.zeros((28, 28), np.float32), _METHOD, prediction, near)
 
 
 def test_the_heat_of_a_picture_with_one_informative_block_lies_on_the_block(trained: Classifier) -> None:

@@ -22,7 +22,7 @@ def picture(path: Path | str, level: int = 0) -> str:
     return str(path)
 
 
-def found(*arguments: str) -> list[str]:
+def listed(*arguments: str) -> list[str]:
     return [str(item) for item in expand_paths(arguments)]
 
 
@@ -30,20 +30,20 @@ def test_folders_are_searched_to_the_bottom_in_the_order_of_names() -> None:
     for name in ("f/b.png", "f/a/z.JPG", "f/c/d/x.webp", "f/.hidden.png", "f/.git/a.png"):
         picture(name)
     Path("f/notes.txt").write_text("not a picture")
-    assert found("f") == ["f/b.png", "f/a/z.JPG", "f/c/d/x.webp"]
+    assert listed("f") == ["f/b.png", "f/a/z.JPG", "f/c/d/x.webp"]
     Path("empty").mkdir()
-    assert found("empty") == ["empty: no pictures in this folder; expected a PNG, JPEG, WebP or BMP picture"]
+    assert listed("empty") == ["empty: no pictures in this folder; expected a PNG, JPEG, WebP or BMP picture"]
 
 
 def test_patterns_are_understood_where_no_shell_expands_them() -> None:
     for name in ("a1.png", "a2.png", "b.png", "sub/a3.png", "[x].png"):
         picture(name)
-    assert found("a?.png") == ["a1.png", "a2.png"]
-    assert found("**/a*.png") == ["a1.png", "a2.png", "sub/a3.png"]
-    assert found("s*") == ["sub/a3.png"]
-    assert found("[x].png") == ["[x].png"]  # a file of that name is no pattern
-    assert found("z*.png") == ["z*.png: no file matches the pattern"]
-    assert found("none.png", "-", "a\0*") == ["none.png", "-", "a\\x00*: no file matches the pattern"]
+    assert listed("a?.png") == ["a1.png", "a2.png"]
+    assert listed("**/a*.png") == ["a1.png", "a2.png", "sub/a3.png"]
+    assert listed("s*") == ["sub/a3.png"]
+    assert listed("[x].png") == ["[x].png"]  # a file of that name is no pattern
+    assert listed("z*.png") == ["z*.png: no file matches the pattern"]
+    assert listed("none.png", "-", "a\0*") == ["none.png", "-", "a\\x00*: no file matches the pattern"]
 
 
 def test_order_is_kept_and_errors_stand_in_their_places() -> None:

@@ -160,7 +160,9 @@ def test_neighbours_survive_the_journey_to_disk(
     assert loaded.neighbours.encoded() == classifier.neighbours.encoded()
     for image, found in zip(synthetic.images, loaded.nearest(synthetic.images), strict=True):
         assert any(np.array_equal(one.image, image) for one in found if one.distance < 1e-3)
-    assert files.read_json(explained / "model.json")["neighbours"] == {"sha256": files.sha256_file(explained / NEIGHBOURS)}
+    assert files.read_json(explained / "model.json")["neighbours"] == {
+        "sha256": files.sha256_file(explained / NEIGHBOURS)
+    }
 
 
 def test_answers_are_the_same_with_and_without(bundle: Path, explained: Path, synthetic: ImageDataset) -> None:

@@ -239,7 +239,11 @@ def test_a_rejecter_survives_the_journey_to_disk(
     classifier.save(tmp_path / "model")
     loaded = load_bundle(tmp_path / "model", "cpu")
     assert loaded.ood_detector is not None
-    assert (loaded.ood_detector.threshold, loaded.ood_detector.calibration_rows, loaded.ood_detector.false_alarm_rate) == (6.0, 100, 0.05)
+    assert (
+        loaded.ood_detector.threshold,
+        loaded.ood_detector.calibration_rows,
+        loaded.ood_detector.false_alarm_rate,
+    ) == (6.0, 100, 0.05)
     distances = loaded.distances(synthetic.images)
     assert distances.shape == (60,)
     assert np.array_equal(distances, classifier.distances(synthetic.images))
@@ -305,10 +309,14 @@ def test_a_verdict_is_a_distance_above_the_threshold(
     assert all(one.out_of_distribution == (one.distance > distances[29]) for one in found)
 
 
-@pytest.mark.parametrize(("name", "value"), [("centre", torch.zeros(3)), ("whitening", torch.full((128, 128), torch.nan))])
+@pytest.mark.parametrize(
+    ("name", "value"), [("centre", torch.zeros(3)), ("whitening", torch.full((128, 128), torch.nan))]
+)
 def test_tensors_that_do_not_belong_are_refused(ood_detector: OODDetector, name: str, value: Tensor) -> None:
     with pytest.raises(AttireError, match="ood: "):
-        OODDetector.from_bundle({**ood_detector.tensors(), OODDetector.PREFIX + name: value}, ood_detector.to_json(), 128, "bundle")
+        OODDetector.from_bundle(
+            {**ood_detector.tensors(), OODDetector.PREFIX + name: value}, ood_detector.to_json(), 128, "bundle"
+        )
 
 
 def test_a_missing_tensor_is_refused(ood_detector: OODDetector) -> None:
@@ -318,7 +326,9 @@ def test_a_missing_tensor_is_refused(ood_detector: OODDetector) -> None:
         OODDetector.from_bundle(tensors, ood_detector.to_json(), 128, "bundle")
 
 
-@pytest.mark.parametrize("change", [{"threshold": None}, {"threshold": float("nan")}, {"false_alarm_rate": 1}, {"calibration_rows": "many"}])
+@pytest.mark.parametrize(
+    "change", [{"threshold": None}, {"threshold": float("nan")}, {"false_alarm_rate": 1}, {"calibration_rows": "many"}]
+)
 def test_a_threshold_that_is_none_is_refused(ood_detector: OODDetector, change: dict[str, Any]) -> None:
     with pytest.raises(AttireError, match="not what a bundle holds"):
         OODDetector.from_bundle(ood_detector.tensors(), {**ood_detector.to_json(), **change}, 128, "bundle")

@@ -17,6 +17,7 @@ from pyarrow import parquet as pq
 from attire.data.dataset import FASHION_CLASSES, ImageDataset
 from attire.errors import AttireError, Stopped, UsageError
 from attire.inference import parquet_predict
+from attire.inference.parquet_parts import AnswerParts
 from attire.inference.predict import BATCH
 from attire.storage.stores import open_location
 from tests.command import attire
@@ -43,33 +44,33 @@ def write(path: Path | str, rows: range, bad: tuple[int, ...] = (), **more: Any)
     return write_parquet(Path(path), images, [i % 10 for i in rows], id=ids, **more)
 
 
-def run(where: object, out: object, model: Any = None, **more: Any) -> parquet_predict._Done:
-    return parquet_predict.predict_parquet(str(where), str(out), model or Brightness(), "digest", top=1, **more)
+def run(where: object, out: object, model: Any = None, **more: Any) -> parquet_predict._Summary:
+    return parquet_predict.predict_parquet(str(where), str(out), model or Brightness(), "digest", top_k=1, **more)
 
 
 def check(table: Any, rows: range, bad: tuple[int, ...] = ()) -> None:
     assert table.column_names == ["path", "label", "id", *parquet_predict._ANSWERS.names]
     assert table["id"].to_pylist() == [f"id-{i}" for i in rows]
     assert table["label"].to_pylist() == [i % 10 for i in rows]
-    for i, found in zip(rows, table.to_pylist(), strict=True):
+    for i, row in zip(rows, table.to_pylist(), strict=True):
         if i in bad:
-            assert found["predicted"] is found["probability"] is found["top"] is None
-            assert found["error"] == (
+            assert row["predicted"] is row["probability"] is row["top_k"] is None
+            assert row["error"] == (
                 f"text, not a picture that can be read (row {i + 1}); expected a PNG, JPEG, WebP or BMP picture"
             )
         else:
-            assert (found["predicted"], found["out_of_distribution"], found["error"]) == ("Bag", False, None)
-            assert found["probability"] == pytest.approx(i % 100 / 255)
-            assert found["top"] == [{"label": "Bag", "probability": pytest.approx(i % 100 / 255)}]
+            assert (row["predicted"], row["out_of_distribution"], row["error"]) == ("Bag", False, None)
+            assert row["probability"] == pytest.approx(i % 100 / 255)
+            assert row["top_k"] == [{"label": "Bag", "probability": pytest.approx(i % 100 / 255)}]
 
 
 def test_each_row_has_its_answer_in_order() -> None:
     write("in.parquet", range(230))
-    model, told = Brightness(), list[tuple[int, int]]()
-    done = run("in.parquet", "out.parquet", model, progress=lambda *rows: told.append(rows))
+    model, calls = Brightness(), list[tuple[int, int]]()
+    done = run("in.parquet", "out.parquet", model, progress=lambda *rows: calls.append(rows))
     assert (done.rows, done.errors) == (230, 0)
     check(pq.read_table("out.parquet"), range(230))
-    assert told == [(0, 230), (50, 230), (100, 230), (150, 230), (200, 230), (230, 230)]
+    assert calls == [(0, 230), (50, 230), (100, 230), (150, 230), (200, 230), (230, 230)]
     assert max(model.batches) <= BATCH
     assert sorted(path.name for path in Path.cwd().iterdir() if path.suffix) == ["in.parquet", "out.parquet"]
 
@@ -77,7 +78,7 @@ def test_each_row_has_its_answer_in_order() -> None:
 def test_a_bad_picture_is_an_error_in_its_place() -> None:
     bad, lines = (0, 49, 50, 117), list[str]()
     write("in.parquet", range(120), bad)
-    done = run("in.parquet", "out.parquet", complain=lines.append)
+    done = run("in.parquet", "out.parquet", warn=lines.append)
     assert (done.rows, done.errors, len(lines)) == (120, 4, 4)
     check(pq.read_table("out.parquet"), range(120), bad)
     assert lines[1].startswith(f"{Path('in.parquet')}: text, not a picture that can be read (row 50); ")
@@ -87,8 +88,8 @@ def test_a_bad_picture_is_an_error_in_its_place() -> None:
 def test_thousands_of_bad_rows_are_not_told_one_by_one() -> None:
     write("in.parquet", range(150), tuple(range(150)))
     lines = list[str]()
-    assert run("in.parquet", "out.parquet", complain=lines.append).errors == 150
-    assert len(lines) == parquet_predict._SHOWN
+    assert run("in.parquet", "out.parquet", warn=lines.append).errors == 150
+    assert len(lines) == parquet_predict._WARNINGS
 
 
 def test_parts_of_several_files_need_not_agree_with_theirs(tmp_path: Path) -> None:
@@ -169,28 +170,28 @@ def test_a_part_that_was_damaged_meanwhile_is_made_again() -> None:
     assert Path("out.parquet").read_bytes() == Path("undisturbed.parquet").read_bytes()
 
 
-@pytest.mark.parametrize("changed", ["model", "input", "top"])
+@pytest.mark.parametrize("changed", ["model", "input", "top_k"])
 def test_parts_of_other_work_are_not_taken(changed: str) -> None:
     write("in.parquet", range(120))
     with pytest.raises(Stopped):
         run("in.parquet", "out.parquet", Stopping(3))
-    digest, top, model = "digest", 1, Brightness()
+    digest, top_k, model = "digest", 1, Brightness()
     if changed == "model":
         digest = "another"
-    elif changed == "top":
-        top = 2
+    elif changed == "top_k":
+        top_k = 2
     else:
         write("in.parquet", range(1, 121))
         os.utime("in.parquet", (1, 1))
-    parquet_predict.predict_parquet("in.parquet", "out.parquet", model, digest, top=top)
+    parquet_predict.predict_parquet("in.parquet", "out.parquet", model, digest, top_k=top_k)
     assert len(model.batches) == 3
 
 
 KILLED = """
 import sys, time
 from tests.inference.test_predict import Brightness
-from attire import bulk
-bulk.PART_ROWS = 50
+from attire.inference import parquet_predict
+parquet_predict._PART_ROWS = 50
 
 class Slow(Brightness):
     def predict(self, images):
@@ -198,7 +199,7 @@ class Slow(Brightness):
         return super().predict(images)
 
 Slow.__name__ = "Brightness"
-bulk.predict(sys.argv[1], sys.argv[2], Slow(), "digest", top=1)
+parquet_predict.predict_parquet(sys.argv[1], sys.argv[2], Slow(), "digest", top_k=1)
 """
 
 
@@ -229,10 +230,8 @@ def test_killed_in_the_middle_the_rerun_gives_the_very_same_file(parts: int) -> 
 
 def test_two_processes_do_not_write_one_result(monkeypatch: pytest.MonkeyPatch) -> None:
     write("in.parquet", range(60))
-    with (
-        parquet_predict._claimed(Path("out.parquet.parts").absolute()),
-        pytest.raises(AttireError, match="another process"),
-    ):
+    parts = AnswerParts(open_location("out.parquet.parts"), "job", [], 1, PART)
+    with parts.claim(), pytest.raises(AttireError, match="another process"):
         run("in.parquet", "out.parquet")
 
 
@@ -305,11 +304,11 @@ def test_the_command_answers_and_says_what_is_missing(brightness: Brightness) ->
     write("in.parquet", range(60), (7,))
     done = attire("predict", "in.parquet", "--out", "out.parquet", "--json")
     assert done.status == 1
-    told = json.loads(done.out)
-    assert (told["out"], told["rows"], told["errors"]) == ("out.parquet", 60, 1)
+    summary = json.loads(done.out)
+    assert (summary["out"], summary["rows"], summary["errors"]) == ("out.parquet", 60, 1)
     assert done.err.count("error: in.parquet: text, not a picture that can be read (row 8)") == 1
     write("sound.parquet", range(60))
-    done = attire("predict", "sound.parquet", "--out", "sound", "--top", "2")
+    done = attire("predict", "sound.parquet", "--out", "sound", "--top-k", "2")
     assert done.status == 0
     assert done.out.startswith("sound   60 rows   ")
 
@@ -318,7 +317,10 @@ def test_the_command_answers_and_says_what_is_missing(brightness: Brightness) ->
     ("arguments", "line"),
     [
         (("a.parquet", "b.parquet", "--out", "o.parquet"), "--out: 2 inputs, expected one"),
-        (("a.parquet", "--out", "o.parquet", "--format", "csv"), "--out: neither --format nor --show goes with it"),
+        (
+            ("a.parquet", "--out", "o.parquet", "--format", "csv"),
+            "--out: neither --format nor --save-inputs goes with it",
+        ),
         (("s3://b/x.png",), "s3://b/x.png: a URL, expected a file; Parquet files may lie elsewhere, with --out"),
     ],
 )
@@ -348,10 +350,10 @@ def test_the_shipped_model_answers_as_it_does_elsewhere(tmp_path: Path) -> None:
     write_parquet(Path("in.parquet"), [png(image) for image in official.images], official.labels.tolist())
     done = attire("predict", "in.parquet", "--out", "out.parquet")
     assert done.status == 0, done
-    found = pq.read_table("out.parquet")
+    answers = pq.read_table("out.parquet")
     expected = open_model(None, "cpu").predict(official.images)
-    assert found["predicted"].to_pylist() == [one.label for one in expected]
-    assert np.allclose(found["probability"].to_numpy(), [one.probability for one in expected], atol=1e-5)
-    assert found["out_of_distribution"].to_pylist() == [one.out_of_distribution for one in expected]
+    assert answers["predicted"].to_pylist() == [one.label for one in expected]
+    assert np.allclose(answers["probability"].to_numpy(), [one.probability for one in expected], atol=1e-5)
+    assert answers["out_of_distribution"].to_pylist() == [one.out_of_distribution for one in expected]
     right = [FASHION_CLASSES[label] for label in official.labels]
-    assert np.mean([a == b for a, b in zip(found["predicted"].to_pylist(), right, strict=True)]) > 0.85
+    assert np.mean([a == b for a, b in zip(answers["predicted"].to_pylist(), right, strict=True)]) > 0.85

@@ -56,7 +56,7 @@ def picture(path: Path | str, level: int = 0) -> str:
     return str(path)
 
 
-def told(done: Done) -> list[dict[str, Any]]:
+def answers(done: Done) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.out.splitlines()]
 
 
@@ -72,9 +72,9 @@ def test_a_narrow_terminal_gets_a_line_for_each_class(columns: int, monkeypatch:
     asked = PictureInput("a-picture-with-a-long-name.png", image, None)
     ranking = (("Ankle boot", 0.9), ("Sneaker", 0.08), ("Sandal", 0.02))
     answer = Prediction("Ankle boot", 0.9, ranking, 1.0, False)
-    monkeypatch.setattr(inference_predict, "read_ahead", lambda found, classes: (item for item in [asked]))
+    monkeypatch.setattr(inference_predict, "read_inputs", lambda paths, classes: (item for item in [asked]))
     inference_predict.print_answers(
-        [], SimpleNamespace(classes=FASHION_CLASSES, predict=lambda images: [answer]), out=out, top=2
+        [], SimpleNamespace(classes=FASHION_CLASSES, predict=lambda images: [answer]), out=out, top_k=2
     )
     narrow = "a-picture-with-a-long-name.png\n  Ankle boot   0.900\n  Sneaker      0.080\n"
     wide = "a-picture-with-a-long-name.png Ankle boot   0.900   Sneaker 0.080\n"
@@ -93,7 +93,7 @@ def test_the_first_argument_may_be_the_model(bundle: Path) -> None:
             split_model(arguments, None)
 
 
-# What is told.
+# Answers.
 
 
 def test_all_pictures_of_all_sources_are_answered_in_batches(
@@ -104,7 +104,7 @@ def test_all_pictures_of_all_sources_are_answered_in_batches(
         picture(f"folder/{i:02}.png", i)
     write_csv(synthetic, Path("rows.csv"))
     done = attire("predict", "folder", "--json", "rows.csv", picture("last.png", 255))
-    lines = told(done)
+    lines = answers(done)
     names = [f"folder/{i:02}.png" for i in range(50)] + [f"rows.csv:{i}" for i in range(2, 62)] + ["last.png"]
     assert (done.status, done.err, [line["file"] for line in lines]) == (0, "", names)
     assert [round(255 * line["probabilities"]["Bag"]) for line in lines[:50]] == list(range(50))
@@ -121,7 +121,7 @@ def test_bad_files_are_lines_and_the_status_is_1(brightness: Brightness) -> None
 
 def test_csv_has_a_header_and_as_many_columns_as_classes_are_shown(bundle: Path) -> None:
     picture("a,b.png"), picture("two\nlines.png")
-    done = attire("predict", bundle, "a,b.png", "two\nlines.png", "--format", "csv", "--top", "2")
+    done = attire("predict", bundle, "a,b.png", "two\nlines.png", "--format", "csv", "--top-k", "2")
     rows = list(csv.DictReader(io.StringIO(done.out)))
     assert list(rows[0]) == [
         "file",
@@ -160,11 +160,11 @@ def stdin(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_standard_input_is_a_picture_or_a_table(brightness: Brightness, synthetic: ImageDataset, stdin: Any) -> None:
     stdin(Path(picture("a.png", 51)).read_bytes())
-    (line,) = told(attire("predict", "-", "--json"))
+    (line,) = answers(attire("predict", "-", "--json"))
     assert (line["file"], round(255 * line["probabilities"]["Bag"])) == ("-", 51)
     write_csv(synthetic, Path("rows.csv"))
     stdin(Path("rows.csv").read_bytes())
-    assert [line["file"] for line in told(attire("predict", "-", "--json"))] == [f"-:{i}" for i in range(2, 62)]
+    assert [line["file"] for line in answers(attire("predict", "-", "--json"))] == [f"-:{i}" for i in range(2, 62)]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,9 @@ def test_bad_standard_input_is_one_line(brightness: Brightness, data: bytes, sai
 def test_a_reader_that_has_gone_is_no_error(bundle: Path) -> None:
     for i in range(300):
         picture(f"many/{i}.png")
-    line = f"{shlex.quote(sys.executable)} -c 'from attire.cli import main; main()' predict {bundle} many | head -n 1"
+    line = (
+        f"{shlex.quote(sys.executable)} -c 'from attire.cli.main import main; main()' predict {bundle} many | head -n 1"
+    )
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
     assert done.stdout.startswith("many/0.png")
     assert "Traceback" not in done.stderr
@@ -212,23 +214,23 @@ def test_the_speed_is_told_to_a_terminal_alone(brightness: Brightness, monkeypat
     assert len(out.getvalue().splitlines()) == 200  # the bar did not take the answers
 
 
-def test_show_writes_a_strip_a_picture(brightness: Brightness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_inputs_writes_a_strip_a_picture(brightness: Brightness, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for `photos`: what is tested is which files get which strip."""
     fake = SimpleNamespace(prepare=lambda source, name: source, strip=lambda photo: str(photo).encode())
     monkeypatch.setitem(sys.modules, "attire.data.photos", fake)
     monkeypatch.setattr("attire.data.photos", fake, raising=False)
     for name in ("a.png", "x/a.png", "b.jpg"):
         picture(name)
-    assert attire("predict", "a.png", "x/a.png", "b.jpg", "--show", "seen").status == 0
+    assert attire("predict", "a.png", "x/a.png", "b.jpg", "--save-inputs", "seen").status == 0
     assert {path.name: path.read_text() for path in Path("seen").iterdir()} == {
         "a.png": "a.png",
         "a-2.png": "x/a.png",
         "b.png": "b.jpg",
     }
-    assert attire("predict", "b.jpg", "--show", "one.PNG").status == 0
+    assert attire("predict", "b.jpg", "--save-inputs", "one.PNG").status == 0
     assert Path("one.PNG").read_text() == "b.jpg"
-    done = attire("predict", "a.png", "b.jpg", "--show", "two.png")
-    assert (done.status, done.error) == (2, "--show: one file for several pictures; name a folder")
+    done = attire("predict", "a.png", "b.jpg", "--save-inputs", "two.png")
+    assert (done.status, done.error) == (2, "--save-inputs: one file for several pictures; name a folder")
 
 
 # Which model answers.

@@ -5,25 +5,21 @@ import sys
 
 import numpy as np
 
-from attire.inference.prediction import Prediction, ranked
+from attire.inference.prediction import Prediction
 
 
 def test_the_likeliest_class_comes_first_and_equals_keep_their_order() -> None:
-    found = ranked(("a", "b", "c"), np.array([0.2, 0.6, 0.2], np.float32))
-    assert [label for label, _ in found.ranking] == ["b", "a", "c"]
-    assert (found.label, round(found.probability, 3), found.distance, found.out_of_distribution) == (
-        "b",
-        0.6,
-        None,
-        None,
-    )
+    answer = Prediction.from_probabilities(("a", "b", "c"), np.array([0.2, 0.6, 0.2], np.float32))
+    assert [label for label, _ in answer.ranking] == ["b", "a", "c"]
+    assert (answer.label, round(answer.probability, 3)) == ("b", 0.6)
+    assert (answer.distance, answer.out_of_distribution) == (None, None)
 
 
 def test_a_verdict_needs_a_distance_and_a_threshold() -> None:
     p = np.array([0.9, 0.1])
-    verdicts = [
-        ranked("ab", p, far, limit).out_of_distribution for far, limit in ((2, 3), (3, 3), (4, 3), (4, None), (None, 3))
-    ]
+    pairs = ((2, 3), (3, 3), (4, 3), (4, None), (None, 3))
+    answers = [Prediction.from_probabilities("ab", p, distance, threshold) for distance, threshold in pairs]
+    verdicts = [answer.out_of_distribution for answer in answers]
     assert verdicts == [False, False, True, None, None]
 
 

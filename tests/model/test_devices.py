@@ -1,4 +1,4 @@
-"""The device is taken at its word or found; the precision is measured once and remembered."""
+"""Devices are chosen by name or found; precision and microbatching are measured once and kept."""
 
 import json
 import time
@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from attire.errors import UsageError
-from attire.model import devices, microbatches
+from attire.model import devices
+from attire.model.microbatches import Microbatching
 
 CPU = torch.device("cpu")
 
@@ -111,9 +112,9 @@ def test_of_several_that_begin_together_one_measures(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(devices, "_seconds_per_layer", measure)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: devices._measured_seconds(("direct", "winograd")), range(4)))
+        results = list(pool.map(lambda _: devices._measured_seconds(("direct", "winograd")), range(4)))
     assert measured == ["direct", "winograd"]
-    assert found == 4 * [{"direct": 1.0, "winograd": 2.0}]
+    assert results == 4 * [{"direct": 1.0, "winograd": 2.0}]
 
 
 def test_only_fp32_on_a_cpu_has_another_convolution(timed: Timed) -> None:
@@ -139,11 +140,12 @@ def test_a_layer_takes_time(kind: str) -> None:
 
 
 def test_the_environment_says_what_a_figure_depends_on() -> None:
-    found = devices.environment(CPU)
-    assert found["torch"] == torch.__version__
-    assert found["device"] == "cpu"
-    assert {"python", "torchvision", "numpy", "scikit-learn", "system", "processor", "cores", "threads"} <= set(found)
-    assert devices.processor_name() in str(found["processor"])
+    environment = devices.environment(CPU)
+    assert environment["torch"] == torch.__version__
+    assert environment["device"] == "cpu"
+    names = {"python", "torchvision", "numpy", "scikit-learn", "system", "processor", "cores", "threads"}
+    assert names <= set(environment)
+    assert devices.processor_name() in str(environment["processor"])
 
 
 def test_processors_without_a_name_are_told_by_family_and_model(tmp_path: Path) -> None:
@@ -154,32 +156,32 @@ def test_processors_without_a_name_are_told_by_family_and_model(tmp_path: Path) 
     assert devices._model_number(info) == ""
 
 
-def test_a_layout_is_measured_once_and_only_where_there_is_work(cache: Path) -> None:
+def test_microbatching_is_measured_once_and_only_where_there_is_work(cache: Path) -> None:
     calls: list[int] = []
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         calls.append(len(x))
         return x.flatten(1).sum(1, keepdim=True)
 
-    assert devices.choose_microbatching("block1 fp32", forward, 224, 400) == microbatches.Microbatching()
+    assert devices.choose_microbatching("block1 fp32", forward, 224, 400) == Microbatching()
     assert not calls
-    assert not (cache / "layouts.json").exists()
-    found = devices.choose_microbatching("block1 fp32", forward, 224, 10_000)
-    assert found in devices._layouts(224)
+    assert not (cache / "microbatching.json").exists()
+    chosen = devices.choose_microbatching("block1 fp32", forward, 224, 10_000)
+    assert chosen in devices._candidates(224)
     assert calls
     calls.clear()
-    assert devices.choose_microbatching("block1 fp32", forward, 224, 1) == found
+    assert devices.choose_microbatching("block1 fp32", forward, 224, 1) == chosen
     assert not calls
-    kept = json.loads((cache / "layouts.json").read_text())
+    kept = json.loads((cache / "microbatching.json").read_text())
     (here,) = kept
-    (cache / "layouts.json").write_text(json.dumps({here: {"block1 fp32 at 224 px": ["sideways", -1]}}))
-    assert devices.choose_microbatching("block1 fp32", forward, 224, 10_000) in devices._layouts(224)
+    (cache / "microbatching.json").write_text(json.dumps({here: {"block1 fp32 at 224 px": ["sideways", -1]}}))
+    assert devices.choose_microbatching("block1 fp32", forward, 224, 10_000) in devices._candidates(224)
     assert calls
 
 
-def test_a_layout_that_gives_other_bits_is_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_microbatching_that_gives_other_bits_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(x: torch.Tensor) -> torch.Tensor:
         return x.flatten(1) + len(x)  # what a kernel does that adds in another order for small batches
 
     x = torch.zeros(16, 3, 4, 4)
-    assert devices._fastest(forward, x, devices._layouts(224)) == microbatches.Microbatching()
+    assert devices._fastest(forward, x, devices._candidates(224)) == Microbatching()

@@ -1,4 +1,4 @@
-"""Trained blocks start as ImageNet's, keep the function when normalisation is put in, and fold back into a VGG16."""
+"""Fine-tuned blocks start as ImageNet's, keep their function when normalised, and fold back into a VGG16."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -155,8 +155,9 @@ def test_a_tuned_run_ends_in_a_plain_bundle(small_csv: Path, tmp_path: Path, ran
     frozen = vgg.vgg16(random_weights, "block3", 2, nn.Sequential()).state_dict()
     same = {name for name, value in saved.items() if torch.equal(value, frozen[name])}
     assert same == {f"features.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")}
-    told = run.result.predictions
-    assert model.predict_proba(told.images).argmax(1).tolist() == np.argmax(told.probabilities, 1).tolist()
+    predictions = run.result.predictions
+    likeliest = np.argmax(predictions.probabilities, 1)
+    assert model.predict_proba(predictions.images).argmax(1).tolist() == likeliest.tolist()
 
 
 @pytest.mark.usefixtures("weights")
@@ -171,10 +172,10 @@ def test_where_nothing_is_frozen_every_convolution_is_trained_and_no_cache_is_ne
     after = model.model.features.state_dict()
     assert set(after) == set(before)
     assert not [name for name, value in after.items() if torch.equal(value, before[name])]
-    told = run.result.predictions
-    assert np.allclose(model.predict_proba(told.images), told.probabilities, atol=1e-3)
+    predictions = run.result.predictions
+    assert np.allclose(model.predict_proba(predictions.images), predictions.probabilities, atol=1e-3)
     cached = attire.train(small_csv, recipe, run_dir=tmp_path / "cached")
-    assert np.allclose(cached.result.predictions.probabilities, told.probabilities, atol=1e-5)
+    assert np.allclose(cached.result.predictions.probabilities, predictions.probabilities, atol=1e-5)
     assert {entry.manifest["width"] for entry in cache.cache_entries()} == {3 * 16 * 16}
     assert cache.cache_entries()[0].manifest["precision"] == "fp32"
 

@@ -1,4 +1,4 @@
-"""Small batches give what one large one does, whoever works on them, and threads are left as they were."""
+"""Microbatches give what one large batch does, on whatever threads, and threads are left as they were."""
 
 import os
 import threading
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from attire.model import microbatches
+from attire.model.microbatches import Microbatching
+
+SEQUENTIAL, PARALLEL = Microbatching("sequential"), Microbatching("parallel")
 
 
 @pytest.fixture(autouse=True)
@@ -27,34 +30,37 @@ def double(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 9, 150])
 def test_all_rows_come_back_in_their_order(n: int) -> None:
     x = torch.randn(n, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(microbatches.side_by_side(double, x), double(x))
-    assert torch.equal(microbatches._in_turn(double, x), double(x))
+    assert torch.equal(PARALLEL.run(double, x), double(x))
+    assert torch.equal(SEQUENTIAL.run(double, x), double(x))
 
 
 def test_batches_are_small_and_as_many_as_keep_every_thread_busy() -> None:
-    assert [microbatches._small_batch(torch.empty(0, 3, size, size)) for size in (32, 64, 224)] == [64, 16, 4]
     sizes: list[int] = []
 
     def note(x: Tensor) -> Tensor:
         sizes.append(len(x))
         return x
 
-    microbatches.side_by_side(note, torch.empty(33, 1, 224, 224))
+    for size in (32, 64, 224):
+        SEQUENTIAL.run(note, torch.empty(64, 1, size, size))
+    assert sizes == [64] + 4 * [16] + 16 * [4]
+    sizes.clear()
+    PARALLEL.run(note, torch.empty(33, 1, 224, 224))
     assert sorted(sizes) == [3] * 7 + [4] * 3  # not eight of 4 and one of 1, with a core idle in the last round
     sizes.clear()
-    microbatches._in_turn(note, torch.empty(33, 1, 224, 224))
+    SEQUENTIAL.run(note, torch.empty(33, 1, 224, 224))
     assert sizes == [4] * 8 + [1]
 
 
 def test_each_worker_uses_one_core_and_nobody_else_is_changed() -> None:
-    seen = set()
+    calls = set()
 
     def note(x: Tensor) -> Tensor:
-        seen.add((threading.current_thread().name[:11], torch.get_num_threads(), torch.is_grad_enabled()))
+        calls.add((threading.current_thread().name[:11], torch.get_num_threads(), torch.is_grad_enabled()))
         return x
 
-    microbatches.side_by_side(note, torch.empty(200, 1, 32, 32))
-    assert seen == {("attire-core", 1, False)}
+    PARALLEL.run(note, torch.empty(200, 1, 32, 32))
+    assert calls == {("attire-core", 1, False)}
     assert torch.get_num_threads() == 2
     later: list[int] = []
     thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
@@ -68,7 +74,7 @@ def test_what_fails_in_a_worker_fails_here() -> None:
         raise ValueError("as it happened")
 
     with pytest.raises(ValueError, match="as it happened"):
-        microbatches.side_by_side(fail, torch.empty(200, 1, 32, 32))
+        PARALLEL.run(fail, torch.empty(200, 1, 32, 32))
 
 
 def test_workers_are_started_once_in_each_process() -> None:
@@ -76,13 +82,13 @@ def test_workers_are_started_once_in_each_process() -> None:
     assert microbatches._workers(2, -1) is not microbatches._workers(2, os.getpid())
 
 
-@pytest.mark.parametrize("how", ["whole", "in turn", "side by side"])
-def test_a_layout_changes_nothing_but_the_batches(how: Any) -> None:
+@pytest.mark.parametrize("mode", ["whole", "sequential", "parallel"])
+def test_a_mode_changes_nothing_but_the_batches(mode: Any) -> None:
     x, sizes = torch.randn(21, 1, 8, 8, generator=torch.Generator().manual_seed(0)), []
 
     def note(part: Tensor) -> Tensor:
         sizes.append(len(part))
         return double(part)
 
-    assert torch.equal(microbatches.spread(note, x, microbatches.Microbatching(how, 4)), double(x))
-    assert max(sizes) == (21 if how == "whole" else 4)
+    assert torch.equal(Microbatching(mode, 4).run(note, x), double(x))
+    assert max(sizes) == (21 if mode == "whole" else 4)

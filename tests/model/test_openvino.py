@@ -13,7 +13,7 @@ from torch import nn
 from attire.data.dataset import ImageDataset
 from attire.errors import AttireError, UsageError
 from attire.model import devices, vgg
-from attire.model.openvino import CompiledBackbone, INT8, Int8Backbone, _backend, choose_precision
+from attire.model.openvino import INT8, CompiledBackbone, Int8Backbone, _import_backend, choose_precision
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
@@ -31,12 +31,12 @@ def test_its_features_are_close_to_the_exact_ones_and_it_is_built_once(
     pictures = vgg.preprocess(synthetic.images, 16)
     with torch.inference_mode():
         exact = backbone(pictures)
-    found = quick(pictures)
-    error = ((found - exact).norm() / exact.norm()).item()
-    assert found.shape == exact.shape
+    features = quick(pictures)
+    error = ((features - exact).norm() / exact.norm()).item()
+    assert features.shape == exact.shape
     assert 0 < error < 0.1
     monkeypatch.setattr("attire.model.openvino._quantise", lambda *given: pytest.fail("quantised again"))
-    assert torch.equal(Int8Backbone(backbone, "test", 16, synthetic.images)(pictures), found)
+    assert torch.equal(Int8Backbone(backbone, "test", 16, synthetic.images)(pictures), features)
     folder = cache / "backends" / f"{INT8}-test"
     assert sorted(path.name for path in folder.iterdir()) == ["MANIFEST.json", "network.bin", "network.xml"]
     weights = folder / "network.bin"
@@ -65,19 +65,19 @@ def test_a_signal_after_it_does_not_end_the_process(
 def test_where_it_is_not_installed_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "nncf", None)
     with pytest.raises(AttireError, match=r"openvino: not installed; pip install 'attire\[openvino\]'"):
-        _backend()
+        _import_backend()
 
 
 def test_without_quantisation_its_features_are_the_exact_ones(backbone: vgg.Backbone, synthetic: ImageDataset) -> None:
     pictures = vgg.preprocess(synthetic.images, 16)
     with torch.inference_mode():
         exact = backbone(pictures)
-    found = CompiledBackbone(backbone, 16, "fp32")(pictures)
-    assert torch.allclose(found, exact, rtol=1e-3, atol=1e-4 * exact.abs().max().item())
+    features = CompiledBackbone(backbone, 16, "fp32")(pictures)
+    assert torch.allclose(features, exact, rtol=1e-3, atol=1e-4 * exact.abs().max().item())
 
 
 def test_bf16_is_refused_where_openvino_would_not_compute_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, openvino = _backend()
+    _, openvino = _import_backend()
     able = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     assert choose_precision("auto") == ("bf16" if able else "fp32")
     assert choose_precision("fp32") == "fp32"

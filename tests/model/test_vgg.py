@@ -15,7 +15,7 @@ from attire.blocks import BLOCKS, feature_shape
 from attire.data.dataset import ImageDataset
 from attire.errors import AttireError
 from attire.features import cache, sources
-from attire.model import vgg
+from attire.model import heads, vgg
 from attire.model.weights import Tensors
 
 CPU = torch.device("cpu")
@@ -33,10 +33,10 @@ def test_preprocessing_is_what_torchvision_s_transforms_give(size: int, syntheti
     )
     grey = torch.from_numpy(synthetic.images[:6])[:, None]
     expected = steps(grey.expand(-1, 3, -1, -1))
-    found = vgg.preprocess(synthetic.images[:6], size)
-    assert found.shape == (6, 3, size, size)
-    assert found.dtype == torch.float32
-    assert torch.allclose(found, expected, atol=1e-5)
+    pictures = vgg.preprocess(synthetic.images[:6], size)
+    assert pictures.shape == (6, 3, size, size)
+    assert pictures.dtype == torch.float32
+    assert torch.allclose(pictures, expected, atol=1e-5)
 
 
 def test_preprocessing_leaves_its_input_alone(synthetic: ImageDataset) -> None:
@@ -68,22 +68,22 @@ def test_only_the_new_classifier_is_trainable(random_weights: Path) -> None:
     assert trainable == ["classifier.0.weight", "classifier.0.bias", "classifier.3.weight", "classifier.3.bias"]
 
 
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("use_winograd", [False, True])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_cut_network_computes_what_the_whole_one_does(
-    block: str, fast: bool, random_weights: Path, random_tensors: Tensors, synthetic: ImageDataset
+    block: str, use_winograd: bool, random_weights: Path, random_tensors: Tensors, synthetic: ImageDataset
 ) -> None:
     with torch.device("meta"):
         whole = torchvision.models.vgg16(weights=None).features
     state = {name.removeprefix("features."): torch.from_numpy(value) for name, value in random_tensors.items()}
     whole.load_state_dict(state, assign=True)
     pictures = vgg.preprocess(synthetic.images[:3], 32)
-    backbone = vgg.Backbone(vgg.vgg16(random_weights, block, 0, nn.Sequential()), CPU, "fp32", fast)
+    backbone = vgg.Backbone(vgg.vgg16(random_weights, block, 0, nn.Sequential()), CPU, "fp32", use_winograd)
     with torch.inference_mode():
         expected = whole[: BLOCKS[block]](pictures)
-        found = backbone(pictures)
-    assert found.shape == (3, int(np.prod(feature_shape(block, 32, 0))))
-    assert torch.allclose(found, expected.flatten(1), rtol=1e-3, atol=1e-3)  # the order is C, H, W
+        features = backbone(pictures)
+    assert features.shape == (3, int(np.prod(feature_shape(block, 32, 0))))
+    assert torch.allclose(features, expected.flatten(1), rtol=1e-3, atol=1e-3)  # the order is C, H, W
 
 
 def test_pooling_averages_the_map(random_weights: Path, synthetic: ImageDataset) -> None:
@@ -115,8 +115,8 @@ def test_on_cuda_features_stay_close_to_the_cpu_s(
     exact = vgg.Backbone(vgg.vgg16(random_weights, "block3", 0, nn.Sequential()), CPU, "fp32")
     cuda = vgg.Backbone(vgg.vgg16(random_weights, "block3", 0, nn.Sequential()), torch.device("cuda"), precision)
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in cuda.features.parameters() if p.ndim == 4)
-    expected, found = (cache.compute_features(images, spec, backbone).astype(np.float32) for backbone in (exact, cuda))
-    assert 0 < np.linalg.norm(expected - found) / np.linalg.norm(expected) < most
+    expected, actual = (cache.compute_features(images, spec, backbone).astype(np.float32) for backbone in (exact, cuda))
+    assert 0 < np.linalg.norm(expected - actual) / np.linalg.norm(expected) < most
 
 
 def test_the_classifier_is_linear_relu_dropout_then_linear() -> None:
@@ -154,10 +154,10 @@ def test_the_real_weights_see_what_torchvision_would() -> None:
     picture = vgg.preprocess(load_dataset().images[:1], 224)
     with torch.inference_mode():
         expected = whole.avgpool(whole.features(picture)).flatten(1)
-        found = backbone(picture)
-    assert found.shape == (1, 25088)
-    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
-    assert 0.05 < found.mean() < 5
+        features = backbone(picture)
+    assert features.shape == (1, 25088)
+    assert torch.allclose(features, expected, rtol=1e-3, atol=1e-4)
+    assert 0.05 < features.mean() < 5
 
 
 @pytest.mark.parametrize("freeze_to", BLOCKS)

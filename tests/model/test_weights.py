@@ -16,8 +16,6 @@ from attire.model import weights
 from attire.model.weights import (
     Tensors,
     _ArrayUnpickler,
-    checked,
-    read_sdist,
     read_weights,
     tensor_digest,
     write_weights,
@@ -32,8 +30,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Tensors:
     shapes: dict[str, tuple[int, ...]] = {}
     for index, (outputs, inputs) in SMALL.items():
         shapes |= {f"features.{index}.weight": (outputs, inputs, 3, 3), f"features.{index}.bias": (outputs,)}
-    monkeypatch.setattr(blocks, "CONVOLUTIONS", SMALL)
-    monkeypatch.setattr(blocks, "WEIGHT_SHAPES", shapes)
+    monkeypatch.setattr(weights, "CONVOLUTIONS", SMALL)
+    monkeypatch.setattr(weights, "WEIGHT_SHAPES", shapes)
     random = np.random.default_rng(0)
     return {name: random.normal(size=shape).astype("f4") for name, shape in shapes.items()}
 
@@ -150,7 +148,7 @@ def test_the_unpickler_itself_admits_arrays_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "found"),
+    ("data", "kind"),
     [
         (b"", "an empty file"),
         (b"\x80\x04N.", "a pickle"),
@@ -158,9 +156,9 @@ def test_the_unpickler_itself_admits_arrays_only(tmp_path: Path) -> None:
         (b"\x1f\x8b\x08", "a gzip"),
     ],
 )
-def test_other_files_named_safetensors(tmp_path: Path, data: bytes, found: str) -> None:
+def test_other_files_named_safetensors(tmp_path: Path, data: bytes, kind: str) -> None:
     (tmp_path / "w.safetensors").write_bytes(data)
-    with pytest.raises(AttireError, match=f"not a safetensors file, but {found}"):
+    with pytest.raises(AttireError, match=f"not a safetensors file, but {kind}"):
         read_weights(tmp_path / "w.safetensors")
 
 
@@ -242,4 +240,4 @@ def test_other_paths(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "other.tar.gz", "w:gz"):
         pass
     with pytest.raises(AttireError, match="or damaged"):
-        checked(tmp_path, read_sdist(tmp_path / "other.tar.gz"))
+        read_weights(tmp_path / "other.tar.gz")

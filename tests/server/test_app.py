@@ -17,11 +17,13 @@ import pytest
 from PIL import Image
 
 from attire.data.dataset import FASHION_CLASSES
-from attire.data.pictures import read_image
+from attire.data.photos import prepare
 from attire.errors import UsageError
 from attire.inference.prediction import Prediction
-from attire.server import app, guards
-from attire.server.app import _Settings, _verdict, create_app
+from attire.server import app, responses, service
+from attire.server.app import create_app
+from attire.server.content_policy import page_policy
+from attire.server.settings import Settings
 from tests.serving import PATIENCE, Fake, Live, head, picture, received, running, statuses
 
 if TYPE_CHECKING:
@@ -73,8 +75,8 @@ def test_a_picture_is_answered(live: Live, kind: str) -> None:
     assert found["ranking"][0]["label"] == FASHION_CLASSES[7]
     assert len(found["ranking"]) == 10
     assert (found["out_of_distribution"], found["distance"], found["verdict"]) == (None, None, "Sneaker")
-    seen = base64.b64decode(found["seen"].removeprefix("data:image/png;base64,"))
-    assert (read_image(seen) == read_image(data)).all()
+    model_input = base64.b64decode(found["model_input"].removeprefix("data:image/png;base64,"))
+    assert (prepare(model_input).image == prepare(data).image).all()
     assert found["milliseconds"] > 0
 
 
@@ -90,18 +92,18 @@ def test_every_response_carries_the_headers(live: Live) -> None:
 
 
 @pytest.mark.parametrize("path", POSTS[:2])
-def test_top_cuts_the_ranking(live: Live, path: str) -> None:
+def test_top_k_cuts_the_ranking(live: Live, path: str) -> None:
     body = {"images": [base64.b64encode(picture(3)).decode()]}
     if path == "/predict":
-        found = live.post(picture(3), "/predict?top=2").json()
+        found = live.post(picture(3), "/predict?top_k=2").json()
     else:
-        found = live.client.post("/predict/batch?top=2", json=body).json()["predictions"][0]
+        found = live.client.post("/predict/batch?top_k=2", json=body).json()["predictions"][0]
     assert [len(found["ranking"]), found["ranking"][0]["label"]] == [2, FASHION_CLASSES[3]]
 
 
-@pytest.mark.parametrize("top", ["0", "11", "-1", "x", "", "1.0", "１", "9" * 5000, "1&top=1"])
-def test_a_wrong_top_is_refused(live: Live, top: str) -> None:
-    problem(live.post(picture(), f"/predict?top={top}"), 400, "top")
+@pytest.mark.parametrize("top", ["0", "11", "-1", "x", "", "1.0", "１", "9" * 5000, "1&top_k=1"])
+def test_a_wrong_top_k_is_refused(live: Live, top: str) -> None:
+    problem(live.post(picture(), f"/predict?top_k={top}"), 400, "top_k")
 
 
 def test_a_batch_is_answered_in_its_order_and_errors_stay_in_their_place(live: Live) -> None:
@@ -177,7 +179,7 @@ def test_a_body_over_the_limit_is_refused_by_its_chunks(live: Live) -> None:
     chunk = b"4000\r\n" + b"x" * 0x4000 + b"\r\n"
     with live.connect(head(headers=["Transfer-Encoding: chunked"]), chunk * 7) as connection:
         assert b"413" in connection.recv(4096)
-    assert live.service.arrivals.held == 0
+    assert live.service.uploads.used == 0
 
 
 def test_a_body_is_not_asked_for_that_is_refused(live: Live) -> None:
@@ -190,10 +192,10 @@ def test_a_body_is_not_asked_for_that_is_refused(live: Live) -> None:
 def test_uploads_together_have_a_limit(fake: Fake) -> None:
     with running(fake, max_arriving=50_000) as live:
         with live.connect(head(headers=["Content-Length: 90000"]), b"x" * 40_000):
-            wait_until(lambda: live.service.arrivals.held == 40_000)
+            wait_until(lambda: live.service.uploads.used == 40_000)
             problem(live.post(b"x" * 20_000), 503, "uploads-full")
             assert live.post(picture()).status_code == 200
-        wait_until(lambda: live.service.arrivals.held == 0)
+        wait_until(lambda: live.service.uploads.used == 0)
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -269,7 +271,7 @@ def flipped() -> bytes:
 @pytest.mark.parametrize("path", ["/predict", "/explain"])
 def test_what_is_no_sound_picture_is_refused_in_words(live: Live, path: str, data: bytes) -> None:
     assert problem(live.post(data, path), 422, "picture")["detail"]
-    assert live.service.batches.waiting == 0
+    assert live.service.predictions.waiting == 0
 
 
 @pytest.mark.parametrize(
@@ -296,7 +298,7 @@ def test_a_stalled_body_times_out(fake: Fake) -> None:
         answer = live.raw(head(headers=["Content-Length: 100"], close=False), b"x" * 10)
         assert statuses(answer) == [408]
         assert b"connection: close" in answer
-        assert live.service.arrivals.held == 0
+        assert live.service.uploads.used == 0
 
 
 def test_a_body_that_trickles_times_out_as_a_whole(fake: Fake) -> None:
@@ -320,7 +322,7 @@ def test_a_full_queue_refuses_before_the_body_is_there_and_the_rest_goes_on(fake
     with running(fake, max_queue=2) as live, ThreadPoolExecutor(3) as pool:
         fake.shut()
         asked = [pool.submit(live.post, picture(i)) for i in range(2)]
-        wait_until(lambda: live.service.batches.waiting == 2)
+        wait_until(lambda: live.service.predictions.waiting == 2)
         with live.connect(head(headers=["Content-Length: 50000"])) as connection:
             told = connection.recv(4096)
         assert statuses(told) == [503]
@@ -339,7 +341,7 @@ def test_a_batch_takes_its_room_as_a_whole(fake: Fake) -> None:
     with running(fake, max_queue=3) as live, ThreadPoolExecutor(1) as pool:
         fake.shut()
         asked = pool.submit(live.post, picture(1))
-        wait_until(lambda: live.service.batches.waiting == 1)
+        wait_until(lambda: live.service.predictions.waiting == 1)
         body = {"images": [base64.b64encode(picture(i)).decode() for i in range(3)]}
         problem(live.client.post("/predict/batch", json=body), 503, "queue-full")
         fake.gate.set()
@@ -355,7 +357,7 @@ def test_after_the_deadline_no_model_time_is_spent(fake: Fake) -> None:
         problem(live.post(picture(2)), 503, "deadline")
         problem(running_one.result(), 503, "deadline")
         fake.gate.set()
-        wait_until(lambda: live.service.batches.waiting == 0)
+        wait_until(lambda: live.service.predictions.waiting == 0)
         assert fake.batches == [1]  # the second never reached it
 
 
@@ -365,14 +367,14 @@ def test_whoever_leaves_while_waiting_costs_no_model_time(fake: Fake) -> None:
         asked = pool.submit(live.post, picture(1))
         assert fake.entered.acquire(timeout=PATIENCE)
         with live.connect(head(headers=[f"Content-Length: {len(picture())}"]), picture()):
-            wait_until(lambda: live.service.batches.waiting == 2)
+            wait_until(lambda: live.service.predictions.waiting == 2)
         with live.connect(head(headers=["Content-Length: 1000"]), picture()):
-            wait_until(lambda: live.service.arrivals.held == 2 * len(picture()))  # and leaves in the middle of the body
-        wait_until(lambda: live.service.arrivals.held == len(picture()))
-        assert b'route="/predict",status="499"} 2.0' in live.service.meters.text()
+            wait_until(lambda: live.service.uploads.used == 2 * len(picture()))  # and leaves in the middle of the body
+        wait_until(lambda: live.service.uploads.used == len(picture()))
+        assert b'route="/predict",status="499"} 2.0' in live.service.metrics.text()
         fake.gate.set()
         assert asked.result().status_code == 200
-        wait_until(lambda: live.service.batches.waiting == 0)
+        wait_until(lambda: live.service.predictions.waiting == 0)
         assert fake.batches == [1]
 
 
@@ -391,24 +393,24 @@ def test_a_failure_inside_says_nothing_and_the_server_goes_on(fake: Fake, live: 
 def test_an_explanation_is_a_prediction_and_more(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def explanation(classifier: Any, image: Any, label: str) -> dict[str, Any]:
-        asked.append((classifier, image.shape, label))
-        return {"heat": "data:image/png;base64,aaaa", "method": "by hand", "neighbours": []}
+    def explanation(classifier: Any, answer: responses.Answer) -> dict[str, Any]:
+        asked.append((classifier, answer.model_input.image.shape, answer.prediction.label))
+        return {"heat_map": "data:image/png;base64,aaaa", "method": "by hand", "neighbours": []}
 
-    monkeypatch.setattr(app, "_explanation", explanation)
-    found = live.post(picture(4), "/explain?top=1").json()
+    monkeypatch.setattr(responses, "describe_explanation", explanation)
+    found = live.post(picture(4), "/explain?top_k=1").json()
     assert (found["label"], found["method"], len(found["ranking"])) == (FASHION_CLASSES[4], "by hand", 1)
     ((classifier, shape, label),) = asked
     assert (shape, label) == ((28, 28), FASHION_CLASSES[4])
-    assert classifier is live.service.explained is not live.service.classifier
+    assert classifier is live.service._explaining_copy is not live.service.classifier
 
 
 def test_explaining_has_a_queue_of_its_own(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-    monkeypatch.setattr(app, "_explanation", lambda *_: {"method": str(gate.wait(PATIENCE))})
+    monkeypatch.setattr(responses, "describe_explanation", lambda *_: {"method": str(gate.wait(PATIENCE))})
     with running(fake, max_explain=1) as live, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(live.post, picture(), "/explain")
-        wait_until(lambda: live.service.explaining.waiting == 1)
+        wait_until(lambda: live.service.explanations.waiting == 1)
         problem(live.post(picture(), "/explain"), 503, "queue-full")
         assert live.post(picture()).status_code == 200
         gate.set()
@@ -416,7 +418,7 @@ def test_explaining_has_a_queue_of_its_own(fake: Fake, monkeypatch: pytest.Monke
 
 
 def test_explaining_works_on_modules_of_its_own_with_the_same_weights(classifier: "Classifier") -> None:
-    own = app._shared_copy(classifier)
+    own = service._copy_sharing_weights(classifier)
     pairs = list(zip(own.model.modules(), classifier.model.modules(), strict=True))
     assert all(mine is not theirs for mine, theirs in pairs)
     weights = zip(own.model.parameters(), classifier.model.parameters(), strict=True)
@@ -449,7 +451,7 @@ def test_requests_that_wait_share_a_forward_pass(fake: Fake) -> None:
         first = pool.submit(live.post, picture(1))
         assert fake.entered.acquire(timeout=PATIENCE)
         rest = [pool.submit(live.post, picture(i)) for i in range(7)]
-        wait_until(lambda: live.service.batches._ready.qsize() == 7)
+        wait_until(lambda: live.service.predictions._ready.qsize() == 7)
         fake.gate.set()
         assert [future.result().json()["label"] for future in rest] == list(FASHION_CLASSES[:7])
         assert first.result().status_code == 200
@@ -478,7 +480,7 @@ def test_the_model_s_card_says_what_it_is_and_passes_on_nothing_else(live: Live)
 
 def test_the_page_and_the_report_have_policies_of_their_own(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "<style>p { color: red }</style><script>alert(1)</script>"
-    monkeypatch.setattr(app, "_read_page", lambda: app._html(text, guards.policy(text)))
+    monkeypatch.setattr(app, "_read_page", lambda: app._html_response(text, page_policy(text)))
     with running(fake, report="<p>report</p>") as live:
         page, report = live.client.get("/"), live.client.get("/report")
         assert page.text == text
@@ -495,7 +497,7 @@ def test_the_description_knows_every_path_and_method(live: Live) -> None:
     told = live.client.get("/openapi.json").json()["paths"]
     routes = {
         (route.path, method.lower())
-        for route in live.service.routes()
+        for route in app._Endpoints(live.service).routes()
         for method in set(route.methods or ()) - {"HEAD"}
     }
     assert {(path, method) for path, methods in told.items() for method in methods} == routes
@@ -504,7 +506,7 @@ def test_the_description_knows_every_path_and_method(live: Live) -> None:
 def test_when_draining_it_is_not_ready_and_connections_end(fake: Fake) -> None:
     with running(fake) as live:
         assert "connection" not in live.post(picture()).headers
-        live.service.leave()
+        live.service.start_draining()
         answer = live.client.get("/readyz")
         problem(answer, 503, "draining")
         assert answer.headers["connection"] == "close"
@@ -515,11 +517,11 @@ def test_when_draining_it_is_not_ready_and_connections_end(fake: Fake) -> None:
 @pytest.mark.parametrize("settings", [{"max_queue": 0}, {"max_batch": 0}, {"token": "short"}, {"threads": -1}])
 def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        _Settings(**settings)
+        Settings(**settings)
 
 
 def test_small_queues_take_small_batches() -> None:
-    assert (_Settings(max_queue=5).most_images, _Settings().most_images) == (5, 64)
+    assert (Settings(max_queue=5).batch_images, Settings().batch_images) == (5, 64)
 
 
 @pytest.mark.parametrize(
@@ -529,9 +531,9 @@ def test_small_queues_take_small_batches() -> None:
 def test_the_verdict_says_how_sure_it_is(probability: float, words: str) -> None:
     ranking = (("Trouser", probability), ("Coat", 1 - probability))
     prediction = Prediction("Trouser", probability, ranking)
-    assert _verdict(prediction) == words
+    assert responses._verdict(prediction) == words
     rejected = Prediction("Trouser", probability, ranking, 30.0, True)
-    assert _verdict(rejected) == f"none of the two (closest: Trouser {probability:.2f})"
+    assert responses._verdict(rejected) == f"none of the two (closest: Trouser {probability:.2f})"
 
 
 def test_websockets_are_not_spoken(fake: Fake, live: Live) -> None:
@@ -540,4 +542,4 @@ def test_websockets_are_not_spoken(fake: Fake, live: Live) -> None:
 
 
 def test_an_app_is_plain_asgi(fake: Fake) -> None:
-    assert create_app(fake).state.service.settings == _Settings()  # type: ignore[arg-type]
+    assert create_app(fake).state.service.settings == Settings()  # type: ignore[arg-type]

@@ -22,7 +22,14 @@ def refuse_negative(source: int) -> int:
 
 def use(work: Callable[[Batches], Coroutine[Any, Any, Any]], **changes: Any) -> Any:
     """What `work` returns, of batches that are closed afterwards."""
-    chosen = {"prepare": refuse_negative, "answer": double, "limit": 8, "most": 4, "seconds": 20.0, **changes}
+    chosen = {
+        "prepare": refuse_negative,
+        "answer": double,
+        "max_waiting": 8,
+        "max_batch": 4,
+        "seconds": 20.0,
+        **changes,
+    }
 
     async def run() -> Any:
         batches: Batches = MicroBatches(chosen.pop("prepare"), chosen.pop("answer"), **chosen)
@@ -127,7 +134,7 @@ def test_what_is_given_up_never_reaches_the_model(how: str) -> None:
 
 def test_closing_answers_what_waits() -> None:
     async def run() -> list[Any]:
-        batches: Batches = MicroBatches(refuse_negative, double, limit=8, most=2, seconds=20)
+        batches: Batches = MicroBatches(refuse_negative, double, max_waiting=8, max_batch=2, seconds=20)
         batches.start()
         task = asyncio.create_task(batches.ask(list(range(8))))
         await asyncio.sleep(0)
@@ -143,7 +150,7 @@ def test_the_model_s_thread_begins_as_it_is_told_and_tells_of_its_batches() -> N
     names = lambda: told.append(threading.current_thread().name)  # noqa: E731
     use(
         lambda batches: batches.ask([1]),
-        begin=names,
+        on_thread_start=names,
         on_batch=lambda items, seconds: told.append((items, seconds >= 0)),
     )
     assert told == ["attire-model", (1, True)]

@@ -199,7 +199,7 @@ def test_the_url_has_the_port_that_was_found() -> None:
 @contextmanager
 def served(bundle: Path, *arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`attire serve` in a process of its own, and the line it begins with."""
-    run = "from attire.cli import main; main()"
+    run = "from attire.cli.main import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-c", run, "serve", str(bundle), "--port", "0", *arguments],
         stdout=subprocess.PIPE,
@@ -277,7 +277,7 @@ def test_who_was_taken_is_answered_and_who_comes_later_is_refused() -> None:
         found.listen(16)
         found.settimeout(PATIENCE)
         taken = [socket.create_connection(found.getsockname(), PATIENCE) for _ in range(3)]
-        listener._take_nobody_new(found)
+        listener._refuse_new_connections(found)
         with pytest.raises(TimeoutError):  # dropped, not reset: the socket is still open
             socket.create_connection(found.getsockname(), 0.2)
         accepted = [found.accept()[0] for _ in taken]

@@ -8,7 +8,7 @@ import jsonschema_rs
 import pytest
 
 from attire.data.dataset import FASHION_CLASSES
-from attire.server import app, openapi
+from attire.server import openapi, responses
 from tests.serving import Fake, Live, picture, running
 
 TOKEN = "0123456789abcdef"
@@ -36,7 +36,7 @@ def schema_of(document: dict[str, Any], answer: httpx.Response, path: str) -> di
     ("path", "body", "headers", "status"),
     [
         ("/predict", picture(3), {}, 200),
-        ("/predict?top=0", picture(3), {}, 400),
+        ("/predict?top_k=0", picture(3), {}, 400),
         ("/predict", b"", {}, 400),
         ("/predict", b"x" * 1001, {}, 413),
         ("/predict", b"x", {"Content-Type": "text/plain"}, 415),
@@ -45,7 +45,7 @@ def schema_of(document: dict[str, Any], answer: httpx.Response, path: str) -> di
         ("/predict", picture(), {"Host": "evil.example"}, 421),
         ("/explain", picture(3), {}, 200),
         ("/explain", b"x", {}, 422),
-        ("/predict/batch?top=2", json.dumps({"images": [TEXT, "eA==", "%"]}).encode(), {}, 200),
+        ("/predict/batch?top_k=2", json.dumps({"images": [TEXT, "eA==", "%"]}).encode(), {}, 200),
         ("/predict/batch", b'{"images": []}', {}, 422),
     ],
 )
@@ -53,8 +53,8 @@ def test_answers_are_what_the_document_says(
     live: Live, monkeypatch: pytest.MonkeyPatch, path: str, body: bytes, headers: dict[str, str], status: int
 ) -> None:
     near = {"label": "Bag", "distance": 1.5, "image": "data:image/png;base64,aaaa"}
-    told = {"heat": near["image"], "method": "by hand", "neighbours": [near]}
-    monkeypatch.setattr(app, "_explanation", lambda *_: told)
+    told = {"heat_map": near["image"], "method": "by hand", "neighbours": [near]}
+    monkeypatch.setattr(responses, "describe_explanation", lambda *_: told)
     kind = "application/json" if "batch" in path else "image/png"
     answer = live.client.post(path, content=body, headers={"Content-Type": kind, **headers})
     assert answer.status_code == status

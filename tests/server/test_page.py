@@ -20,7 +20,7 @@ from attire.data.dataset import ImageDataset
 from attire.evaluation.png import data_uri, grey_png
 from attire.inference.classifier import Classifier
 from attire.inference.out_of_distribution import OODDetector
-from attire.server import app
+from attire.server import app, responses
 from tests.visitor import PATIENCE, Visitor
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def visit(
 ) -> Iterator[Visit]:
     """Opens the page of a server with these settings; samples are synthetic, and so are explanations."""
     samples = [(f"Sample {i}", image) for i, image in enumerate(synthetic.images[:4])]
-    monkeypatch.setattr(app, "read_samples", lambda: samples)
-    monkeypatch.setattr(app, "_explanation", explanation)
+    monkeypatch.setattr(responses, "read_samples", lambda: samples)
+    monkeypatch.setattr(responses, "describe_explanation", explanation)
     classifier.metadata.update(
         recipe={"name": "tiny", "epochs": 3, "flips": True},
         test={"n": 2000, "correct": 1880, "accuracy": 0.94, "accuracy_low": 0.9287, "accuracy_high": 0.9496},
@@ -74,10 +74,10 @@ def visit(
         visitor.leave()
 
 
-def explanation(classifier: Classifier, image: Any, label: str) -> dict[str, Any]:
-    uri = data_uri(grey_png(image))
+def explanation(classifier: Classifier, answer: responses.Answer) -> dict[str, Any]:
+    uri = data_uri(grey_png(answer.model_input.image))
     near = [{"label": f"near {i}", "distance": i + 0.25, "image": uri} for i in range(3)]
-    return {"heat": uri, "method": "the test's own", "neighbours": near}
+    return {"heat_map": uri, "method": "the test's own", "neighbours": near}
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def test_why_shows_the_heat_map_and_the_nearest_training_images(
     assert visitor.card().locator(".near figcaption").all_inner_texts() == [f"near {i}\n{i}.25" for i in range(3)]
     why.click()
     assert visitor.card().locator(".why").is_hidden()
-    monkeypatch.setattr(app, "_explanation", lambda *given: 1 / 0)
+    monkeypatch.setattr(responses, "describe_explanation", lambda *given: 1 / 0)
     visitor.choose(pictures[1])
     visitor.answer()
     visitor.card().get_by_role("button", name="Why?").click()
@@ -284,7 +284,14 @@ def test_the_model_and_its_report_have_a_tab(visit: Visit) -> None:
     visitor = visit()
     visitor.page.get_by_role("tab", name="About this model").click()
     about = visitor.page.locator("#about")
-    for text in ("94.0 %", "95 % interval 92.9-95.0 %, n = 2,000", "Ankle boot", "tiny", "ab" * 32, "/predict"):
+    for text in (
+        "94.0 %",
+        "95 % confidence interval 92.9-95.0 %, n = 2,000",
+        "Ankle boot",
+        "tiny",
+        "ab" * 32,
+        "/predict",
+    ):
         visitor.sees(about, text)
     visitor.sees(visitor.page.frame_locator("iframe").locator("h1"), "All about it")
     visitor.page.reload()

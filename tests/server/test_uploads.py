@@ -19,13 +19,13 @@ def test_only_plain_base64_is_taken(text: str) -> None:
     assert isinstance(uploads._decode_base64(text), Problem)
 
 
-def test_arrivals_beyond_the_limit_are_refused_and_not_counted() -> None:
-    arrivals = uploads.Arrivals(10)
-    arrivals.take(6)
+def test_uploads_beyond_the_budget_are_refused_and_not_counted() -> None:
+    budget = uploads.UploadBudget(10)
+    budget.reserve(6)
     with pytest.raises(Problem, match="too many uploads"):
-        arrivals.take(5)
-    arrivals.take(4)
-    assert arrivals.held == 10
+        budget.reserve(5)
+    budget.reserve(4)
+    assert budget.used == 10
 
 
 def test_what_a_decoder_said_stays_inside() -> None:

@@ -36,9 +36,9 @@ def test_what_is_no_size_is_a_usage_error(text: str) -> None:
 
 def test_without_a_limit_nothing_is_planned_smaller() -> None:
     assert feature_cache.forward_batch_size(32) == feature_cache._BATCH_PIXELS // 32**2
-    assert memory.row_budget() > sources._IN_MEMORY
+    assert memory.row_budget() > sources._IN_MEMORY_BYTES
     memory.reserve(10**15, "all of it")
-    assert memory.row_budget() > sources._IN_MEMORY
+    assert memory.row_budget() > sources._IN_MEMORY_BYTES
 
 
 def test_a_limit_holds_inside_its_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,10 +129,10 @@ def test_features_that_are_read_as_needed_are_the_same(
     made = feature_cache.extract(
         synthetic.images, synthetic.image_digest, FeatureSpec("block2", 16, 0, "x"), lambda: backbone
     )
-    held = CachedSource(made)
+    held = CachedSource([made])
     monkeypatch.setattr(memory, "_resident_memory", lambda: 0)
     with memory.limit_memory(2 * 2 * 60 * 2048 - 2):  # of which half is for rows: a byte less than they take
-        read = CachedSource(made)
+        read = CachedSource([made])
     assert (held.table is None, read.table is None, read.stretch) == (False, True, None)
     order = np.arange(60)[::-1].copy()
     pairs = zip(held.batches(order, 7, None), read.batches(order, 7, None), strict=True)

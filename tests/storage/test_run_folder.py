@@ -10,7 +10,7 @@ import pytest
 from attire.errors import AttireError, Stopped
 from attire.storage import run_folder
 
-WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from attire.cli import main; main()"
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from attire.cli.main import main; main()"
 
 
 def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:

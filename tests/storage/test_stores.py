@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from attire.errors import AttireError, UsageError
-from attire.storage.stores import StorageLocation, StoreError, file_path, is_url, open_location, scheme_of
+from attire.storage.stores import StorageLocation, StoreError, _file_path, is_url, open_location, scheme_of
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -62,7 +62,7 @@ def test_urls_are_told_from_paths() -> None:
     assert is_url("HTTPS://host/x")
     assert not is_url("C:\\x.csv")
     assert not is_url(Path("s3/x"))
-    assert file_path("file:///a%20b/c.csv") == Path("/a b/c.csv")
+    assert _file_path("file:///a%20b/c.csv") == Path("/a b/c.csv")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from attire.data.dataset import ImageDataset
 from attire.data.loading import load_dataset, load_splits, write_csv
 from attire.errors import AttireError, AttireWarning, UsageError
 from attire.storage import url_copies
+from attire.storage.http import ProgressCallback
 from attire.storage.stores import StorageLocation, StoreError, open_location
 from attire.storage.url_copies import local_copy
 from tests.command import TINY, attire
@@ -25,15 +26,15 @@ from tests.mirror import Mirror, content, serve
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was copied, in order."""
-    found: list[str] = []
-    real = url_copies.StoredObject.copy
+    urls: list[str] = []
+    real = url_copies._StoredObject.copy
 
-    def copy(self: url_copies.StoredObject, *rest: Any) -> Any:
-        found.append(self.url)
-        return real(self, *rest)
+    def copy(self: url_copies._StoredObject, target: Path, part: Path, progress: ProgressCallback) -> Any:
+        urls.append(self.url)
+        return real(self, target, part, progress)
 
-    monkeypatch.setattr(url_copies.StoredObject, "copy", copy)
-    return found
+    monkeypatch.setattr(url_copies._StoredObject, "copy", copy)
+    return urls
 
 
 def test_a_path_is_itself(tmp_path: Path) -> None:
@@ -45,8 +46,8 @@ def test_a_path_is_itself(tmp_path: Path) -> None:
 def test_an_object_is_copied_once_and_again_when_it_changes(bucket: str, counted: list[str]) -> None:
     open_location(bucket).write("data/mine.csv", b"one")
     for _ in range(2):
-        found = local_copy(f"{bucket}/data/mine.csv")
-        assert (found.name, found.read_bytes()) == ("mine.csv", b"one")
+        copy = local_copy(f"{bucket}/data/mine.csv")
+        assert (copy.name, copy.read_bytes()) == ("mine.csv", b"one")
     assert counted == [f"{bucket}/data/mine.csv"]
     open_location(bucket).write("data/mine.csv", b"two")
     assert local_copy(f"{bucket}/data/mine.csv").read_bytes() == b"two"
@@ -58,9 +59,9 @@ def test_the_record_holds_size_etag_and_digest(bucket: str) -> None:
     folder = local_copy(f"{bucket}/a.csv").parent
     record = json.loads((folder / url_copies._RECORD).read_text())
     assert record["url"] == f"{bucket}/a.csv"
-    line = record["objects"][""]
-    assert (line["size"], len(line["etag"]) > 30) == (5, True)
-    assert line["sha256"] == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    entry = record["objects"][""]
+    assert (entry["size"], len(entry["etag"]) > 30) == (5, True)
+    assert entry["sha256"] == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
     assert sorted(path.name for path in folder.iterdir()) == ["OBJECTS.json", "a.csv"]
 
 
@@ -93,9 +94,9 @@ def test_a_prefix_becomes_a_folder_that_follows_the_store(bucket: str, counted: 
     at = open_location(f"{bucket}/photos")
     for name in ("coat/1.png", "coat/2.png", "hat/1.png"):
         at.write(name, name.encode())
-    found = local_copy(f"{bucket}/photos/")
-    assert found.name == "photos"
-    assert sorted(path.relative_to(found).as_posix() for path in found.rglob("*.png")) == [
+    folder = local_copy(f"{bucket}/photos/")
+    assert folder.name == "photos"
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png")) == [
         "coat/1.png",
         "coat/2.png",
         "hat/1.png",
@@ -103,16 +104,16 @@ def test_a_prefix_becomes_a_folder_that_follows_the_store(bucket: str, counted: 
     at.remove("coat/2.png")
     at.write("hat/2.png", b"new")
     local_copy(f"{bucket}/photos/")
-    assert [path.name for path in (found / "coat").iterdir()] == ["1.png"]
-    assert (found / "hat" / "2.png").read_bytes() == b"new"
+    assert [path.name for path in (folder / "coat").iterdir()] == ["1.png"]
+    assert (folder / "hat" / "2.png").read_bytes() == b"new"
     assert len(counted) == 4
 
 
 def test_a_pattern_takes_what_it_matches(bucket: str) -> None:
     for name in ("a-1.parquet", "a-2.parquet", "b-1.parquet", "deep/a-3.parquet"):
         open_location(bucket).write(f"data/{name}", b"x")
-    found = local_copy(f"{bucket}/data/a-*.parquet")
-    assert sorted(path.name for path in found.iterdir()) == ["a-1.parquet", "a-2.parquet"]
+    folder = local_copy(f"{bucket}/data/a-*.parquet")
+    assert sorted(path.name for path in folder.iterdir()) == ["a-1.parquet", "a-2.parquet"]
     with pytest.raises(UsageError, match="only the last part"):
         local_copy(f"{bucket}/*/a.parquet")
 
@@ -137,12 +138,12 @@ def test_what_is_not_there_is_told(bucket: str) -> None:
 @pytest.mark.parametrize("name", ["../x", "a//b", "a/./b", "a\\b"])
 def test_a_key_cannot_lie_outside_the_copy(name: str, tmp_path: Path) -> None:
     with pytest.raises(AttireError, match="cannot be a file's"):
-        url_copies._below(tmp_path, name)
+        url_copies._path_below(tmp_path, name)
 
 
 def test_a_copy_that_ends_early_is_no_copy(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"short")
-    one = url_copies.StoredObject(open_location(tmp_path / "a"), 9, "v")
+    one = url_copies._StoredObject(open_location(tmp_path / "a"), 9, "v")
     with pytest.raises(StoreError, match="5 bytes came, 9 expected"):
         one.copy(tmp_path / "copy", tmp_path / "part", lambda *_: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
@@ -196,8 +197,8 @@ class Quiet(SimpleHTTPRequestHandler):
 # Data sets.
 
 
-def same(found: ImageDataset, expected: ImageDataset) -> bool:
-    return bool(np.array_equal(found.images, expected.images) and np.array_equal(found.labels, expected.labels))
+def same(dataset: ImageDataset, expected: ImageDataset) -> bool:
+    return bool(np.array_equal(dataset.images, expected.images) and np.array_equal(dataset.labels, expected.labels))
 
 
 def upload(at: StorageLocation, path: Path, name: str) -> None:
@@ -206,9 +207,9 @@ def upload(at: StorageLocation, path: Path, name: str) -> None:
 
 def test_a_csv_file_in_a_store_is_a_data_set(bucket: str, small_csv: Path, synthetic: ImageDataset) -> None:
     upload(open_location(bucket), small_csv, "in/mine.csv")
-    found = load_dataset(f"{bucket}/in/mine.csv")
-    assert same(found, synthetic)
-    assert found.source == "mine.csv"
+    dataset = load_dataset(f"{bucket}/in/mine.csv")
+    assert same(dataset, synthetic)
+    assert dataset.source == "mine.csv"
 
 
 def test_an_error_names_the_object_not_the_copy(bucket: str) -> None:
@@ -222,8 +223,8 @@ def test_a_prefix_of_class_folders_is_a_data_set(bucket: str, synthetic: ImageDa
     for i in range(4):
         Image.fromarray(synthetic.images[i]).save(tmp_path / "x.png")
         upload(open_location(f"{bucket}/photos"), tmp_path / "x.png", f"{('coat', 'hat')[i % 2]}/{i}.png")
-    found = load_dataset(f"{bucket}/photos")
-    assert (found.classes, found.labels.tolist()) == (("coat", "hat"), [0, 0, 1, 1])
+    dataset = load_dataset(f"{bucket}/photos")
+    assert (dataset.classes, dataset.labels.tolist()) == (("coat", "hat"), [0, 0, 1, 1])
     open_location(f"{bucket}/photos").write("hat/5.png", b"no picture")
     with pytest.raises(AttireError, match=f"^{bucket}/photos/hat/5.png: "):
         load_dataset(f"{bucket}/photos")
@@ -235,8 +236,8 @@ def test_training_and_test_files_may_lie_in_different_places(
     upload(open_location(bucket), small_csv, "train.csv")
     write_csv(synthetic.subset(range(10)), tmp_path / "test.csv")
     with pytest.warns(AttireWarning, match="10 of 10 test images"):
-        found = load_splits(f"{bucket}/train.csv", test=f"file://{tmp_path}/test.csv")
-    assert (len(found.train), len(found.test)) == (60, 10)
+        dataset = load_splits(f"{bucket}/train.csv", test=f"file://{tmp_path}/test.csv")
+    assert (len(dataset.train), len(dataset.test)) == (60, 10)
 
 
 @pytest.mark.usefixtures("weights", "here")

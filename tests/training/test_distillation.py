@@ -36,7 +36,7 @@ def split(data: ImageDataset, test: int = 12) -> Splits:
 
 
 def answers(chosen: distillation.Teacher, data: ImageDataset, recipe: Recipe, folder: Path) -> Any:
-    return distillation.targets(chosen, split(data), VIEWS, recipe, folder, NoProgress())
+    return chosen.soft_targets(split(data), VIEWS, recipe, folder, NoProgress())
 
 
 def test_each_view_of_each_image_has_the_mean_of_the_members_answers(
@@ -46,7 +46,7 @@ def test_each_view_of_each_image_has_the_mean_of_the_members_answers(
     hot = load_bundle(taught, "cpu")
     hot.temperature = 0.3
     hot.save(other)
-    chosen = distillation.choose([taught, other])
+    chosen = distillation.Teacher.find([taught, other])
     assert chosen is not None
     found, told = answers(chosen, synthetic, replace(tiny, distill_temperature=1.0), tmp_path)
     for number, view in enumerate(VIEWS):
@@ -64,10 +64,10 @@ def test_each_view_of_each_image_has_the_mean_of_the_members_answers(
 def test_of_a_drawing_a_teacher_is_asked_for_what_was_drawn(
     taught: Path, synthetic: ImageDataset, tiny: Recipe, tmp_path: Path
 ) -> None:
-    chosen = distillation.choose([taught])
+    chosen = distillation.Teacher.find([taught])
     assert chosen is not None
     views = augmentation_views(True, 0, True, True)
-    found, _ = distillation.targets(chosen, split(synthetic), views, tiny, tmp_path, NoProgress())
+    found, _ = chosen.soft_targets(split(synthetic), views, tiny, tmp_path, NoProgress())
     by_view = dict(zip(views, found, strict=True))
     assert np.array_equal(by_view[SYNTHETIC_DRAWING], by_view["plain"])
     assert np.array_equal(by_view[f"{SYNTHETIC_DRAWING} flip"], by_view["flip"])
@@ -78,7 +78,7 @@ def test_of_a_drawing_a_teacher_is_asked_for_what_was_drawn(
 def test_what_is_kept_is_used_and_what_is_damaged_is_made_again(
     taught: Path, synthetic: ImageDataset, tiny: Recipe, tmp_path: Path
 ) -> None:
-    chosen = distillation.choose([taught])
+    chosen = distillation.Teacher.find([taught])
     assert chosen is not None
     found, told = answers(chosen, synthetic, tiny, tmp_path)
     path = tmp_path / distillation._FILE
@@ -89,23 +89,21 @@ def test_what_is_kept_is_used_and_what_is_damaged_is_made_again(
     shutil.rmtree(taught)
     assert np.array_equal(answers(chosen, synthetic, tiny, tmp_path)[0], found)
     with pytest.raises(AttireError, match=r"teacher.npy: lost, and made again it is not what the run began with"):
-        distillation.targets(
-            chosen, split(synthetic), VIEWS, tiny, tmp_path, NoProgress(), {**told, "targets": "0" * 64}
-        )
+        chosen.soft_targets(split(synthetic), VIEWS, tiny, tmp_path, NoProgress(), {**told, "targets": "0" * 64})
 
 
 def test_another_bundle_at_the_same_place_is_refused(
     taught: Path, classifier: Classifier, synthetic: ImageDataset, tiny: Recipe, tmp_path: Path
 ) -> None:
-    chosen = distillation.choose([taught])
+    chosen = distillation.Teacher.find([taught])
     assert chosen is not None
-    assert distillation.choose(chosen.to_json()) == chosen
+    assert distillation.Teacher.find(chosen.to_json()) == chosen
     classifier.temperature = 2.0
     classifier.save(taught)
     with pytest.raises(AttireError, match=r"model.json: not the teacher that was named: digest \w+, expected"):
         answers(chosen, synthetic, tiny, tmp_path)
     named = ImageDataset(synthetic.images, synthetic.labels, tuple("abcdefghij"), "letters")
-    now = distillation.choose([taught])
+    now = distillation.Teacher.find([taught])
     assert now is not None
     with pytest.raises(AttireError, match="its classes are not those of letters; choose another teacher"):
         answers(now, named, tiny, tmp_path)
@@ -114,7 +112,7 @@ def test_another_bundle_at_the_same_place_is_refused(
 def test_a_teacher_that_may_have_seen_rows_that_measure_is_a_warning(
     taught: Path, synthetic: ImageDataset, tiny: Recipe, tmp_path: Path
 ) -> None:
-    chosen = distillation.choose([taught])
+    chosen = distillation.Teacher.find([taught])
     assert chosen is not None
     with pytest.warns(
         AttireWarning, match=r"validation or test rows \(split_seed 42 there, 7 here\); what they measure"
@@ -122,7 +120,7 @@ def test_a_teacher_that_may_have_seen_rows_that_measure_is_a_warning(
         answers(chosen, synthetic, replace(tiny, split_seed=7), tmp_path)
     (tmp_path / distillation._FILE).unlink()
     with pytest.warns(AttireWarning, match=r"rows \(tested on other images\); what they measure may be too good"):
-        distillation.targets(chosen, split(synthetic, 20), VIEWS, tiny, tmp_path, NoProgress())
+        chosen.soft_targets(split(synthetic, 20), VIEWS, tiny, tmp_path, NoProgress())
 
 
 def test_a_distilled_run_goes_on_bit_for_bit_without_its_teacher(
@@ -150,7 +148,7 @@ def test_a_distilled_run_goes_on_bit_for_bit_without_its_teacher(
     assert (again.bundle / name).read_bytes() == (whole.bundle / name).read_bytes()
     told = files.read_json(tmp_path / "cut/data.json")["teacher"]
     assert told == files.read_json(tmp_path / "whole/data.json")["teacher"]
-    kept = distillation._kept(tmp_path / "cut" / distillation._FILE, (4, 60, 10))
+    kept = distillation._stored_probabilities(tmp_path / "cut" / distillation._FILE, (4, 60, 10))
     assert kept is not None
     assert told["targets"] == files.sha256(kept.tobytes())
     alone = run.train(small_csv, recipe, run_dir=tmp_path / "alone")

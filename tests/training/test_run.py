@@ -22,10 +22,10 @@ from attire.evaluation.run_result import load_result
 from attire.features import cache
 from attire.inference.classifier import load_bundle
 from attire.storage import run_folder
+from attire.training import head_training
 from attire.training import run as training_run
 from attire.training.checkpoints import _read_checkpoint
-from attire.training.experiment import Experiment
-from attire.training.guards import _STOPS
+from attire.training.guards import _STOP_SIGNALS
 from tests.command import TINY as FLAGS
 from tests.command import Done, attire
 
@@ -125,12 +125,12 @@ def test_a_finished_run_is_resumed_to_itself(finished: tuple[Path, Done], weight
 def test_the_time_of_a_run_counts_its_earlier_starts(
     finished: tuple[Path, Done], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(self: Experiment, *given: Any) -> Any:
-        head, history = fit(self, *given)
+    def slow(*given: Any) -> Any:
+        head, history = train_head(*given)
         return head, [replace(epoch, seconds=1000.0) for epoch in history]
 
-    fit = Experiment.fit
-    monkeypatch.setattr(Experiment, "fit", slow)
+    train_head = head_training.train_head
+    monkeypatch.setattr(training_run, "train_head", slow)
     shutil.copytree(finished[0], tmp_path / "again")
     seconds = training_run.resume(tmp_path / "again").result.seconds
     assert seconds["total"] >= seconds["extract"] + seconds["fit"] > 1000
@@ -219,22 +219,23 @@ def test_a_start_that_fails_later_leaves_no_folder_and_the_next_one_its_number(
 SIGNALLED = """
 import os, signal, sys
 from pathlib import Path
-from attire import fetch, training
+from attire.model import pretrained
+from attire.training import loop
 weights, number, last = Path(sys.argv.pop(1)), int(sys.argv.pop(1)), int(sys.argv.pop(1))
-fetch.vgg16_weights = lambda source=None, progress=None: weights
-step, steps = training.train_step, []
+pretrained.vgg16_weights = lambda source=None, progress=None: weights
+step, steps = loop._train_step, []
 def stepping(*given):
     steps.append(None)
     if len(steps) == last:
         os.kill(os.getpid(), number)
     return step(*given)
-training.train_step = stepping
-from attire.cli import main
+loop._train_step = stepping
+from attire.cli.main import main
 main()
 """
 
 
-@pytest.mark.parametrize("number", _STOPS)
+@pytest.mark.parametrize("number", _STOP_SIGNALS)
 def test_a_signal_ends_training_with_a_checkpoint_and_the_line_that_goes_on(
     finished: tuple[Path, Done], weights: Path, number: int, here: Path
 ) -> None:

@@ -64,9 +64,9 @@ def test_folds_score_each_training_row_once_and_leave_the_test_rows_alone(
     scored: list[set[int]] = []
     fit, predict = loop.fit, logits.predict_logits
 
-    def watched_fit(head: object, source: object, labels: object, train: object, val: object, *rest: object) -> object:
-        trained.append({*np.asarray(train).tolist(), *np.asarray(val).tolist()})
-        return fit(head, source, labels, train, val, *rest)  # type: ignore[arg-type]
+    def watched_fit(head: object, data: loop.TrainingData, *rest: object) -> object:
+        trained.append({*data.train.tolist(), *data.val.tolist()})
+        return fit(head, data, *rest)  # type: ignore[arg-type]
 
     def watched_predict(head: object, source: object, rows: object, *rest: object) -> object:
         scored.append(set(np.asarray(rows).tolist()))

@@ -28,7 +28,7 @@ def found(changed: int) -> skew.Skew:
     """A perfect head, served features that turn the first `changed` rows into another class."""
     other = LABELS.copy()
     other[:changed] = (other[:changed] + 1) % 4
-    return skew.measure_skew(nn.Sequential(nn.Identity(), Same()), Fixed(LABELS), Fixed(other), LABELS, np.arange(400))
+    return skew.Skew.measure(nn.Sequential(nn.Identity(), Same()), Fixed(LABELS), Fixed(other), LABELS, np.arange(400))
 
 
 class Same(nn.Module):
