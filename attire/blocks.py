@@ -1,10 +1,10 @@
-"""VGG16's blocks as freeze boundaries: where each ends, how wide it is, what it leaves of a picture. No torch."""
+"""VGG16's blocks as freeze boundaries: where each ends, its channels, the size of its features. Without torch."""
 
 from attire.errors import UsageError
 
-# Where each block of torchvision's `vgg16().features` ends, its max pooling included.
+# Where each block of torchvision's `vgg16().features` ends, its max pooling included
 BLOCKS = {"block1": 5, "block2": 10, "block3": 17, "block4": 24, "block5": 31}
-UNFROZEN = "none"  # the boundary below which nothing is frozen: its features are the preprocessed picture itself
+UNFROZEN = "none"  # the boundary below which nothing is frozen: its features are the preprocessed picture
 BLOCK_ENDS = {UNFROZEN: 0, **BLOCKS}  # where `features` is cut for each boundary
 CHANNELS = {UNFROZEN: 3, "block1": 64, "block2": 128, "block3": 256, "block4": 512, "block5": 512}
 
@@ -21,15 +21,15 @@ WEIGHT_SHAPES: dict[str, tuple[int, ...]] = {
 
 
 def map_side(freeze_to: str, size: int) -> int:
-    """Side of the feature map that a `size` x `size` picture leaves at the boundary: halved by each block."""
+    """Return the side of the feature map of a `size` x `size` picture at the boundary. Each block halves it."""
     return size >> list(BLOCK_ENDS).index(freeze_to)
 
 
 def block_above(freeze_to: str, blocks: int) -> str:
-    """The block that lies `blocks` above `freeze_to`. Raises UsageError where VGG16 has none."""
+    """Return the block that lies `blocks` above `freeze_to`. Raises UsageError where VGG16 has none."""
     names = list(BLOCK_ENDS)
     if freeze_to not in BLOCK_ENDS:
-        return freeze_to  # `feature_shape` says what is wrong
+        return freeze_to  # `feature_shape` raises the error
     most = len(names) - 1 - names.index(freeze_to)
     if blocks > most:
         raise UsageError("--finetune-blocks", f"expected at most {most} above {freeze_to}, found {blocks}")
@@ -37,7 +37,10 @@ def block_above(freeze_to: str, blocks: int) -> str:
 
 
 def feature_shape(freeze_to: str, size: int, pool: int) -> tuple[int, int, int]:
-    """(channels, side, side) of one picture's features. Raises UsageError where nothing would be left."""
+    """Return (channels, side, side) of one picture's features; `pool` is the pooled side, 0 for none.
+
+    Raises UsageError for an unknown boundary, and where nothing would be left.
+    """
     if freeze_to not in BLOCK_ENDS:
         raise UsageError("--freeze-to", f"expected one of {', '.join(BLOCK_ENDS)}, found {freeze_to!r}")
     if map_side(freeze_to, size) < 1:

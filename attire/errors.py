@@ -1,8 +1,8 @@
-"""What goes wrong, in one line: the subject, what, where, and what to do."""
+"""Errors and warnings of one line: the subject, what is wrong, where, and what to do."""
 
 
 class AttireError(Exception):
-    """Bad data or a failed read or write; the command line ends with status 1.
+    """Bad data, or a failed read or write; the command line exits with status 1.
 
     >>> print(AttireError("mine.csv", "784 values, expected 785", "line 1,042", "the file may be cut off there"))
     mine.csv: 784 values, expected 785 (line 1,042); the file may be cut off there
@@ -18,26 +18,26 @@ class AttireError(Exception):
         super().__init__(one_line(line))
 
     def __reduce__(self) -> tuple[object, ...]:
-        """From a process of its own an error comes back whole."""
+        """Pickle all parts, so that a worker process passes the error on whole."""
         return type(self), (self.subject, self.what, self.where, self.do)
 
 
 class UsageError(AttireError):
-    """A command, option or argument that cannot be meant; status 2."""
+    """A command, option or argument that makes no sense; status 2."""
 
     status = 2
 
 
 class Stopped(AttireError):  # noqa: N818  (not a fault)
-    """Ctrl-C, after everything that must be kept has been written; status 130."""
+    """Ctrl-C, raised after everything to be kept has been written; status 130."""
 
     status = 130
 
 
 class AttireWarning(UserWarning):
-    """Something a result depends on that is not a failure; one line, in the form of an AttireError."""
+    """A fact that a result depends on, but no failure; one line, in the form of an AttireError."""
 
 
 def one_line(text: str) -> str:
-    """File names may hold line breaks or escape codes: show those escaped, so that an error stays one line."""
+    """Escape line breaks and escape codes, as file names may hold them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)

@@ -37,29 +37,29 @@ from attire.training.outcome import HeadEvaluator
 from attire.training.saving import assemble_network
 
 _PIXELS = 28 * 28
-_CALIBRATED = 200  # rows below which none are cut for validation: a temperature fitted on fewer than 20 says nothing
-_KEPT = 8  # images below which a prediction leaves nothing in the cache: they cost less than an entry does
+_MIN_CALIBRATED = 200  # with fewer rows none are held out: a temperature fitted on fewer than 20 says nothing
+_MIN_CACHED = 8  # features of fewer images are not cached by a prediction: they cost less than an entry does
 
 
 class _InputError(AttireError, ValueError):
-    """An AttireError that is also what scikit-learn expects for what cannot be fitted or predicted."""
+    """An AttireError that is also a ValueError, as scikit-learn expects for unsuitable data."""
 
 
 class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """A garment classifier for scikit-learn: VGG16 frozen up to a block, and a new head trained on it.
 
     X: (n, 784) or (n, 28, 28), whole numbers from 0 to 255 with 0 as the black background, in any numeric type;
-    fractions are rounded, anything else (pixels scaled to 0..1 above all) is an InputError, which is a ValueError.
-    y: (n,) labels of any kind, two classes or more. No image is computed twice: `fit`, `predict` and
-    `predict_proba` keep features in Attire's cache, image by image, so that folds and grids find them again.
+    fractions are rounded; anything else, such as pixels scaled to 0..1, raises a ValueError. y: (n,) labels of any
+    kind, two classes or more. `fit`, `predict` and `predict_proba` keep features in Attire's cache, image by image, so
+    that folds and grids compute no image twice.
 
     recipe: a name (`fast`, `classic`, `frozen-best`, `best`) or a Recipe; the fields given besides replace the
-    recipe's own. device: auto, cpu, cuda or mps. cache=False: features are held in memory only, computed anew by
-    every call. random_state: an integer is the recipe's seed. verbose: bars and epochs on stderr.
+    recipe's own. device: auto, cpu, cuda or mps. cache=False: every call computes its features and
+    holds them in memory only. random_state: an integer is the recipe's seed. verbose: show progress on stderr.
 
     After `fit`: `classes_`, `n_features_in_`, `history_` (epochs with their losses), and `classifier_`, whose
     `save(folder)` writes a bundle for `attire predict`, `attire serve` and `attire.load`. With 200 rows or more a tenth
-    of them, at most the recipe's `val_size`, is not trained on: it sets the temperature of the probabilities.
+    of them, at most the recipe's `val_size`, is held out and calibrates the probabilities (temperature scaling).
     """
 
     def __init__(
@@ -94,8 +94,11 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         self.verbose = verbose
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> "VGGClassifier":  # noqa: N803
-        """Train on these images and labels. Raises InputError or ValueError for what cannot be trained on,
-        KeyboardInterrupt for Ctrl-C: features computed by then are kept."""
+        """Train on these images and labels.
+
+        Raises ValueError for data that cannot be trained on, KeyboardInterrupt at Ctrl-C: features computed by then
+        stay in the cache.
+        """
         table, y = validate_data(self, _flat(X), y)
         check_classification_targets(y)
         classes, labels = np.unique(y, return_inverse=True)
@@ -141,27 +144,35 @@ class VGGClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         """Calibrated probabilities (n, K) float32, columns in the order of `classes_`."""
         check_is_fitted(self, "classifier_")
         images = self._images(validate_data(self, _flat(X), reset=False))
-        about = self.classifier_.architecture
-        views = [self._features(images, replace(self._spec, view=view)) for view in about.views]
-        source, rows = CachedSource(views, names=about.views), np.arange(len(images))
-        head, numbers = self.classifier_.head(), range(len(views))
-        logits = predict_logits(head, source, rows, 1024, numbers).numpy()
+        names = self.classifier_.architecture.views
+        features = [self._features(images, replace(self._spec, view=name)) for name in names]
+        source, rows = CachedSource(features, names=names), np.arange(len(images))
+        logits = predict_logits(self.classifier_.head(), source, rows, views=range(len(names))).numpy()
         return np.asarray(calibration.softmax(logits, self.classifier_.temperature), np.float32)
 
     def _features(self, images: NDArray[np.uint8], spec: FeatureSpec) -> Features:
-        find = row_lookup.extract_by_image if self.cache and len(images) >= _KEPT else row_lookup.extract_in_memory
-        backbone = partial(make_backbone, self.classifier_.backbone(), spec, self.classifier_.device, len(images))
-        return find(images, spec, backbone)
+        use_cache = self.cache and len(images) >= _MIN_CACHED
+        extract = row_lookup.extract_by_image if use_cache else row_lookup.extract_in_memory
+        load_backbone = partial(make_backbone, self.classifier_.backbone(), spec, self.classifier_.device, len(images))
+        return extract(images, spec, load_backbone)
 
     def _images(self, table: NDArray[Any]) -> NDArray[np.uint8]:
-        """(n, 28, 28) of a validated table (n, 784)."""
-        return _pixels(table)
+        """Images (n, 28, 28) of a table (n, 784) of finite numbers. Raises _InputError for others than 0 to 255."""
+        if table.min() < 0:
+            raise _InputError("X", "Negative values in data", do="expected pixels from 0 (black) to 255")
+        if table.shape[1] != _PIXELS:
+            raise _InputError("X", f"{table.shape[1]} feature(s), expected {_PIXELS} pixels, or images of (28, 28)")
+        if (most := table.max()) > 255:
+            raise _InputError("X", f"a pixel of {most:g}, expected 0 to 255")
+        if 0 < most <= 1 and (table % 1).any():
+            raise _InputError("X", "pixels scaled to 0..1, expected 0 to 255", do="multiply by 255")
+        return np.ascontiguousarray(np.rint(table) if table.dtype.kind == "f" else table, np.uint8).reshape(-1, 28, 28)
 
     def _recipe(self, labels: NDArray[np.int64]) -> Recipe:
         chosen = self.recipe if isinstance(self.recipe, Recipe) else recipes.named(self.recipe)
         fields = ("freeze_to", "image_size", "hidden", "dropout", "lr", "weight_decay", "batch_size", "epochs")
         given = {name: value for name in fields if (value := getattr(self, name)) is not None}
-        if len(labels) < _CALIBRATED or np.bincount(labels).min() < 2:
+        if len(labels) < _MIN_CALIBRATED or np.bincount(labels).min() < 2:
             given["val_size"] = 0
         seed = self.random_state
         if not isinstance(seed, int | np.integer):
@@ -221,39 +232,26 @@ class _ArrayExtraction(Extraction):
 
     def __init__(self, experiment: Experiment, progress: Progress, cache: bool) -> None:
         super().__init__(experiment, progress)
-        self.find = row_lookup.extract_by_image if cache else row_lookup.extract_in_memory
+        self.extract_features = row_lookup.extract_by_image if cache else row_lookup.extract_in_memory
 
     def extract(self, data: ImageDataset, view: str, label: str) -> Features:
         def advance(done: int, total: int) -> None:
             self.progress.advance(f"Features  {label}", done, total)
 
         spec = replace(self.experiment.spec, view=view)
-        return self.find(data.images, spec, self.experiment.load_backbone, advance)
+        return self.extract_features(data.images, spec, self.experiment.load_backbone, advance)
 
 
 def _flat(images: Any) -> Any:
-    """(n, 28, 28) as (n, 784); whatever else it is, scikit-learn looks at as it is."""
-    found = np.asarray(images) if isinstance(images, list | tuple) else images
-    if tuple(getattr(found, "shape", ()))[1:] == (28, 28):
-        return np.asarray(found).reshape(-1, _PIXELS)
-    return found
-
-
-def _pixels(table: NDArray[Any]) -> NDArray[np.uint8]:
-    """(n, 28, 28) of finite numbers (n, 784) from 0 to 255. Raises InputError for what no such image can be."""
-    if table.min() < 0:
-        raise _InputError("X", "Negative values in data", do="expected pixels from 0 (black) to 255")
-    if table.shape[1] != _PIXELS:
-        raise _InputError("X", f"{table.shape[1]} feature(s), expected {_PIXELS} pixels, or images of (28, 28)")
-    if (most := table.max()) > 255:
-        raise _InputError("X", f"a pixel of {most:g}, expected 0 to 255")
-    if 0 < most <= 1 and (table % 1).any():
-        raise _InputError("X", "pixels scaled to 0..1, expected 0 to 255", do="multiply by 255")
-    return np.ascontiguousarray(np.rint(table) if table.dtype.kind == "f" else table, np.uint8).reshape(-1, 28, 28)
+    """Images (n, 28, 28) as a table (n, 784); anything else is left to scikit-learn's own checks."""
+    table = np.asarray(images) if isinstance(images, list | tuple) else images
+    if tuple(getattr(table, "shape", ()))[1:] == (28, 28):
+        return np.asarray(table).reshape(-1, _PIXELS)
+    return table
 
 
 def _names_of(classes: NDArray[Any]) -> tuple[str, ...]:
-    """What the bundle calls these labels: as they are written, or by number where that is no name."""
+    """The labels as class names of a bundle; their numbers where some of them are no proper or no distinct names."""
     names = [str(label) for label in classes]
-    sound = len(set(names)) == len(names) and all(name.strip() and name.isprintable() for name in names)
-    return tuple(names if sound else map(str, range(len(names))))
+    proper = len(set(names)) == len(names) and all(name.strip() and name.isprintable() for name in names)
+    return tuple(names if proper else map(str, range(len(names))))

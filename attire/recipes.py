@@ -138,7 +138,7 @@ class Recipe:
 
     @property
     def training_views(self) -> int:
-        """How many views of each picture training draws from; see `features.views.view_names`."""
+        """How many views of each picture training draws from; see `features.views.augmentation_views`."""
         return (1 + self.flips) * (1 + self.shifts + self.synthetic_drawings) + self.outlier_exposure
 
     @property

@@ -58,7 +58,7 @@ def write_rows(path: Path, rows: int) -> None:
 def stage_csv(path: Path, rows: int) -> dict[str, float]:
     from attire.data import table_cache
 
-    table_cache._LEAST = 0
+    table_cache._MIN_BYTES = 0
     base = forget_peak()
     found: list[dataset.ImageDataset] = []
     took = seconds(lambda: found.append(loading._read_csv(path)))
@@ -74,7 +74,7 @@ def stage_extraction(path: Path, rows: int) -> dict[str, float]:
     from attire.features import cache as feature_cache
     from attire.model import devices, pretrained, vgg
 
-    table_cache._LEAST = 0
+    table_cache._MIN_BYTES = 0
     precision = devices.choose_precision()
     backbone = vgg.Backbone(
         vgg.vgg16(pretrained.vgg16_weights(), "block3", 0, nn.Sequential()), torch.device("cpu"), precision
@@ -103,7 +103,7 @@ def stage_epoch(folder: Path, rows: int) -> dict[str, float]:
     shard_rows = feature_cache.FeatureSpec("block3", 32, 0, "").shard_rows
     source = sources.CachedSource([feature_cache.Features(folder, rows, WIDTH, shard_rows)])
     torch.manual_seed(0)
-    head = heads.build_mlp(WIDTH, FAST.hidden, 10, FAST.dropout)
+    head = heads.build_head((WIDTH, 1, 1), (), FAST.hidden, 10, FAST.dropout)
     labels = np.random.default_rng(1).integers(0, 10, rows)
     recipe = replace(FAST, flips=False)
     took = head_epoch.epoch_seconds(head, source, labels, np.arange(rows), recipe)

@@ -72,7 +72,7 @@ def epoch_seconds(
 def compare(recipe: Recipe, rows: int, width: int, timed: int, cache: Path) -> None:
     torch.manual_seed(0)
     source = CachedSource([synthetic_features(cache / f"{rows}x{width}", rows, width)])
-    head = heads.build_mlp(width, recipe.hidden, 10, recipe.dropout)
+    head = heads.build_head((width, 1, 1), (), recipe.hidden, 10, recipe.dropout)
     labels = np.random.default_rng(1).integers(0, 10, rows)
     chosen = np.sort(np.random.default_rng(2).permutation(rows)[:timed])
     if recipe.standardise:

@@ -118,7 +118,7 @@ def attire_classic(race: Race) -> None:
     """The classifier of `classic` on cached features: accuracy after each epoch, for all who train that protocol."""
     from attire.features.logits import predict_logits
     from attire.features.sources import CachedSource
-    from attire.model.heads import build_mlp
+    from attire.model.heads import build_head
     from attire.recipes import _CLASSIC
     from attire.storage import files, memory
     from attire.training.checkpoints import TrainingState
@@ -131,7 +131,7 @@ def attire_classic(race: Race) -> None:
     recipe = replace(_CLASSIC, epochs=2) if race.quick else _CLASSIC
     trained, tested = CachedSource([found[0]]), CachedSource([found[1]])
     torch.manual_seed(recipe.seed)
-    head = build_mlp(25088, recipe.hidden, 10, recipe.dropout)
+    head = build_head((25088, 1, 1), (), recipe.hidden, 10, recipe.dropout)
 
     def report(state: TrainingState, done: int, total: int) -> None:
         if not done:

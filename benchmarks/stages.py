@@ -139,7 +139,7 @@ def head_epochs(quick: bool, scratch: Path, found: Machine) -> Iterator[Stage]:
         recipe: Recipe = replace(RECIPES[name], flips=False, precision=precision)
         torch.manual_seed(0)
         source = sources.CachedSource([head_epoch.synthetic_features(scratch / f"{name}-rows", rows, width)])
-        head = heads.build_mlp(width, recipe.hidden, 10, recipe.dropout)
+        head = heads.build_head((width, 1, 1), (), recipe.hidden, 10, recipe.dropout)
         labels = np.random.default_rng(1).integers(0, 10, rows)
         chosen = np.sort(np.random.default_rng(2).permutation(rows)[:timed])
         flop, moved = head_flop(head, timed), head_bytes(head, timed, width, recipe.batch_size)
@@ -160,7 +160,7 @@ def head_epochs(quick: bool, scratch: Path, found: Machine) -> Iterator[Stage]:
 
 
 def csvs(quick: bool, scratch: Path, found: Machine) -> Iterator[Stage]:
-    table_cache._LEAST = 0  # a small file too
+    table_cache._MIN_BYTES = 0  # a small file too
     train = loading.load_dataset()
     rows = 600 if quick else len(train)
     path = scratch / "rows.csv"
@@ -172,7 +172,7 @@ def csvs(quick: bool, scratch: Path, found: Machine) -> Iterator[Stage]:
         loading._read_csv(path)
 
     def digests() -> None:
-        for file in (path, *table_cache.folder().iterdir()):
+        for file in (path, *table_cache._folder().iterdir()):
             with file.open("rb") as opened:
                 hashlib.file_digest(opened, "sha256")
 

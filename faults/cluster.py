@@ -56,7 +56,7 @@ def extract(address: str, weights: Path) -> cache.Features:
     spec = cache.FeatureSpec("block2", 32, 0, "official", "fp32")
     cache._SHARD_BYTES = 2 * spec.width * ROWS  # rows are rounded down to a power of two
     images = np.random.default_rng(0).integers(0, 256, (SHARDS * spec.shard_rows, 28, 28), np.uint8)
-    load = partial(backbones.frozen_backbone, weights, spec, torch.device("cpu"), len(images))
+    load = partial(backbones.load_backbone, weights, spec, torch.device("cpu"), len(images))
     asked = (images, "random", spec, load, None)
     if not address:
         return cache.extract(*asked)
@@ -70,7 +70,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def measured_before() -> dict[str, bytes]:
     """What the cache folder knows of this machine's speed: it is not to be measured in each trial."""
-    known = (files.cache_dir() / name for name in ("layouts.json", "convolutions.json"))
+    known = (files.cache_dir() / name for name in ("microbatching.json", "convolutions.json"))
     return {path.name: path.read_bytes() for path in known if path.exists()}
 
 

@@ -62,7 +62,7 @@ def read_csv(data: bytes, folder: Path) -> object:
     whole = csv_table._HEADER + b"\n" + data[1:] if data[:1] and data[0] % 2 else data[1:]
     path = written(whole, folder / "x.csv")
     with path.open("rb") as file:
-        return csv_table.joined(csv_table.read_parts(path, file))
+        return csv_table.Table.concatenate(csv_table.read_parts(path, file))
 
 
 def csv_seeds() -> list[bytes]:
@@ -189,7 +189,7 @@ def bundle_seeds() -> list[bytes]:
         "ood": None,
         "neighbours": None,
         "sha256": "",
-        "facts": {},
+        "metadata": {},
     }
     tensors = save({"classifier.0.weight": torch.zeros(2, 64), "classifier.0.bias": torch.zeros(2)})
     return [json.dumps(about).encode() + b"\0" + tensors, json.dumps(about | {"schema": 2}).encode()]
@@ -240,7 +240,7 @@ def export_seeds() -> list[bytes]:
     onnx = runtimes._METADATA_PREFIX + bytes([0x80 | len(text) & 0x7F, len(text) >> 7]) + text
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
-        archive.writestr("network/extra/attire.json", json.dumps({**facts, "format": "torch-export", "records": ""}))
+        archive.writestr("network/extra/attire.json", json.dumps({**facts, "format": "torch-export", "records_digest": ""}))
     folder = json.dumps({**facts, "format": "openvino", "sha256": {"network.xml": ""}}).encode()
     return [b"\0" + onnx, b"\1" + folder, b"\2" + out.getvalue()]
 

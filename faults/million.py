@@ -55,7 +55,7 @@ def extract(images: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, Any]:
     backbone = vgg.Backbone(model, torch.device("cpu"), precision, backend == devices.WINOGRAD)
     if backend == "torch":
         backbone.microbatching = devices.choose_microbatching(f"block3 {precision}", backbone, SIZE, len(images))
-    feature_cache.compute(images[:64], spec, backbone)
+    feature_cache.compute_features(images[:64], spec, backbone)
     base, began = forget_peak(), time.perf_counter()
     marks, wanted = [(0, 0.0, base)], [round(len(images) * part / PARTS) for part in range(1, PARTS + 1)]
 

@@ -18,10 +18,11 @@ from attire.analysis.audit import _examine
 from attire.data.loading import load_dataset
 from attire.evaluation.intervals import wilson
 from attire.features import cache
-from attire.features.backbones import open_backbone
+from attire.features.backbones import make_backbone
 from attire.features.cache import FeatureSpec
 from attire.model import devices, pretrained, vgg
 from attire.model.weights import read_weights, tensor_digest
+from attire.progress import NoProgress
 from attire.recipes import FAST
 
 COPIES, FLIPS, LOOKED_AT = 25, 300, 600
@@ -38,7 +39,7 @@ def main() -> None:
         FAST.freeze_to, FAST.image_size, FAST.pool, tensor_digest(read_weights(weights)),
         devices.choose_precision(FAST.precision, device),
     )  # fmt: skip
-    backbone = open_backbone(vgg.vgg16(weights, spec.freeze_to, spec.pool, nn.Sequential()), spec, device)
+    backbone = make_backbone(vgg.vgg16(weights, spec.freeze_to, spec.pool, nn.Sequential()), spec, device)
     cached = [cache.extract(part.images, part.image_digest, spec, lambda: backbone) for part in parts]
 
     originals = rng.choice(len(images), 2 * COPIES, replace=False)
@@ -47,7 +48,7 @@ def main() -> None:
     shifted = np.stack([shift(images[row], *step) for row, step in zip(moved, steps, strict=True)])
     more = np.concatenate([images[copied], shifted])
     everything, all_labels = np.concatenate([images, more]), np.concatenate([labels, labels[originals]])
-    fresh = torch.from_numpy(cache.compute(more, spec, backbone)).float()
+    fresh = torch.from_numpy(cache.compute_features(more, spec, backbone)).float()
     flipped = rng.choice(len(images), FLIPS, replace=False)
     all_labels[flipped] = (all_labels[flipped] + rng.integers(1, 10, FLIPS)) % 10
 
@@ -57,18 +58,18 @@ def main() -> None:
         yield fresh
 
     began = time.perf_counter()
-    found = _examine(everything, all_labels, 10, blocks, lambda *_: None)
+    found = _examine(everything, all_labels, 10, blocks, NoProgress())
     seconds = time.perf_counter() - began
 
     exact = sum(found.first[len(images) + i] == row for i, row in enumerate(copied))
     pairs = set(zip(found.near.first.tolist(), found.near.second.tolist(), strict=True))
     near = sum((int(row), len(images) + COPIES + i) in pairs for i, row in enumerate(moved))
-    caught = int(np.isin(flipped, found.suspects[:LOOKED_AT]).sum())
-    print(f"{devices.processor()}, {os.cpu_count()} cores, torch {torch.__version__}; {seconds:.0f} s")
+    caught = int(np.isin(flipped, found.suspect_labels[:LOOKED_AT]).sum())
+    print(f"{devices.processor_name()}, {os.cpu_count()} cores, torch {torch.__version__}; {seconds:.0f} s")
     print(f"exact copies          {exact} of {COPIES}")
     print(f"shifted by one pixel  {near} of {COPIES}")
     print(f"flipped labels        {wilson(caught, FLIPS).percent()} within the first {LOOKED_AT} suspects")
-    print(f"                      {len(found.suspects):,} suspects in all")
+    print(f"                      {len(found.suspect_labels):,} suspects in all")
 
 
 def shift(image: np.ndarray, down: int, across: int) -> np.ndarray:

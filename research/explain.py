@@ -64,7 +64,7 @@ class Whole(nn.Module):
 
     def forward(self, grey: Tensor) -> Tensor:
         x = F.interpolate(grey / 255, size=(self.size, self.size), mode="bilinear", antialias=True)
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (vgg.MEAN, vgg.STD))
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (vgg.IMAGENET_MEAN, vgg.IMAGENET_STD))
         found: Tensor = self.model((x.expand(-1, 3, -1, -1) - mean) / std)
         return found
 
@@ -328,7 +328,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="these methods alone")
     given = parser.parse_args()
     classifier, test = load_bundle(given.bundle, "cpu"), load_dataset(part="test")
-    print(f"{given.bundle}; {devices.processor()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
+    print(f"{given.bundle}; {devices.processor_name()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
     if given.part == "heat":
         heat(classifier, test, given.images, given.only)
     elif given.part == "time":

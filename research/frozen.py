@@ -21,6 +21,7 @@ from torch import Tensor
 
 from attire.analysis import sweep
 from attire.analysis.ridge import _PENALTIES
+from attire.analysis.taps import TapExtractor, _TapBackbone, _TapSpec
 from attire.data import dataset
 from attire.data.loading import load_dataset
 from attire.evaluation.intervals import wilson
@@ -44,11 +45,17 @@ class Frozen:
         data, self.fit = sweep._draw(load_dataset(), ROWS, VAL)
         self.labels = torch.from_numpy(data.labels)
         taps = TAPS[size]
-        bench = sweep._Bench(data, self.fit, [name for name, _ in taps], devices.choose_device("cpu"), NoProgress())
-        spec = sweep._TapSpec(
-            "+".join(bench.boundaries), size, 0, bench.weights, bench.precision, backend=bench.backend, taps=taps
+        extractor = TapExtractor(data, [name for name, _ in taps], devices.choose_device("cpu"), NoProgress())
+        spec = _TapSpec(
+            "+".join(extractor.boundaries),
+            size,
+            0,
+            extractor.weights,
+            extractor.precision,
+            backend=extractor.backend,
+            taps=taps,
         )
-        found = cache.extract(data.images, data.image_digest, spec, lambda: sweep._TapBackbone(bench.backbone, taps))
+        found = cache.extract(data.images, data.image_digest, spec, lambda: _TapBackbone(extractor.backbone, taps))
         self.entry = found.folder.name
         table = torch.from_numpy(np.concatenate(list(found.blocks())))
         self.maps = {name: table[:, part].float().unflatten(1, (-1, side, side)) for name, side, part in spec.columns()}
@@ -148,7 +155,7 @@ class Table:
 def trained(x: Tensor, labels: Tensor, fit: int) -> int:
     recipe, rows = replace(FAST, flips=False), np.arange(len(x))
     torch.manual_seed(recipe.seed)
-    head = heads.build_mlp(x.shape[1], recipe.hidden, 10, recipe.dropout)
+    head = heads.build_head((x.shape[1], 1, 1), (), recipe.hidden, 10, recipe.dropout)
     with tempfile.TemporaryDirectory(dir=files.cache_dir()) as folder:
         table, where = Table(standardised(x, fit)), Path(folder) / "run" / "checkpoints"
         history = loop.fit(head, loop.TrainingData(table, labels.numpy(), rows[:fit], rows[fit:]), recipe, where)
@@ -164,7 +171,7 @@ def main() -> None:
         raise SystemExit(f"error: no feature set {unknown[0]!r}; there are: {'; '.join(SETS)}")
     found = Frozen(given.size)
     count = len(found.labels) - found.fit
-    print(f"{found.fit:,} rows fit, {count:,} score; {devices.processor()}, torch {torch.__version__}")
+    print(f"{found.fit:,} rows fit, {count:,} score; {devices.processor_name()}, torch {torch.__version__}")
     for name in given.sets or SETS:
         began = time.perf_counter()
         x = SETS[name](found)

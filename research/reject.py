@@ -25,7 +25,6 @@ from attire.data.dataset import ImageDataset
 from attire.data.loading import load_dataset
 from attire.evaluation.intervals import wilson
 from attire.features import cache
-from attire.features import views as features_views
 from attire.features.cache import FeatureSpec
 from attire.features.sources import CachedSource
 from attire.inference import out_of_distribution
@@ -40,7 +39,7 @@ COMPONENTS, NEIGHBOURS, ALTERED_ROWS = 256, 50, 500
 
 def main(bundle: str) -> None:
     classifier = load_bundle(bundle, "cpu")
-    print(f"{bundle}; {devices.processor()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
+    print(f"{bundle}; {devices.processor_name()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
     data, test = load_dataset(part="train"), load_dataset(part="test")
     recipe = recipes.from_json(classifier.metadata["recipe"])
     train, val = validation_rows(data, np.arange(len(data)), recipe)
@@ -63,14 +62,14 @@ def cached(classifier: Classifier, data: ImageDataset, view: str) -> cache.Featu
     return cache.extract(data.images, data.image_digest, spec, lambda: make_backbone(classifier))
 
 
-def make_backbone(classifier: Classifier) -> cache.Backbone:
+def make_backbone(classifier: Classifier) -> cache.FeatureExtractor:
     return vgg.Backbone(classifier.model, classifier.device, make_spec(classifier).precision)
 
 
 def fresh(classifier: Classifier, images: Images) -> Tensor:
     """Features (n, D) of pictures that no cache has."""
     spec, backbone = make_spec(classifier), make_backbone(classifier)
-    parts = [cache.compute(images[i : i + 250], spec, backbone) for i in range(0, len(images), 250)]
+    parts = [cache.compute_features(images[i : i + 250], spec, backbone) for i in range(0, len(images), 250)]
     return torch.from_numpy(np.concatenate(parts)).float()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attire.data.dataset import RowIndices
-from attire.model.heads import build_mlp
+from attire.model.heads import build_head
 from attire.progress import Epoch
 from attire.recipes import FAST, Recipe
 from attire.training import loop
@@ -47,7 +47,7 @@ def data(table: Table | None = None, train: RowIndices = TRAIN, val: RowIndices 
 
 def new_head() -> nn.Sequential:
     torch.manual_seed(0)
-    return build_mlp(12, (8,), 10, 0.5)
+    return build_head((12, 1, 1), (), (8,), 10, 0.5)
 
 
 def train(folder: Path, recipe: Recipe = RECIPE, stop_at: int = 0) -> tuple[nn.Sequential, list[Epoch]]:

@@ -24,10 +24,10 @@ SECONDS = 60  # that it may take to start on a busy machine
 
 
 def program() -> str:
-    found = os.environ.get(VARIABLE) or shutil.which("moto_server")
-    if not found:
+    path = os.environ.get(VARIABLE) or shutil.which("moto_server")
+    if not path:
         pytest.skip(f"needs moto_server on PATH or in {VARIABLE}: pip install 'moto[server]'")
-    return found
+    return path
 
 
 @contextmanager

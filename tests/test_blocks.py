@@ -13,9 +13,9 @@ from attire.errors import UsageError
 def test_shapes_are_those_of_torchvisions_network(name: str, size: int) -> None:
     with torch.device("meta"):
         features = torchvision.models.vgg16(weights=None).features[: BLOCK_ENDS[name]]
-        found = features(torch.empty(1, 3, size, size)).shape[1:]
-    assert tuple(found) == feature_shape(name, size, 0)
-    assert found[1] == map_side(name, size)
+        shape = features(torch.empty(1, 3, size, size)).shape[1:]
+    assert tuple(shape) == feature_shape(name, size, 0)
+    assert shape[1] == map_side(name, size)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

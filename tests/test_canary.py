@@ -98,9 +98,9 @@ def into_checkpoints(folder: Path, data: bytes) -> None:
 def into_evaluation(name: str) -> Callable[[Path, bytes], None]:
     def put(folder: Path, data: bytes) -> None:
         (folder / name).write_bytes(data)
-        told = json.loads((folder / "evaluation/digests.json").read_text())
-        told["sha256"][name] = files.sha256(data)
-        (folder / "evaluation/digests.json").write_text(json.dumps(told))
+        values = json.loads((folder / "evaluation/digests.json").read_text())
+        values["sha256"][name] = files.sha256(data)
+        (folder / "evaluation/digests.json").write_text(json.dumps(values))
 
     return put
 
@@ -133,7 +133,6 @@ CASES = {
     "weights .ckpt": (".", "train --data small.csv --weights-from vgg16.ckpt", into("vgg16.ckpt")),
     "export, ONNX": (".", "evaluate x.onnx --data small.csv", into("x.onnx")),
     "export, torch": (".", "evaluate x.pt2 --data small.csv", into("x.pt2")),
-    "export, safetensors": (".", "evaluate x.safetensors --data small.csv", into("x.safetensors")),
     "data, CSV": (".", "train --data x.csv", into("x.csv")),
     "data, IDX": (".", "train --data train-images-idx3-ubyte", into("train-images-idx3-ubyte")),
     "data, anything": (".", "evaluate run/model --data x.pkl", into("x.pkl")),
@@ -188,10 +187,10 @@ def test_a_pickle_in_the_cache_of_features_never_runs(workplace: Path, cache: Pa
     canary = tmp_path / "canary"
     assert attire("train", "--data", "small.csv", *TINY, "--out", "first").status == 0
     for manifest in (cache / "features").glob("*/MANIFEST.json"):
-        data, told = as_array(canary), json.loads(manifest.read_text())
+        data, values = as_array(canary), json.loads(manifest.read_text())
         _shard_path(manifest.parent, 0).write_bytes(data)
-        told["shards"][0]["sha256"] = files.sha256(data)
-        manifest.write_text(json.dumps(told))
+        values["shards"][0]["sha256"] = files.sha256(data)
+        manifest.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="Python objects"):
         attire("train", "--data", "small.csv", *TINY, "--out", "second")
     assert not canary.exists()

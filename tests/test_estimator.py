@@ -21,10 +21,9 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import attire
-from attire import VGGClassifier
+from attire import VGGClassifier, estimator
 from attire.data.loading import load_dataset, write_csv
 from attire.errors import AttireError, Stopped
-from attire.estimator import _ArrayExperiment
 from attire.features import cache
 from attire.model import pretrained, vgg
 from attire.recipes import Recipe
@@ -218,7 +217,7 @@ def test_ctrl_c_is_what_it_is_everywhere_else(model: VGGClassifier, monkeypatch:
     def stopped(*_: object) -> None:
         raise Stopped("run", "stopped in epoch 1")
 
-    monkeypatch.setattr(_ArrayExperiment, "fit", stopped)
+    monkeypatch.setattr(estimator, "train_head", stopped)
     with pytest.raises(KeyboardInterrupt):
         model.fit(DATA.images, DATA.labels)
 

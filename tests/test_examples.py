@@ -101,13 +101,13 @@ def test_every_form_of_the_digits_holds_the_same_images(digits: Path) -> None:
     assert {path.parent.name for path in pictures} == {f"digit {name}" for name in names}
 
 
-def told(command: str) -> tuple[float, float, int]:
+def stated_interval(command: str) -> tuple[float, float, int]:
     """Of the page's table: the bounds in percent that stand in the command's row, and n."""
     row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{command}`"))
-    found, n = re.search(r"% \(([\d.]+)-([\d.]+)\) \|", row), re.search(r"n = (\d+)", PAGE)
-    assert found, row
+    bounds, n = re.search(r"% \(([\d.]+)-([\d.]+)\) \|", row), re.search(r"n = (\d+)", PAGE)
+    assert bounds, row
     assert n, PAGE
-    return float(found[1]), float(found[2]), int(n[1])
+    return float(bounds[1]), float(bounds[2]), int(n[1])
 
 
 COMMANDS = [line for line in PAGE.splitlines() if line.startswith("attire train")]
@@ -116,13 +116,13 @@ COMMANDS = [line for line in PAGE.splitlines() if line.startswith("attire train"
 @pytest.mark.real
 @pytest.mark.parametrize("command", COMMANDS, ids=["csv", "idx", "photos"])
 def test_the_page_s_commands_reach_what_it_says(command: str, digits: Path, here: Path) -> None:
-    """The accuracy of today lies within the interval that is written down."""
+    """The accuracy of today lies within the 95 % confidence interval of the page."""
     (here / "digits").symlink_to(digits / "digits")
     done = attire(*command.split()[1:], "--json")
     assert done.status == 0, done
     measured = json.loads(done.out)["test"]
     form = command.split()[3].removeprefix("digits/")
-    low, high, n = told(form)
+    low, high, n = stated_interval(form)
     assert measured["n"] == n
     assert low <= 100 * measured["accuracy"] <= high
     assert wilson(measured["correct"], n).low > 0.9

@@ -1,7 +1,7 @@
 """`attire bench`: a bundle and its exports measured side by side, in one run: latency, throughput, memory, accuracy.
 
-Each is opened in a process of its own, so that its memory is its own; rounds alternate, so that what slows the machine
-for a while slows all alike.
+Each is opened in a process of its own, so that its memory can be measured. Rounds alternate between them, so that what
+slows the machine for a while slows all alike.
 """
 
 import multiprocessing
@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from attire.data.dataset import ImageDataset
@@ -30,16 +32,16 @@ from attire.storage.memory import peak_memory
 
 _BATCHES = (1, 8, 32, 128, 256)
 _ROUNDS = 5
-_SECONDS = 1.0  # at least, for each batch size of each candidate in each round
-_ROWS = 500  # images for the accuracy between two lines of progress
+_SECONDS = 1.0  # least time for each batch size of each candidate in each round
+_ROWS = 500  # images for the accuracy between two reports of progress
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """One candidate. Latencies in ms over `calls` single images; speed in images/s at the best batch size.
+class _Candidate:
+    """The measurements of one bundle or export.
 
-    speeds: one for each round, at that batch size. memory: the peak of its own process, in bytes, of which `base` was
-    there before it was opened.
+    size: bytes. p50, p99: latencies in ms over `calls` single images. speeds: images/s of each round at the best batch
+    size, `batch`. memory: the peak of its process, in bytes, of which `base` was there before it was opened.
     """
 
     name: str
@@ -56,6 +58,10 @@ class _Measured:
     accuracy: Interval
 
     @property
+    def label(self) -> str:
+        return f"{self.kind} {self.precision}"
+
+    @property
     def speed(self) -> float:
         return statistics.median(self.speeds)
 
@@ -64,20 +70,20 @@ class _Measured:
 
 
 @dataclass(frozen=True)
-class _Bench:
-    """All candidates of one run, in the order they were named; the first is what the others are compared with."""
+class BenchmarkResult:
+    """All candidates in the order they were named; the others are compared with the first."""
 
-    candidates: tuple[_Measured, ...]
+    candidates: tuple[_Candidate, ...]
     environment: dict[str, object]
 
-    def ratio(self, other: _Measured) -> tuple[float, float, float]:
+    def ratio(self, other: _Candidate) -> tuple[float, float, float]:
         """Images/s of `other` over those of the first, round by round: median, lowest, highest."""
         pairs = zip(other.speeds, self.candidates[0].speeds, strict=True)
         ratios = [mine / base for mine, base in pairs]
         return statistics.median(ratios), min(ratios), max(ratios)
 
     def to_json(self) -> dict[str, Any]:
-        rows = [{**found.to_json(), "ratio": self.ratio(found)} for found in self.candidates]
+        rows = [{**candidate.to_json(), "ratio": self.ratio(candidate)} for candidate in self.candidates]
         return {"schema": 1, "candidates": rows, "environment": self.environment}
 
 
@@ -88,81 +94,118 @@ def bench(
     images: int = 0,
     threads: int = 0,
     progress: Progress | None = None,
-) -> _Bench:
+) -> BenchmarkResult:
     """Measure bundles and exported files on the same test images.
 
     data: as for `train`; None is the official set. images: how many test images the accuracy is taken on, 0 for all.
     threads: for each candidate, 0 for the machine's. Raises AttireError for what cannot be opened.
     """
     progress = progress or NoProgress()
-    candidates = [Path(path) for path in paths]
-    if not candidates:
-        raise UsageError("attire bench", "name a bundle, and the exports to compare with it, or give --machine")
+    if not paths:
+        raise UsageError("attire bench", "name a bundle, and the exports to compare with it")
     test = load_dataset(data, part="test")
     if images:
         test = test.subset(np.sort(np.random.default_rng(0).permutation(len(test))[:images]))
     with ExitStack() as stack:
-        workers = [stack.enter_context(_worker(path, threads)) for path in candidates]
-        facts = [pool.submit(_facts_of).result() for pool in workers]
-        for path, found in zip(candidates, facts, strict=True):
-            if tuple(found["classes"]) != test.classes:
-                raise AttireError(path, f"its classes are not those of {test.source}")
-        right = [_accuracy(pool, test, path, progress) for pool, path in zip(workers, candidates, strict=True)]
-        latencies: list[list[float]] = [[] for _ in workers]
-        speeds: list[dict[int, list[float]]] = [{batch: [] for batch in _BATCHES} for _ in workers]
+        workers = [_Worker(stack.enter_context(_open_process(Path(path), threads)), Path(path)) for path in paths]
+        for worker in workers:
+            worker.check_classes(test)
+        accuracies = [worker.measure_accuracy(test, progress) for worker in workers]
         for done in range(_ROUNDS):
             progress.advance("Rounds", done, _ROUNDS)
-            for i, pool in enumerate(workers):
-                for batch in _BATCHES:
-                    took = pool.submit(_time_calls, test.images, batch).result()
-                    speeds[i][batch].append(batch / statistics.mean(took))
-                    latencies[i] += took if batch == 1 else []
+            for worker in workers:
+                worker.time_round(test.images)
         progress.advance("Rounds", _ROUNDS, _ROUNDS)
-        peaks = [pool.submit(peak_memory).result() for pool in workers]
-    measured = []
-    for i, path in enumerate(candidates):
-        best = max(_BATCHES, key=lambda batch: statistics.median(speeds[i][batch]))
-        about, times = facts[i], 1000 * np.array(latencies[i])
-        p50, p99 = (float(np.percentile(times, q)) for q in (50, 99))
-        sides = (about["kind"], about["precision"], _size_of(path), len(times), p50, p99)
-        cost = (best, tuple(speeds[i][best]), about["base"], peaks[i])
-        measured.append(_Measured(str(path), *sides, *cost, right[i]))
-    return _Bench(tuple(measured), devices.environment(devices.choose_device("cpu")))
+        candidates = [worker.result(accuracy) for worker, accuracy in zip(workers, accuracies, strict=True)]
+    return BenchmarkResult(tuple(candidates), devices.environment(devices.choose_device("cpu")))
 
 
-def _accuracy(pool: Executor, test: ImageDataset, path: Path, progress: Progress) -> Interval:
-    right = 0
-    for start in range(0, len(test), _ROWS):
-        part = slice(start, start + _ROWS)
-        right += int((pool.submit(_answers, test.images[part]).result() == test.labels[part]).sum())
-        progress.advance(f"Accuracy  {path.name}", min(start + _ROWS, len(test)), len(test))
-    return wilson(right, len(test))
+class _Worker:
+    """One candidate, open in a process of its own, and what was measured of it so far."""
+
+    def __init__(self, process: Executor, path: Path) -> None:
+        self.process, self.path = process, path
+        self.facts: dict[str, Any] = process.submit(_describe_model).result()
+        self.latencies: list[float] = []  # seconds, of single images
+        self.speeds: dict[int, list[float]] = {batch: [] for batch in _BATCHES}  # images/s, one a round
+
+    def check_classes(self, test: ImageDataset) -> None:
+        if tuple(self.facts["classes"]) != test.classes:
+            raise AttireError(self.path, f"its classes are not those of {test.source}")
+
+    def measure_accuracy(self, test: ImageDataset, progress: Progress) -> Interval:
+        correct = 0
+        for start in range(0, len(test), _ROWS):
+            part = slice(start, start + _ROWS)
+            correct += int((self.process.submit(_predict, test.images[part]).result() == test.labels[part]).sum())
+            progress.advance(f"Accuracy  {self.path.name}", min(start + _ROWS, len(test)), len(test))
+        return wilson(correct, len(test))
+
+    def time_round(self, images: NDArray[np.uint8]) -> None:
+        for batch in _BATCHES:
+            seconds = self.process.submit(_time_calls, images, batch).result()
+            self.speeds[batch].append(batch / statistics.mean(seconds))
+            self.latencies += seconds if batch == 1 else []
+
+    def result(self, accuracy: Interval) -> _Candidate:
+        best = max(_BATCHES, key=lambda batch: statistics.median(self.speeds[batch]))
+        milliseconds = 1000 * np.array(self.latencies)
+        return _Candidate(
+            name=str(self.path),
+            kind=self.facts["kind"],
+            precision=self.facts["precision"],
+            size=_size_of(self.path),
+            calls=len(milliseconds),
+            p50=float(np.percentile(milliseconds, 50)),
+            p99=float(np.percentile(milliseconds, 99)),
+            batch=best,
+            speeds=tuple(self.speeds[best]),
+            base=self.facts["base"],
+            memory=self.process.submit(peak_memory).result(),
+            accuracy=accuracy,
+        )
 
 
 def _size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder but the training images, which no answer needs."""
+    """Bytes of a file, or of all files in a folder except the training images, which no prediction needs."""
     parts = [part for part in path.rglob("*") if part.is_file()] if path.is_dir() else [path]
     return sum(part.stat().st_size for part in parts if part.name != neighbours.NEIGHBOURS)
 
 
-def write_bench(found: _Bench, folder: Path) -> Path:
-    """bench.png and bench.svg, and bench.json."""
-    drawing = figures.speeds(found.candidates)
-    files.write_bytes(folder / "bench.svg", figures.svg(drawing))
-    files.write_bytes(folder / "bench.png", figures.png(drawing))
-    files.write_json(folder / "bench.json", found.to_json())
-    return folder / "bench.png"
+def write_bench(result: BenchmarkResult, folder: Path) -> Path:
+    """Write bench.svg, bench.png and bench.json; returns the path of the second."""
+    picture = figures.write_figure(folder / "bench", _speed_figure(result.candidates))
+    files.write_json(folder / "bench.json", result.to_json())
+    return picture
 
 
-# In the process of one candidate.
+@matplotlib.rc_context(figures.STYLE)
+def _speed_figure(candidates: Sequence[_Candidate]) -> Figure:
+    """Bars of images/s, the range over rounds as a line, with latency, size and accuracy in words."""
+    figure, plot = figures.new_axes(7.2, 0.9 + 0.5 * len(candidates))
+    for i, candidate in enumerate(candidates):
+        slowest, fastest = min(candidate.speeds), max(candidate.speeds)
+        plot.barh(i, candidate.speed, 0.6, color=figures.BLUE)
+        plot.plot([slowest, fastest], [i, i], color=figures.INK, linewidth=1)
+        text = f"  {candidate.speed:,.0f}/s   {candidate.p50:.1f} ms   {candidate.size / 1e6:.1f} MB   "
+        text += f"{100 * candidate.accuracy.value:.2f} %"
+        plot.text(fastest, i, text, va="center", size=8)
+    plot.set_yticks(range(len(candidates)), [candidate.label for candidate in candidates])
+    plot.invert_yaxis()
+    plot.set_xlim(0, 1.75 * max(max(candidate.speeds) for candidate in candidates))
+    plot.set(xlabel="images/s at the best batch size; then latency of one image (median), size, accuracy")
+    return figure
 
-_opened: Any = None
-_base = 0
+
+# What follows runs in the process of one candidate.
+
+_model: Any = None
+_base_memory = 0
 
 
 @contextmanager
-def _worker(path: Path, threads: int) -> Iterator[Executor]:
-    """A process of its own in which `path` is open."""
+def _open_process(path: Path, threads: int) -> Iterator[Executor]:
+    """A process in which the model at `path` is open."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
         pool.submit(_open_model, path, threads).result()
@@ -170,37 +213,37 @@ def _worker(path: Path, threads: int) -> Iterator[Executor]:
 
 
 def _open_model(path: Path, threads: int) -> None:
-    global _opened, _base
-    import torch  # counted to the base: a bundle needs it, and an export would not
+    global _model, _base_memory
+    import torch  # counted in the base memory: a bundle needs it, and an export would not
 
     from attire.inference.classifier import load_bundle
     from attire.inference.runtimes import format_of, load_export
 
     if threads:
         torch.set_num_threads(threads)
-    _base = peak_memory()
-    _opened = load_export(path) if format_of(path) else load_bundle(path, "cpu")
-    _opened.predict_proba(np.zeros((2, 28, 28), np.uint8))  # what is done once is not timed
+    _base_memory = peak_memory()
+    _model = load_export(path) if format_of(path) else load_bundle(path, "cpu")
+    _model.predict_proba(np.zeros((2, 28, 28), np.uint8))  # what happens once is not timed
 
 
-def _facts_of() -> dict[str, Any]:
-    exported = getattr(_opened, "format", None)
-    precision = _opened.metadata["precision"] if exported else "fp32"
-    return {"classes": _opened.classes, "kind": exported or "bundle", "precision": precision, "base": _base}
+def _describe_model() -> dict[str, Any]:
+    exported = getattr(_model, "format", None)
+    precision = _model.metadata["precision"] if exported else "fp32"
+    return {"classes": _model.classes, "kind": exported or "bundle", "precision": precision, "base": _base_memory}
 
 
-def _answers(images: NDArray[np.uint8]) -> NDArray[np.int64]:
-    return np.asarray(_opened.predict_proba(images).argmax(axis=1))
+def _predict(images: NDArray[np.uint8]) -> NDArray[np.int64]:
+    return np.asarray(_model.predict_proba(images).argmax(axis=1))
 
 
 def _time_calls(images: NDArray[np.uint8], batch: int) -> list[float]:
-    """Seconds of each call on `batch` images, for SECONDS in all, three calls at least."""
+    """Seconds of each call on `batch` images; at least three calls and _SECONDS in all."""
     times: list[float] = []
     start = 0
     while sum(times) < _SECONDS or len(times) < 3:
         part = images[start : start + batch] if batch <= len(images) else np.resize(images, (batch, 28, 28))
         start = (start + batch) % max(1, len(images) - batch)
         began = time.perf_counter()
-        _opened.predict_proba(part)
+        _model.predict_proba(part)
         times.append(time.perf_counter() - began)
     return times

@@ -14,7 +14,7 @@ from attire.storage.run_folder import find_free_folder
 
 @click.command(cls=Command)
 @click.argument("run", type=RUN)
-@click.option("--out", type=PATH, default="release", show_default=True, help="The new bundle.")
+@click.option("--out", type=PATH, default="release", show_default=True, help="Output folder.")
 @json_option
 def release(run: Path, out: Path, as_json: bool) -> None:
     """Make a run's bundle fit to ship: 16-bit weights, ONNX Runtime's graph, card and report, measured again.
@@ -25,15 +25,15 @@ def release(run: Path, out: Path, as_json: bool) -> None:
     Refused where it does not answer as the run's bundle does on the official test images. What is at --out is replaced
     once all of it is written.
     """
-    from attire.export.release import release as make
+    from attire.export.release import release as write_release
     from attire.terminal import Terminal
 
-    watch = Terminal(as_json)
+    terminal = Terminal(as_json)
     try:
-        made = make(run, out, watch)
+        measured = write_release(run, out, terminal)
     finally:
-        watch.close()
-    click.echo(json.dumps({"bundle": str(out), **made}) if as_json else f"{out}")
+        terminal.close()
+    click.echo(json.dumps({"bundle": str(out), **measured}) if as_json else f"{out}")
 
 
 @click.command(cls=Command)
@@ -43,8 +43,8 @@ def release(run: Path, out: Path, as_json: bool) -> None:
     "kind",
     default="onnx",
     show_default=True,
-    help="onnx, openvino, torch-export or safetensors.",
-    shell_complete=among("onnx", "openvino", "torch-export", "safetensors"),
+    help="onnx, openvino or torch-export.",
+    shell_complete=among("onnx", "openvino", "torch-export"),
 )
 @click.option(
     "--precision",
@@ -53,7 +53,7 @@ def release(run: Path, out: Path, as_json: bool) -> None:
     help="fp32, bf16 or int8; not every format has each.",
     shell_complete=among("fp32", "bf16", "int8"),
 )
-@click.option("--out", type=PATH, help="The file.  [default: the bundle's name and .onnx ...]")
+@click.option("--out", type=PATH, help="Output file.  [default: the bundle's name and .onnx ...]")
 @click.option("--max-drop", default=0.3, show_default=True, help="Points of accuracy that bf16 and int8 may lose.")
 @json_option
 def export(bundle: Path, kind: str, precision: str, out: Path | None, max_drop: float, as_json: bool) -> None:
@@ -66,15 +66,12 @@ def export(bundle: Path, kind: str, precision: str, out: Path | None, max_drop: 
     from attire.export.export import export as write_export
     from attire.terminal import Terminal
 
-    watch = Terminal(as_json)
+    terminal = Terminal(as_json)
     try:
-        made = write_export(bundle, kind, out=out, precision=precision, max_drop=max_drop / 100, progress=watch)
+        model = write_export(bundle, kind, out=out, precision=precision, max_drop=max_drop / 100, progress=terminal)
     finally:
-        watch.close()
-    if as_json:
-        click.echo(json.dumps({"file": str(made.path), **made.metadata}))
-    else:
-        click.echo(f"{made.path}")
+        terminal.close()
+    click.echo(json.dumps({"file": str(model.path), **model.metadata}) if as_json else f"{model.path}")
 
 
 @click.command(cls=Command)
@@ -82,7 +79,7 @@ def export(bundle: Path, kind: str, precision: str, out: Path | None, max_drop: 
 @click.option("--data", type=DATA, metavar="PATH", help="Test images, as for evaluate.  [default: the official set]")
 @click.option("--images", type=click.IntRange(0), default=0, help="Accuracy on so many of them.  [default: all]")
 @click.option("--threads", type=click.IntRange(0), default=0, help="For PyTorch.  [default: the machine's]")
-@click.option("--out", type=PATH, default="bench", show_default=True, help="A new folder.")
+@click.option("--out", type=PATH, default="bench", show_default=True, help="Output folder, a new one.")
 @json_option
 def bench(models: tuple[Path, ...], data: str | None, images: int, threads: int, out: Path, as_json: bool) -> None:
     """Latency, throughput, memory, size and accuracy of a bundle and its exports, side by side in one run.
@@ -94,20 +91,20 @@ def bench(models: tuple[Path, ...], data: str | None, images: int, threads: int,
         raise UsageError("attire bench", "name a bundle, and the exports to compare with it")
     folder = find_free_folder(out)
 
-    from attire.analysis.bench import bench as measure
+    from attire.analysis.bench import bench as run_bench
     from attire.analysis.bench import write_bench
     from attire.cli.tables import bench_table
     from attire.terminal import Terminal, print_result
 
-    watch = Terminal(as_json)
+    terminal = Terminal(as_json)
     try:
-        found = measure(models, data, images=images, threads=threads, progress=watch)
+        result = run_bench(models, data, images=images, threads=threads, progress=terminal)
     finally:
-        watch.close()
+        terminal.close()
     with files.atomic_folder(folder) as part:
-        picture = folder / write_bench(found, part).name
+        picture = folder / write_bench(result, part).name
     if as_json:
-        click.echo(json.dumps({"picture": str(picture), **found.to_json()}))
+        click.echo(json.dumps({"picture": str(picture), **result.to_json()}))
         return
-    print_result(bench_table(found))
+    print_result(bench_table(result))
     click.echo(f"\nPicture         {picture}")

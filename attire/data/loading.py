@@ -201,8 +201,9 @@ def write_csv(dataset: ImageDataset, path: str | Path) -> None:
 
 def _read_idx(pair: tuple[Path, Path], classes: Sequence[str] | None = None, source: str = "") -> ImageDataset:
     """Read two IDX files, images and labels, plain or .gz."""
-    images, labels = idx.read_pair(*pair)
-    return ImageDataset(images, labels, check_classes(classes), source or pair[0].name)
+    images_path, labels_path = pair
+    images, labels = idx.read_pair(images_path, labels_path)
+    return ImageDataset(images, labels, check_classes(classes), source or images_path.name)
 
 
 def _read_image_folder(folder: Path, classes: Sequence[str] | None = None) -> ImageDataset:

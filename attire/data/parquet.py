@@ -3,7 +3,6 @@
 import glob
 import json
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,9 +17,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pyarrow import parquet as pq
 
-from attire.data import photos, table_cache
+from attire.data import photos
 from attire.data.csv_table import Table
-from attire.errors import AttireError, AttireWarning, one_line
+from attire.data.table_cache import cached_table
+from attire.errors import AttireError, one_line
 from attire.storage import files, url_copies
 from attire.storage.stores import StorageLocation, is_url, open_location
 from attire.version import __version__
@@ -163,17 +163,8 @@ def read_table(paths: Sequence[Path], classes: Sequence[str] | None = None) -> t
     encoder = _LabelEncoder(sources, None if classes is None else tuple(classes))
     digests = [_file_digest(path) for path in paths]
     key = {"parquet": digests, "classes": encoder.names, "version": _VERSION, "attire": __version__}
-    copy = table_cache.copy_path(key)
-    table = table_cache.open_copy(copy, "Parquet files")
-    if table is None:
-        try:
-            table = table_cache.write_copy(_tables(sources, encoder), lambda: copy)
-        except AttireError as error:
-            if error.subject in {str(source) for source in sources}:
-                raise
-            line = f"{error}; {one_line(paths[0].name)} is read anew each time"
-            warnings.warn(line, AttireWarning, stacklevel=3)
-            table = Table.concatenate(_tables(sources, encoder))
+    subjects = {str(source) for source in sources}
+    table = cached_table(key, "Parquet files", lambda: _tables(sources, encoder), subjects)
     if not len(table):
         raise AttireError(sources[0], "no rows")
     return table, encoder.names

@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 
 from attire.data.csv_table import Table, check_labels, read_parts
-from attire.errors import AttireError, AttireWarning
+from attire.errors import AttireError, AttireWarning, one_line
 from attire.storage import files
 from attire.storage.formats import open_input
 
@@ -34,11 +34,31 @@ def read_table(path: str | Path, class_count: int = 10, labelled: bool = True) -
         if not file.seekable() or _size_of(file) < _MIN_BYTES:
             return Table.concatenate(read_parts(path, file, class_count, labelled))
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0)
-        table = open_copy(_csv_copy(digest), "a CSV file")
+        table = _open_copy(_csv_copy(digest), "a CSV file")
         if table is None or (labelled and table.labels is None):  # the parser refuses that
-            table = _parse_and_keep(path, file, class_count, labelled)
+            sha = hashlib.sha256()  # of the very bytes that are parsed, should the file have changed meanwhile
+
+            def read() -> Iterator[Table]:
+                file.seek(0)
+                return read_parts(path, file, class_count, labelled, sha.update)
+
+            note = f"{path.name} is parsed anew each time it is read"
+            table = _read_and_keep(read, lambda: _csv_copy(sha.hexdigest()), {str(path)}, note)
     check_labels(path, table.labels, class_count)
+    return table
+
+
+def cached_table(key: dict[str, Any], what: str, read: Callable[[], Iterator[Table]], subjects: set[str]) -> Table:
+    """Open the copy of the data that `key` describes; without one, read the data and keep a copy.
+
+    what: names the data where a copy is damaged. subjects: of errors about the data itself, which are raised. Where
+    the cache is not writable, a warning (AttireWarning) is all.
+    """
+    path = _copy_path(key)
+    table = _open_copy(path, what)
+    if table is None:
+        name = one_line(Path(min(subjects)).name)
+        table = _read_and_keep(read, lambda: path, subjects, f"{name} is read anew each time")
     return table
 
 
@@ -48,20 +68,19 @@ def _size_of(file: IO[bytes]) -> int:
     return size
 
 
-def folder() -> Path:
+def _folder() -> Path:
     return files.cache_dir() / "tables"
 
 
-def copy_path(key: dict[str, Any]) -> Path:
-    """Return where the copy is kept of the data that `key` describes."""
-    return folder() / (files.sha256(files.canonical_json(key))[:32] + _SUFFIX)
+def _copy_path(key: dict[str, Any]) -> Path:
+    return _folder() / (files.sha256(files.canonical_json(key))[:32] + _SUFFIX)
 
 
 def _csv_copy(digest: str) -> Path:
-    return copy_path({"csv": digest, "version": _VERSION})
+    return _copy_path({"csv": digest, "version": _VERSION})
 
 
-def open_copy(path: Path, what: str) -> Table | None:
+def _open_copy(path: Path, what: str) -> Table | None:
     """Open a copy; None where there is no undamaged one. Warns (AttireWarning) where it is damaged."""
     try:
         if not path.exists():
@@ -75,27 +94,25 @@ def open_copy(path: Path, what: str) -> Table | None:
     return None
 
 
-def _parse_and_keep(path: Path, file: IO[bytes], class_count: int, labelled: bool) -> Table:
-    """Parse the file and keep a copy, in one pass and without holding the pixels.
+def _read_and_keep(
+    read: Callable[[], Iterator[Table]], path_of_copy: Callable[[], Path], subjects: set[str], note: str
+) -> Table:
+    """Read a table and keep a copy, in one pass and without holding the pixels.
 
-    The copy's key is the digest of the very bytes that were parsed, should the file have changed meanwhile.
+    Raises AttireError about one of the `subjects`. Other errors are the cache's: they become a warning with a note.
     """
-    sha = hashlib.sha256()
     try:
-        parts = read_parts(path, file, class_count, labelled, sha.update)
-        return write_copy(parts, lambda: _csv_copy(sha.hexdigest()))
+        return _write_copy(read(), path_of_copy)
     except (AttireError, OSError) as error:
-        if isinstance(error, AttireError) and error.subject == str(path):
+        if isinstance(error, AttireError) and error.subject in subjects:
             raise
-        line = f"{error}; {path.name} is parsed anew each time it is read"
-        warnings.warn(line, AttireWarning, stacklevel=3)
-    file.seek(0)
-    return Table.concatenate(read_parts(path, file, class_count, labelled))
+        warnings.warn(f"{error}; {note}", AttireWarning, stacklevel=4)
+    return Table.concatenate(read())
 
 
-def write_copy(parts: Iterator[Table], path_of_copy: Callable[[], Path]) -> Table:
+def _write_copy(parts: Iterator[Table], path_of_copy: Callable[[], Path]) -> Table:
     """Write a copy of these rows and open it. `path_of_copy` is called after the last part."""
-    unfinished = folder() / f"{os.getpid()}-{id(parts)}.new"
+    unfinished = _folder() / f"{os.getpid()}-{id(parts)}.new"
     with files.sealed_file(unfinished) as out:
         labels, rows = [], 0
         for table in parts:
@@ -118,14 +135,14 @@ def _mapped(path: Path) -> Table:
 
 def copies() -> Iterator[tuple[str, int]]:
     """Yield key and bytes of each copy."""
-    for path in sorted(folder().glob(f"*{_SUFFIX}")):
+    for path in sorted(_folder().glob(f"*{_SUFFIX}")):
         yield path.stem, path.stat().st_size
 
 
 def delete_copies() -> int:
     """Delete all copies; returns the bytes freed."""
     freed = sum(size for _, size in copies())
-    for path in folder().glob("*"):
+    for path in _folder().glob("*"):
         with suppress(FileNotFoundError):
             path.unlink()
     return freed

@@ -51,7 +51,8 @@ class Interval:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Interval":
-        return cls(**{key: float("nan") if item is None else item for key, item in value.items()})
+        figures: dict[str, Any] = {key: float("nan") if item is None else item for key, item in value.items()}
+        return cls(**figures)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def pull(
 ) -> None:
     """Bring the shards of a finished shared entry, with their records, as an extraction here would leave them.
 
-    expected: what the shared manifest must say of its entry; shards: path and rows of each, in order; progress: told
+    expected: what the shared manifest must say of its entry; shards: path and rows of each, in order; progress: gets
     rows that are here, and rows in all. A shard gets its name here once its bytes have the manifest's SHA-256; shards
     whose bytes have another are left to be computed.
     """

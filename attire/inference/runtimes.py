@@ -25,7 +25,6 @@ from attire.storage import files
 SCHEMA = 1
 NO_SEAL = "0" * 64  # stands in the metadata while the digest over the file is computed
 SUFFIXES = {"onnx": ".onnx", "openvino": ".openvino", "torch-export": ".pt2"}
-_EXTRAS = {"onnx": "onnx", "openvino": "openvino"}  # what `pip install 'attire[...]'` is called
 METADATA_FILE = "attire.json"
 _BATCH = 256
 
@@ -128,8 +127,8 @@ def _damaged(path: Path) -> AttireError:
 
 
 def missing_runtime(kind: str, error: ImportError) -> AttireError:
-    """The error for a format whose packages are not installed."""
-    return AttireError(kind, "its runtime is not installed", str(error), f"pip install 'attire[{_EXTRAS[kind]}]'")
+    """The error for a format whose packages, an extra of the same name, are not installed."""
+    return AttireError(kind, "its runtime is not installed", str(error), f"pip install 'attire[{kind}]'")
 
 
 # ONNX: the seal is the SHA-256 of the file with NO_SEAL in the seal's place. It is checked before anything parses the

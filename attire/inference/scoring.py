@@ -76,11 +76,11 @@ class _EvaluationRequest:
 
     def load(self, classes: Sequence[str]) -> ImageDataset:
         """The labelled images. Raises AttireError where they are not of these classes."""
-        found = load_dataset(self.data, part=self.part, classes=self.classes or (classes if self.data else None))
+        labelled = load_dataset(self.data, part=self.part, classes=self.classes or (classes if self.data else None))
         memory.keep_freed_memory()
-        if found.classes != tuple(classes):
-            raise AttireError(found.source, f"its classes are not the bundle's ({', '.join(classes)})")
-        return found
+        if labelled.classes != tuple(classes):
+            raise AttireError(labelled.source, f"its classes are not the bundle's ({', '.join(classes)})")
+        return labelled
 
     def command(self, name: str, models: Sequence[str | Path]) -> str:
         parts = ["attire", name, *map(str, models), *(["--data", str(self.data)] if self.data else [])]

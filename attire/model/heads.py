@@ -23,7 +23,7 @@ class _MaxAvgPool(nn.Module):
         return torch.cat([x.amax((2, 3)), x.mean((2, 3))], 1)
 
 
-def build_mlp(inputs: int, hidden: Sequence[int], classes: int, dropout: float) -> nn.Sequential:
+def _build_mlp(inputs: int, hidden: Sequence[int], classes: int, dropout: float) -> nn.Sequential:
     """Linear, ReLU, Dropout for each hidden width, then a Linear to the classes; PyTorch's default initialisation."""
     layers: list[nn.Module] = []
     for width in hidden:
@@ -41,7 +41,7 @@ def build_head(
     and max pooling precedes each but the first while the map is wider than 2.
     """
     if not conv:
-        return build_mlp(math.prod(shape), hidden, classes, dropout)
+        return _build_mlp(math.prod(shape), hidden, classes, dropout)
     channels, side = shape[0], shape[1]
     layers: list[nn.Module] = [nn.Unflatten(1, shape), BatchNorm(channels)]
     for i, width in enumerate(conv):
@@ -50,7 +50,7 @@ def build_head(
             side //= 2
         layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), BatchNorm(width), nn.ReLU()]
         channels = width
-    mlp = build_mlp(2 * channels, hidden, classes, dropout)
+    mlp = _build_mlp(2 * channels, hidden, classes, dropout)
     return nn.Sequential(*layers, _MaxAvgPool(), nn.Dropout(dropout), *mlp)
 
 

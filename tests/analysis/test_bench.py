@@ -8,30 +8,30 @@ import numpy as np
 import pytest
 
 from attire.analysis import bench
-from attire.analysis.bench import _Bench, _Measured, _time_calls, write_bench
+from attire.analysis.bench import BenchmarkResult, _Candidate, _time_calls, write_bench
 from attire.data.dataset import ImageDataset
 from attire.data.loading import write_csv
 from attire.evaluation.intervals import wilson
 from tests.command import attire
 
 
-def measured(name: str, *speeds: float) -> _Measured:
-    return _Measured(name, "bundle", "fp32", 10**7, 100, 2.0, 3.5, 32, speeds, 2**28, 2**29, wilson(9, 10))
+def measured(name: str, *speeds: float) -> _Candidate:
+    return _Candidate(name, "bundle", "fp32", 10**7, 100, 2.0, 3.5, 32, speeds, 2**28, 2**29, wilson(9, 10))
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    found = _Bench((measured("a", 100, 50, 200), measured("b", 150, 100, 200)), {})
-    assert found.ratio(found.candidates[1]) == (1.5, 1.0, 2.0)
-    assert found.ratio(found.candidates[0]) == (1, 1, 1)
-    assert found.candidates[1].speed == 150
+    result = BenchmarkResult((measured("a", 100, 50, 200), measured("b", 150, 100, 200)), {})
+    assert result.ratio(result.candidates[1]) == (1.5, 1.0, 2.0)
+    assert result.ratio(result.candidates[0]) == (1, 1, 1)
+    assert result.candidates[1].speed == 150
 
 
 def test_the_files(tmp_path: Path) -> None:
-    picture = write_bench(_Bench((measured("a", 1, 2, 3), measured("b", 2, 4, 6)), {"cores": 2}), tmp_path)
+    picture = write_bench(BenchmarkResult((measured("a", 1, 2, 3), measured("b", 2, 4, 6)), {"cores": 2}), tmp_path)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    told = json.loads((tmp_path / "bench.json").read_text())
-    assert [row["ratio"][0] for row in told["candidates"]] == [1, 2]
-    assert told["environment"] == {"cores": 2}
+    stored = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["ratio"][0] for row in stored["candidates"]] == [1, 2]
+    assert stored["environment"] == {"cores": 2}
 
 
 def test_few_images_make_any_batch(synthetic: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +42,7 @@ def test_few_images_make_any_batch(synthetic: ImageDataset, monkeypatch: pytest.
             asked.append(len(images))
             return np.zeros((len(images), 10))
 
-    monkeypatch.setattr(bench, "_opened", Model())
+    monkeypatch.setattr(bench, "_model", Model())
     monkeypatch.setattr(bench, "_SECONDS", 0)
     for batch in (1, 32, 60, 256):
         assert len(_time_calls(synthetic.images, batch)) == 3
@@ -62,8 +62,8 @@ def test_the_command_measures_a_bundle_and_an_export(
         export(bundle, "torch-export", out=Path("m.pt2"), data=synthetic)
     done = attire("bench", bundle, "m.pt2", "--data", "test.csv", "--images", 40, "--json")
     assert done.status == 0, done
-    told = json.loads(done.out)
-    one, two = told["candidates"]
+    stored = json.loads(done.out)
+    one, two = stored["candidates"]
     assert (one["kind"], two["kind"]) == ("bundle", "torch-export")
     assert one["accuracy"] == two["accuracy"]
     assert one["accuracy"]["n"] == 40
@@ -71,7 +71,7 @@ def test_the_command_measures_a_bundle_and_an_export(
     assert min(one["memory"], two["memory"]) > 2**26
     assert one["ratio"] == [1, 1, 1]
     assert 0 < one["p50"] <= one["p99"]
-    assert Path(told["picture"]).exists()
+    assert Path(stored["picture"]).exists()
 
 
 def test_what_is_no_model_is_one_line(here: Path, small_csv: Path) -> None:

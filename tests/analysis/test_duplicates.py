@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from attire.analysis import duplicates
-from attire.analysis.duplicates import Images, _candidates, first_of, groups_of, near_pairs
+from attire.analysis.duplicates import Images, _candidates, duplicate_groups, find_near_pairs, first_occurrences
+from attire.progress import NoProgress
 from tests.conftest import blocks_and_noise
 
 
@@ -19,21 +20,21 @@ def garments(rows: int) -> Images:
 
 def test_the_first_row_that_holds_the_same_bytes() -> None:
     images = garments(6)[[0, 1, 0, 2, 1, 0]]
-    assert first_of(images).tolist() == [0, 1, 0, 3, 1, 0]
-    assert [rows.tolist() for rows in groups_of(first_of(images))] == [[0, 2, 5], [1, 4]]
+    assert first_occurrences(images).tolist() == [0, 1, 0, 3, 1, 0]
+    assert [rows.tolist() for rows in duplicate_groups(first_occurrences(images))] == [[0, 2, 5], [1, 4]]
 
 
 def test_without_doubles_there_are_no_groups() -> None:
-    assert groups_of(first_of(garments(5))) == []
+    assert duplicate_groups(first_occurrences(garments(5))) == []
 
 
 @pytest.mark.parametrize(("down", "across"), [(0, 1), (1, 0), (-1, 1), (2, -2)])
 def test_a_shifted_picture_is_found(down: int, across: int) -> None:
     images = garments(50)
     moved = np.roll(images[7], (down, across), (0, 1))
-    found = near_pairs(np.concatenate([images, moved[None]]), np.arange(51))
-    assert (found.first.tolist(), found.second.tolist()) == ([7], [50])
-    assert found.distance[0] == 0
+    pairs = find_near_pairs(np.concatenate([images, moved[None]]), np.arange(51))
+    assert (pairs.first.tolist(), pairs.second.tolist()) == ([7], [50])
+    assert pairs.distance[0] == 0
 
 
 def test_faint_differences_are_near_and_strong_ones_are_not() -> None:
@@ -42,9 +43,9 @@ def test_faint_differences_are_near_and_strong_ones_are_not() -> None:
     noise = rng.choice([-1, 1], (28, 28)) * contrast
     faint = (images[0] + 0.03 * noise).clip(0, 255).astype(np.uint8)
     strong = (images[1] + 0.2 * noise).clip(0, 255).astype(np.uint8)
-    found = near_pairs(np.stack([*images, faint, strong]), np.arange(52))
-    assert list(zip(found.first.tolist(), found.second.tolist(), strict=True)) == [(0, 50)]
-    assert 0 < found.distance[0] < duplicates._NEAR
+    pairs = find_near_pairs(np.stack([*images, faint, strong]), np.arange(52))
+    assert list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)) == [(0, 50)]
+    assert 0 < pairs.distance[0] < duplicates._NEAR
 
 
 def test_the_most_alike_come_first_and_only_the_rows_asked_for() -> None:
@@ -52,16 +53,16 @@ def test_the_most_alike_come_first_and_only_the_rows_asked_for() -> None:
     faint = images[3].copy()
     faint[10, 10] ^= 16
     images = np.stack([*images, faint, np.roll(images[9], 1, 0)])
-    found = near_pairs(images, np.arange(42))
-    assert found.second.tolist() == [41, 40]
-    assert (np.diff(found.distance) >= 0).all()
-    assert len(near_pairs(images, np.arange(41))) == 1
+    pairs = find_near_pairs(images, np.arange(42))
+    assert pairs.second.tolist() == [41, 40]
+    assert (np.diff(pairs.distance) >= 0).all()
+    assert len(find_near_pairs(images, np.arange(41))) == 1
 
 
 def test_one_image_has_no_neighbours() -> None:
-    assert len(near_pairs(garments(1), np.arange(1))) == 0
-    assert _candidates(np.zeros((0, 3), np.float32), lambda *_: None).shape == (0, 2)
+    assert len(find_near_pairs(garments(1), np.arange(1))) == 0
+    assert _candidates(np.zeros((0, 3), np.float32), NoProgress()).shape == (0, 2)
 
 
 def test_noise_has_no_doubles() -> None:
-    assert len(near_pairs(blocks_and_noise(60).images, np.arange(60))) == 0
+    assert len(find_near_pairs(blocks_and_noise(60).images, np.arange(60))) == 0

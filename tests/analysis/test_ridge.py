@@ -18,12 +18,12 @@ def table() -> tuple[np.ndarray, np.ndarray]:
 
 def test_scores_are_those_of_scikit_learns_ridge(table: tuple[np.ndarray, np.ndarray]) -> None:
     x, y = table
-    found = ridge._ridge_scores(x[:60], y[:60], x[60:], 3)
+    by_penalty = ridge._ridge_scores(x[:60], y[:60], x[60:], 3)
     wide = torch.from_numpy(x).float()
     deviation, mean = torch.std_mean(wide[:60], 0)
     scaled = ((wide - mean) / (deviation + 0.05 * deviation.mean() + 1e-6)).numpy()
     level = float((scaled[:60] ** 2).sum(1).mean() / 30)
-    for penalty, scores in found.items():
+    for penalty, scores in by_penalty.items():
         peer = Ridge(alpha=penalty * level * 30).fit(scaled[:60], np.eye(3)[y[:60]])
         assert np.allclose(scores.numpy(), peer.predict(scaled[60:]), atol=2e-3)
 

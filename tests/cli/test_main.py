@@ -394,14 +394,14 @@ def test_compare_prints_pairs_or_one_json_object(finished: tuple[Path, Done], he
 
 def test_sweep_prints_its_proposal_or_one_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {"block3": 9.0, "block4": 5.0}
-    two = [sweep._Cell(name, 32, 0, "black", 100, 0.1, 900, 1000, speed) for name, speed in speeds.items()]
+    two = [sweep.Cell(name, 32, 0, "black", 100, 0.1, 900, 1000, speed) for name, speed in speeds.items()]
     calls: list[Any] = []
-    monkeypatch.setattr(sweep, "sweep", taken(calls, sweep._Sweep(Path("there"), tuple(two), 30, 1000)))
+    monkeypatch.setattr(sweep, "sweep", taken(calls, sweep.Sweep(Path("there"), tuple(two), 30, 1000)))
     command = "attire train --freeze-to block3 --image-size 32 --pool 0"
     told = json.loads(attire("sweep", "--sizes", "16,32", "--boundaries", "block3", "--json").out)
     assert (told["command"], len(told["cells"])) == (command, 2)
     given = calls[0][1]
-    assert (given["sizes"], given["boundaries"], given["rows"]) == ((16, 32), ["block3"], 4000)
+    assert (given["grid"].sizes, given["grid"].boundaries, given["rows"]) == ((16, 32), ["block3"], 4000)
     assert f"Proposed        {command}   " in attire("sweep").out
     assert attire("sweep", "--sizes", "16,x").error == "--sizes: expected whole numbers such as 64,32, found '16,x'"
 
@@ -420,7 +420,7 @@ def test_cache_lists_and_deletes(bundle: Path, small_csv: Path, cache: Path, mon
         "objects": {},
     }
     attire("evaluate", bundle, "--data", small_csv)
-    monkeypatch.setattr(table_cache, "_LEAST", 0)
+    monkeypatch.setattr(table_cache, "_MIN_BYTES", 0)
     loading._read_csv(small_csv)
     assert re.search(r"^\w{12} +47\.6 kB  a CSV file or Parquet files, parsed$", attire("cache").out, re.M)
     assert re.match(r"freed \d+\.\d kB\n0 entries, 0 bytes in ", attire("cache", "--clear").out)

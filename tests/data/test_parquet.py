@@ -64,7 +64,7 @@ def test_pictures_are_decoded_once(synthetic: ImageDataset, tmp_path: Path, read
     for _ in range(2):
         assert len(_read_parquet([path])) == 60
     assert read == [str(path)]
-    copy = next(table_cache.folder().glob("*.table"))
+    copy = next(table_cache._folder().glob("*.table"))
     copy.write_bytes(copy.read_bytes()[:-1])
     with pytest.warns(AttireWarning, match="the copy of Parquet files is damaged and made again"):
         assert len(_read_parquet([path])) == 60
@@ -154,7 +154,7 @@ def test_a_bad_row_is_named(image: bytes | None, label: int | None, line: str, t
     with pytest.raises(AttireError) as caught:
         load_dataset(path)
     assert str(caught.value).startswith(f"{path}: {line}")
-    assert not list(table_cache.folder().glob("*.table"))
+    assert not list(table_cache._folder().glob("*.table"))
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:

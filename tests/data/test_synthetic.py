@@ -95,7 +95,7 @@ def test_views_are_numbered_with_the_strange_one_last(garments: np.ndarray) -> N
 def test_rows_that_are_none_of_the_classes_are_to_be_answered_with_each_alike() -> None:
     logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
     labels, none = torch.arange(6), torch.tensor([False, True, False, False, True, False])
-    found = training_loss(logits, Target(labels, outliers=none), FAST)
+    loss = training_loss(logits, Target(labels, outliers=none), FAST)
     known = F.cross_entropy(logits[~none], labels[~none], label_smoothing=FAST.label_smoothing, reduction="sum")
     alike = F.cross_entropy(logits[none], torch.full((2, 10), 0.1), reduction="sum")
     assert torch.allclose(loss, (known + alike) / 6)

@@ -27,9 +27,9 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     paths: list[Path] = []
     real = csv_table.read_parts
 
-    def counted(path: Path, file: IO[bytes], class_count: int, labelled: bool, *on_bytes: Any) -> Iterator[Table]:
+    def counted(path: Path, file: IO[bytes], class_count: int, labelled: bool, on_bytes: Any) -> Iterator[Table]:
         paths.append(path)
-        return real(path, file, class_count, labelled, *on_bytes)
+        return real(path, file, class_count, labelled, on_bytes)
 
     monkeypatch.setattr(table_cache, "read_parts", counted)
     return paths
@@ -77,7 +77,7 @@ def test_a_damaged_copy_is_made_again_with_one_warning(
     small_csv: Path, synthetic: ImageDataset, parsed: list[Path]
 ) -> None:
     _read_csv(small_csv)
-    (path,) = table_cache.folder().iterdir()
+    (path,) = table_cache._folder().iterdir()
     data = bytearray(path.read_bytes())
     data[1000] ^= 1
     path.write_bytes(data)
@@ -104,7 +104,7 @@ def test_what_is_wrong_is_said_as_without_a_copy_and_nothing_is_kept(small_csv: 
     with pytest.raises(AttireError, match=r"786 values, expected 785 \(line 6\)") as expected:
         parse(small_csv)
     assert str(caught.value) == str(expected.value)
-    assert not list(table_cache.folder().iterdir())
+    assert not list(table_cache._folder().iterdir())
 
 
 def test_labels_are_checked_against_the_classes_of_each_reading(small_csv: Path) -> None:

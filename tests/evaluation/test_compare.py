@@ -12,7 +12,7 @@ from attire.data.loading import write_csv
 from attire.errors import AttireError
 from attire.evaluation.compare import _disagreements, compare, write_comparison
 from attire.evaluation.metrics import evaluate
-from attire.evaluation.run_result import RunResult, _write_digests, predictions, save_result
+from attire.evaluation.run_result import Predictions, RunResult, _write_digests, save_result
 
 
 def finished(data: ImageDataset, right: Any, folder: Path, csv: Path | None = None, **changes: Any) -> RunResult:
@@ -27,7 +27,7 @@ def finished(data: ImageDataset, right: Any, folder: Path, csv: Path | None = No
         seed=0,
         command="attire train",
         test=evaluate(probabilities, data.labels, data.classes, resamples=20),
-        predictions=predictions(data.labels, probabilities, data.images),
+        predictions=Predictions.of_test_set(data.labels, probabilities, data.images),
         seconds={"extract": 2.0, "fit": 1.0, "total": 3.5},
         config={"data": {"data": str(csv), "part": "test", "classes": None}},
         data={"name": "small", "test": data.describe()},
@@ -52,18 +52,18 @@ def test_the_better_run_is_named_with_interval_and_p_value(synthetic: ImageDatas
 def test_a_small_difference_is_no_verdict(synthetic: ImageDataset, tmp_path: Path) -> None:
     finished(synthetic, range(50), tmp_path / "a")
     finished(synthetic, range(52), tmp_path / "b")
-    found = compare([tmp_path / "a", tmp_path / "b"])
-    assert "cannot be told apart" in str(found.pairs[0])
-    assert "p = 0.5;" in str(found.pairs[0])
+    comparison = compare([tmp_path / "a", tmp_path / "b"])
+    assert "cannot be told apart" in str(comparison.pairs[0])
+    assert "p = 0.5;" in str(comparison.pairs[0])
 
 
 def test_three_runs_make_three_pairs(synthetic: ImageDataset, tmp_path: Path) -> None:
     for name, right in (("a", 40), ("b", 50), ("c", 60)):
         finished(synthetic, range(right), tmp_path / name)
-    found = compare([tmp_path / name for name in "abc"])
-    told = [(Path(pair.first).name, Path(pair.second).name, pair.only_second) for pair in found.pairs]
-    assert told == [("a", "b", 10), ("a", "c", 20), ("b", "c", 10)]
-    assert "3 pairs are compared" in write_comparison(found, tmp_path / "page.html").read_text()
+    comparison = compare([tmp_path / name for name in "abc"])
+    pairs = [(Path(pair.first).name, Path(pair.second).name, pair.only_second) for pair in comparison.pairs]
+    assert pairs == [("a", "b", 10), ("a", "c", 20), ("b", "c", 10)]
+    assert "3 pairs are compared" in write_comparison(comparison, tmp_path / "page.html").read_text()
 
 
 def test_another_test_set_is_refused_by_its_digest(synthetic: ImageDataset, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_disagreements_are_sorted_by_who_is_right(synthetic: ImageDataset, tmp_p
     first = finished(synthetic, range(30), tmp_path / "a")
     second = finished(synthetic, range(20, 60), tmp_path / "b")
     titles, rows = zip(*_disagreements(first, second), strict=True)
-    assert [sorted(found.tolist()) for found in rows] == [list(range(20)), list(range(30, 60)), []]
+    assert [sorted(numbers.tolist()) for numbers in rows] == [list(range(20)), list(range(30, 60)), []]
     assert titles[1] == "Only the second is right: 30"
 
 
@@ -102,12 +102,12 @@ def test_the_page_shows_the_images_where_they_still_are(synthetic: ImageDataset,
     named = ImageDataset(synthetic.images, synthetic.labels, synthetic.classes, csv.name)
     finished(named, range(50), tmp_path / "a", csv)
     finished(named, range(10, 60), tmp_path / "b", csv)
-    found = compare([tmp_path / "a", tmp_path / "b"])
-    page = write_comparison(found, tmp_path / "page.html").read_text()
+    comparison = compare([tmp_path / "a", tmp_path / "b"])
+    page = write_comparison(comparison, tmp_path / "page.html").read_text()
     assert page.count("data:image/png;base64,") == 20
     assert "no longer where" not in page
     assert json.loads((tmp_path / "page.json").read_text())["pairs"][0]["changed"] == 20
     csv.unlink()
-    page = write_comparison(found, tmp_path / "page.html").read_text()
+    page = write_comparison(comparison, tmp_path / "page.html").read_text()
     assert "no longer where these runs found them" in page
     assert "data:image" not in page

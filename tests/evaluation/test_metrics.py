@@ -93,8 +93,8 @@ def test_wilson_intervals_cover_what_they_promise() -> None:
     rng, covered = np.random.default_rng(0), []
     for true in (0.90, 0.945, 0.99):
         for correct in rng.binomial(10_000, true, size=2000):
-            found = wilson(int(correct), 10_000)
-            covered.append(found.low <= true <= found.high)
+            interval = wilson(int(correct), 10_000)
+            covered.append(interval.low <= true <= interval.high)
     shares = np.array(covered).reshape(3, 2000).mean(axis=1)
     assert ((shares >= 0.935) & (shares <= 0.965)).all(), shares
 
@@ -108,8 +108,8 @@ def test_bootstrap_intervals_cover_what_they_promise() -> None:
     covered = np.zeros(len(figures))
     for seed in range(250):
         rows = rng.integers(len(p), size=400)
-        found = evaluate(p[rows], labels[rows], names(5), resamples=150, seed=seed)
-        pairs = [(getattr(found, name), getattr(truth, name).value) for name in figures]
+        drawn = evaluate(p[rows], labels[rows], names(5), resamples=150, seed=seed)
+        pairs = [(getattr(drawn, name), getattr(truth, name).value) for name in figures]
         covered += [interval.low <= value <= interval.high for interval, value in pairs]
     assert ((covered / 250 >= 0.9) & (covered / 250 <= 0.985)).all(), covered / 250
 
@@ -186,8 +186,9 @@ def test_half_precision_probabilities_are_welcome() -> None:
 
 def test_intervals_print_the_way_people_read_them() -> None:
     assert str(wilson(9450, 10_000)) == "94.5 %   (94.0-94.9, n = 10,000)"
-    assert Interval(0.162, 0.15, 0.175, 10, "x").plain() == "0.162   (0.150-0.175)"
-    assert Interval(0.009, 0.005, 0.013, 10, "x").points() == "+0.9 points (+0.5 to +1.3)"
+    difference = Interval(0.009, 0.005, 0.013, 10, "x")
+    assert difference.points() == "+0.9 points (+0.5 to +1.3)"
+    assert (-difference).points() == "-0.9 points (-1.3 to -0.5)"
     with pytest.raises(AttireError, match="expected 0 <= correct <= n, found 3 of 2"):
         wilson(3, 2)
 
@@ -257,10 +258,10 @@ def test_mcnemar_equals_the_binomial_and_the_published_tables() -> None:
 
 def test_paired_difference_equals_the_bootstrap_over_rows() -> None:
     a, b = paired(9000, 160, 250, 590)
-    found = paired_difference(a, b, resamples=20_000)
-    assert found.value == pytest.approx(0.009)
+    difference = paired_difference(a, b, resamples=20_000)
+    assert difference.value == pytest.approx(0.009)
     slow = stats.bootstrap(((b - a).astype(float),), np.mean, n_resamples=2000, batch=100, method="percentile", rng=0)
-    assert (found.low, found.high) == pytest.approx(tuple(slow.confidence_interval), abs=3e-4)
-    assert paired_difference(b, a).value == -found.value
+    assert (difference.low, difference.high) == pytest.approx(tuple(slow.confidence_interval), abs=3e-4)
+    assert paired_difference(b, a).value == -difference.value
     with pytest.raises(AttireError, match=r"compare: expected the same rows twice, found \(3,\) and \(2,\)"):
         paired_difference([1, 1, 0], [1, 0])

@@ -1,4 +1,4 @@
-"""The files of a run, the page drawn from them, the terminal summary and the model card."""
+"""The files of a run, the page made from them, and the model card."""
 
 import csv
 import json
@@ -6,60 +6,24 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
-from attire.cli.tables import terminal_summary
 from attire.errors import AttireError
 from attire.evaluation import figures
-from attire.evaluation.calibration import softmax
 from attire.evaluation.metrics import evaluate
 from attire.evaluation.model_card import model_card, write_model_card
 from attire.evaluation.report import _times, flatten_settings, format_duration, report_page, write_report
 from attire.evaluation.run_result import (
-    RunResult,
+    Predictions,
     _choose_galleries,
     _write_digests,
     load_result,
-    predictions,
     save_result,
 )
-
-CLASSES = ("T-shirt/top", "Coat", "Bag, large")
-NASTY = ("<script>alert(1)</script>", "[red]$x$[/red]", 'a|b"\x1b[31m')
-HISTORY = [
-    {"epoch": 1, "train_loss": 0.9, "val_loss": 0.8, "val_accuracy": 0.7, "seconds": 2.0},
-    {"epoch": 2, "train_loss": 0.5, "val_loss": None, "val_accuracy": None, "seconds": 2.1},
-]
-
-
-def made(classes: tuple[str, ...] = CLASSES, n: int = 120, signal: float = 2.0, **changes: Any) -> RunResult:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(len(classes), size=n)
-    logits = rng.normal(size=(n, len(classes)))
-    logits[np.arange(n), labels] += signal
-    probabilities = softmax(logits).astype(np.float32)
-    images = rng.integers(256, size=(n, 28, 28), dtype=np.uint8)
-    found = evaluate(probabilities, labels, classes, resamples=50)
-    given: dict[str, Any] = {
-        "title": "A small run",
-        "recipe": "fast",
-        "seed": 3,
-        "command": "attire train --recipe fast --seed 3",
-        "test": found,
-        "train": found,
-        "predictions": predictions(labels, probabilities, images),
-        "history": HISTORY,
-        "seconds": {"extract": 3.0, "fit": 1.0, "total": 5.0},
-        "config": {"boundary": "block3", "head": {"hidden": [512]}},
-        "environment": {"python": "3.11"},
-        "data": {"name": "Small"},
-    }
-    return RunResult(**(given | changes))
+from tests.results import CLASSES, HISTORY, NASTY, make_result
 
 
 class Page(HTMLParser):
@@ -87,7 +51,7 @@ class Page(HTMLParser):
 
 
 def test_a_run_reads_back_from_its_folder_and_gives_the_same_page(tmp_path: Path) -> None:
-    result = made()
+    result = make_result()
     save_result(tmp_path, result)
     first = write_report(tmp_path, result).read_bytes()
     again = load_result(tmp_path)
@@ -102,7 +66,7 @@ def test_a_run_reads_back_from_its_folder_and_gives_the_same_page(tmp_path: Path
 
 
 def test_the_files_say_what_they_should(tmp_path: Path) -> None:
-    result = made()
+    result = make_result()
     save_result(tmp_path, result)
     folder = tmp_path / "evaluation"
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -127,19 +91,19 @@ def test_the_files_say_what_they_should(tmp_path: Path) -> None:
 
 
 def test_the_page_stands_alone() -> None:
-    text = report_page(made())
-    found = Page(text)
-    assert not {"script", "iframe", "object", "embed", "base", "form"} & set(found.tags)
-    assert all(load.startswith(("data:", "#")) for load in found.loads)
-    assert len(found.ids) == len(set(found.ids))
+    text = report_page(make_result())
+    html = Page(text)
+    assert not {"script", "iframe", "object", "embed", "base", "form"} & set(html.tags)
+    assert all(load.startswith(("data:", "#")) for load in html.loads)
+    assert len(html.ids) == len(set(html.ids))
     assert "default-src 'none'" in text
     assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org/)", text)
-    assert found.tags.count("svg") == 3
-    assert found.tags.count("img") == sum(len(rows) for rows in made().galleries.values())
+    assert html.tags.count("svg") == 3
+    assert html.tags.count("img") == sum(len(rows) for rows in make_result().galleries.values())
 
 
 def test_the_page_tells_the_story() -> None:
-    result = made()
+    result = make_result()
     words = " ".join(Page(report_page(result)).words.split())
     for expected in (
         "Claim check: not confirmed. 98.0 % was claimed",
@@ -159,44 +123,20 @@ def test_the_page_tells_the_story() -> None:
 
 
 def test_names_are_text_wherever_they_appear(tmp_path: Path) -> None:
-    result = made(NASTY, title="<b>run</b>", data={"name": '": {x'}, command="attire train '<i>'")
-    found = Page(report_page(result))
-    assert not {"script", "b", "i"} & set(found.tags) - {"b"}
-    assert found.tags.count("b") == 1  # the headline's own
-    assert NASTY[0] in found.words
+    result = make_result(NASTY, title="<b>run</b>", data={"name": '": {x'}, command="attire train '<i>'")
+    html = Page(report_page(result))
+    assert not {"script", "b", "i"} & set(html.tags) - {"b"}
+    assert html.tags.count("b") == 1  # the headline's own
+    assert NASTY[0] in html.words
     save_result(tmp_path, result)
     assert load_result(tmp_path).classes == NASTY
     card = write_model_card(tmp_path / "model", result).read_text()
     assert "<script>" not in card
     assert 'name: "\\": {x"' in card
-    assert "\x1b" not in shown(result, 100)
-    assert "[red]$x$[/red]" in shown(result, 100)
-
-
-def shown(result: RunResult, width: int) -> str:
-    console = Console(width=width, no_color=True, highlight=False)
-    with console.capture() as capture:
-        console.print(terminal_summary(result, width))
-    return capture.get()
-
-
-def test_the_terminal_summary_fits_and_says_it_all() -> None:
-    result = made()
-    text = shown(result, 80)
-    assert str(result.test.accuracy) in text
-    assert f"training {100 * result.test.accuracy.value:.1f} %" in text
-    assert "98.0 % was claimed; this run measures" in text
-    assert "not confirmed (p < 0.001)" in " ".join(text.split())
-    assert "Hardest" in text
-    assert "true \\ predicted" in text
-    for width in (50, 80, 120):
-        narrow = shown(result, width)
-        assert max(len(line) for line in narrow.splitlines()) <= width
-        assert all(name in narrow for name in CLASSES)
 
 
 def test_a_faultless_run_without_epochs_or_errors_has_a_page_too(tmp_path: Path) -> None:
-    result = made(signal=50, history=(), train=None, seconds={}, config={}, environment={}, data={}, claimed=1.0)
+    result = make_result(signal=50, history=(), train=None, seconds={}, config={}, environment={}, data={}, claimed=1.0)
     save_result(tmp_path, result)
     assert report_page(load_result(tmp_path)) == report_page(result)
     words = Page(report_page(result)).words
@@ -212,17 +152,18 @@ def test_a_class_that_never_occurs_is_shown_as_undefined(tmp_path: Path) -> None
     labels = np.zeros(30, dtype=np.int64)
     labels[15:] = 1
     p = np.eye(3)[labels]
-    found = evaluate(p, labels, CLASSES, resamples=20)
-    result = made(test=found, train=None, predictions=predictions(labels, p, np.zeros((30, 28, 28), np.uint8)))
+    evaluation = evaluate(p, labels, CLASSES, resamples=20)
+    result = make_result(
+        test=evaluation, train=None, predictions=Predictions.of_test_set(labels, p, np.zeros((30, 28, 28), np.uint8))
+    )
     save_result(tmp_path, result)
     assert report_page(load_result(tmp_path)) == report_page(result)
     assert "nan" not in (tmp_path / "evaluation/per_class.csv").read_text()
-    assert "nan" not in shown(result, 90)
     assert "undefined" in model_card(result)
 
 
 def test_class_names_in_any_script_survive(tmp_path: Path) -> None:
-    result = made(("ドレス", "コート", "ערב"))
+    result = make_result(("ドレス", "コート", "ערב"))
     save_result(tmp_path, result)
     assert load_result(tmp_path).classes == ("ドレス", "コート", "ערב")
     assert "ドレス" in Page(report_page(result)).words
@@ -231,21 +172,14 @@ def test_class_names_in_any_script_survive(tmp_path: Path) -> None:
 
 def test_galleries_choose_what_they_are_named_for() -> None:
     p = np.array([[0.99, 0.01], [0.6, 0.4], [0.51, 0.49], [0.2, 0.8]])
-    found = predictions(np.array([1, 1, 0, 1]), p, np.zeros((4, 28, 28), np.uint8))
-    chosen = _choose_galleries(found)
+    chosen = _choose_galleries(Predictions.of_test_set(np.array([1, 1, 0, 1]), p, np.zeros((4, 28, 28), np.uint8)))
     assert chosen["Most confident errors"] == [0, 1]
     assert chosen["Least certain"] == [2, 1, 3, 0]
     assert chosen["A random sample"] == [0, 1, 2, 3]
 
 
-def test_images_survive_the_sheet() -> None:
-    images = np.random.default_rng(1).integers(256, size=(7, 28, 28), dtype=np.uint8)
-    assert (figures.untile(figures.tile(images, across=3), 7) == images).all()
-    assert figures.untile(figures.tile(images[:0], across=3), 0).shape == (0, 28, 28)
-
-
 def test_drawings_are_the_same_every_time() -> None:
-    result = made()
+    result = make_result()
     first, second = (figures.svg(figures.confusion_matrix(result.test.confusion, CLASSES)) for _ in range(2))
     assert first == second
     assert b"T-shirt/top" in first
@@ -253,7 +187,7 @@ def test_drawings_are_the_same_every_time() -> None:
 
 def test_wrong_images_are_refused() -> None:
     with pytest.raises(AttireError, match=r"test images: expected \(2, 28, 28\) uint8, found \(2, 32, 32\) uint8"):
-        predictions(np.zeros(2), np.zeros((2, 3)), np.zeros((2, 32, 32), np.uint8))
+        Predictions.of_test_set(np.zeros(2), np.zeros((2, 3)), np.zeros((2, 32, 32), np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +207,7 @@ def test_wrong_images_are_refused() -> None:
     ],
 )
 def test_a_damaged_run_is_refused_by_file(tmp_path: Path, name: str, text: str, message: str) -> None:
-    save_result(tmp_path, made())
+    save_result(tmp_path, make_result())
     (tmp_path / name).write_text(text)
     _write_digests(tmp_path)  # written so, not damaged
     with pytest.raises(AttireError, match=re.escape(message)):
@@ -282,7 +216,7 @@ def test_a_damaged_run_is_refused_by_file(tmp_path: Path, name: str, text: str, 
 
 @pytest.mark.parametrize("name", ["evaluation/metrics.json", "evaluation/gallery.png", "history.csv", "data.json"])
 def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
-    save_result(tmp_path, made())
+    save_result(tmp_path, make_result())
     (tmp_path / name).unlink()
     with pytest.raises(AttireError, match=re.escape(f"{name}: cannot read (No such file")):
         load_result(tmp_path)

@@ -25,7 +25,7 @@ from attire.features import views
 from attire.inference import classifier as module
 from attire.inference.classifier import Architecture, Classifier, load_bundle
 from attire.inference.prediction import Prediction, as_images
-from attire.model import vgg
+from attire.model import pretrained, vgg
 from attire.model.heads import fold_standardisation
 from attire.storage import files
 
@@ -41,10 +41,10 @@ def rewrite(folder: Path, change: Change | bytes = lambda tensors: None, **about
         change(tensors)
         body = save({name: value.contiguous() for name, value in tensors.items()})
     (folder / "model.safetensors").write_bytes(body)
-    told = {**files.read_json(folder / "model.json"), "sha256": files.sha256(body), **about}
-    del told["seal"]
-    seal = files.sha256(files.canonical_json(told))
-    (folder / "model.json").write_text(json.dumps({**told, "seal": seal}))
+    about_model = {**files.read_json(folder / "model.json"), "sha256": files.sha256(body), **about}
+    del about_model["seal"]
+    seal = files.sha256(files.canonical_json(about_model))
+    (folder / "model.json").write_text(json.dumps({**about_model, "seal": seal}))
 
 
 def refused(folder: Path) -> str:
@@ -84,7 +84,7 @@ def test_loading_opens_no_network(bundle: Path, synthetic: ImageDataset, monkeyp
     def refuse(*given: object, **named: object) -> None:
         pytest.fail("a bundle asked for the network")
 
-    for home, name in ((fashion_mnist, "vgg16_weights"), (fashion_mnist, "official_data"), (socket.socket, "connect")):
+    for home, name in ((pretrained, "vgg16_weights"), (fashion_mnist, "official_data"), (socket.socket, "connect")):
         monkeypatch.setattr(home, name, refuse)
     assert load_bundle(bundle).predict(synthetic.images[0]).label in FASHION_CLASSES
 
@@ -107,16 +107,16 @@ def test_a_save_that_fails_leaves_no_bundle_that_could_be_taken_for_whole(
 def test_probabilities_are_the_softmax_of_the_logits_over_the_temperature(
     classifier: Classifier, synthetic: ImageDataset
 ) -> None:
-    found = classifier.predict_proba(synthetic.images)
-    assert found.shape == (60, 10)
-    assert found.dtype == np.float32
-    assert np.allclose(found.sum(1), 1, atol=1e-6)
+    probabilities = classifier.predict_proba(synthetic.images)
+    assert probabilities.shape == (60, 10)
+    assert probabilities.dtype == np.float32
+    assert np.allclose(probabilities.sum(1), 1, atol=1e-6)
     logits = classifier.logits(synthetic.images).numpy()
-    assert np.allclose(found, softmax(logits / 1.7, axis=1), atol=1e-6)
+    assert np.allclose(probabilities, softmax(logits / 1.7, axis=1), atol=1e-6)
     classifier.temperature = 1000.0
     flat = classifier.predict_proba(synthetic.images)
     assert np.allclose(flat, softmax(logits / 1000, axis=1), atol=1e-6)
-    assert flat.max() < found.max() / 2
+    assert flat.max() < probabilities.max() / 2
 
 
 def test_logits_are_those_of_torchvision_s_forward(classifier: Classifier, synthetic: ImageDataset) -> None:
@@ -145,9 +145,8 @@ def test_several_views_are_averaged_and_distances_are_of_the_plain_one(
     classifier.architecture = replace(classifier.architecture, tta=4)
     assert torch.allclose(classifier.logits(images), expected, atol=1e-5)
     assert not np.allclose(classifier.predict_proba(images), plain, atol=1e-3)
-    assert [found.probability for found in classifier.predict(images)] == classifier.predict_proba(images).max(
-        1
-    ).tolist()
+    largest = classifier.predict_proba(images).max(1).tolist()
+    assert [prediction.probability for prediction in classifier.predict(images)] == largest
     classifier.save(tmp_path / "model")
     again = load_bundle(tmp_path / "model", "cpu")
     assert again.architecture.tta == 4
@@ -168,7 +167,7 @@ def test_one_image_one_file_and_many_give_the_same_predictions(
         assert [p for _, p in one.ranking] == sorted(expected.tolist(), reverse=True)
         assert {label for label, _ in one.ranking} == set(FASHION_CLASSES)
     for what in (synthetic.images[:3], synthetic.images[:3].reshape(3, 784)):
-        assert [found.label for found in classifier.predict(what)] == [
+        assert [prediction.label for prediction in classifier.predict(what)] == [
             classifier.predict(image).label for image in synthetic.images[:3]
         ]
     assert classifier.predict(synthetic.images[:0]) == []
@@ -180,7 +179,7 @@ def test_equal_probabilities_keep_the_order_of_the_classes(classifier: Classifie
 
 
 @pytest.mark.parametrize(
-    ("images", "found"),
+    ("images", "actual"),
     [
         (np.zeros((2, 28, 28)), r"\(2, 28, 28\) float64"),
         (np.zeros((2, 28, 28), np.float32), r"\(2, 28, 28\) float32"),
@@ -194,8 +193,8 @@ def test_equal_probabilities_keep_the_order_of_the_classes(classifier: Classifie
         ([], r"\(0,\) float64"),
     ],
 )
-def test_images_of_another_type_or_shape_are_refused(images: NDArray[Any], found: str) -> None:
-    expected = rf"^images: expected \(n, 28, 28\) or \(n, 784\) uint8 from 0 to 255, found {found}$"
+def test_images_of_another_type_or_shape_are_refused(images: NDArray[Any], actual: str) -> None:
+    expected = rf"^images: expected \(n, 28, 28\) or \(n, 784\) uint8 from 0 to 255, found {actual}$"
     with pytest.raises(AttireError, match=expected):
         as_images(images)
 

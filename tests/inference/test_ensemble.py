@@ -65,33 +65,33 @@ def test_a_bundle_with_trained_blocks_takes_only_what_is_frozen_from_the_cache(
     small_csv: Path, synthetic: ImageDataset, tmp_path: Path, recipe: Recipe, key: tuple[str, int]
 ) -> None:
     run = training_run.train(small_csv, recipe, run_dir=tmp_path / "run")
-    found = scoring.evaluate_bundle(run.bundle, small_csv)
+    evaluation = scoring.evaluate_bundle(run.bundle, small_csv)
     expected = load_bundle(run.bundle, "cpu").predict_proba(synthetic.images)
-    assert np.allclose(found.predictions.probabilities, expected, atol=5e-3)
+    assert np.allclose(evaluation.predictions.probabilities, expected, atol=5e-3)
     assert {(entry.manifest["freeze_to"], entry.manifest["width"]) for entry in cache.cache_entries()} == {key}
-    assert found.config["tta"] == recipe.tta
+    assert evaluation.config["tta"] == recipe.tta
 
 
 def test_an_ensemble_is_the_mean_of_its_members(
     pair: tuple[Path, Path], everything: Path, synthetic: ImageDataset
 ) -> None:
-    found = scoring.evaluate_ensemble(pair, everything)
+    evaluation = scoring.evaluate_ensemble(pair, everything)
     alone = [load_bundle(path, "cpu").predict_proba(synthetic.images) for path in pair]
-    assert np.allclose(found.result.predictions.probabilities, np.mean(alone, 0), atol=2e-3)
-    assert np.allclose(found.ensemble.predict_proba(synthetic.images), np.mean(alone, 0), atol=1e-6)
+    assert np.allclose(evaluation.result.predictions.probabilities, np.mean(alone, 0), atol=2e-3)
+    assert np.allclose(evaluation.ensemble.predict_proba(synthetic.images), np.mean(alone, 0), atol=1e-6)
     assert [entry.manifest["view"] for entry in cache.cache_entries()].count("plain") == 1  # one backbone, one entry
-    assert [member.config["tta"] for member in found.members] == [1, 2]
-    assert found.result.config["tta"] == 3
-    right = [member.test.correct for member in found.members]
-    gained = found.result.test.correct - max(right)
-    assert found.pair.only_second - found.pair.only_first == gained
-    assert found.pair.first == str(pair[int(np.argmax(right))])
+    assert [member.config["tta"] for member in evaluation.members] == [1, 2]
+    assert evaluation.result.config["tta"] == 3
+    right = [member.test.correct for member in evaluation.members]
+    gained = evaluation.result.test.correct - max(right)
+    assert evaluation.pair.only_second - evaluation.pair.only_first == gained
+    assert evaluation.pair.first == str(pair[int(np.argmax(right))])
 
 
 def test_every_member_can_be_given_the_same_views(pair: tuple[Path, Path], everything: Path) -> None:
-    found = scoring.evaluate_ensemble(pair, everything, tta=2)
+    evaluation = scoring.evaluate_ensemble(pair, everything, tta=2)
     one = scoring.evaluate_bundle(pair[0], everything, tta=2)
-    assert np.array_equal(found.members[0].predictions.probabilities, one.predictions.probabilities)
+    assert np.array_equal(evaluation.members[0].predictions.probabilities, one.predictions.probabilities)
     plain = scoring.evaluate_bundle(pair[0], everything)
     assert not np.allclose(plain.predictions.probabilities, one.predictions.probabilities)
     assert one.command == f"attire evaluate {pair[0]} --data {everything} --tta 2"
@@ -128,7 +128,7 @@ def test_the_command_tells_and_writes_what_compare_reads(pair: tuple[Path, Path]
         assert part in done.out
     assert attire("evaluate", pair[0], "--data", everything, "--out", "one").status == 0
     assert "McNemar" in attire("compare", "one", "both").out
-    told = json.loads(attire("ensemble", "both/ensemble.json", "--data", everything, "--json").out)
-    assert told["test"]["correct"] == load_result(here / "both").test.correct
-    assert [Path(row["bundle"]).resolve() for row in told["members"]] == [path.resolve() for path in pair]
+    values = json.loads(attire("ensemble", "both/ensemble.json", "--data", everything, "--json").out)
+    assert values["test"]["correct"] == load_result(here / "both").test.correct
+    assert [Path(row["bundle"]).resolve() for row in values["members"]] == [path.resolve() for path in pair]
     assert "mean of 2 bundles, 3 forward passes in all" in (here / "both/report.html").read_text()

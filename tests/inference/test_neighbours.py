@@ -37,10 +37,10 @@ def stored() -> Neighbours:
 
 def test_a_stored_picture_is_its_own_nearest_at_no_distance(stored: Neighbours) -> None:
     images = blocks_and_noise(30).images
-    for i, found in enumerate(stored.nearest(hidden_of(images), NAMES, 5)):
-        assert found[0].distance == 0
-        assert np.array_equal(found[0].image, images[i])
-        assert found[0].label == NAMES[i % 3]
+    for i, nearest in enumerate(stored.nearest(hidden_of(images), NAMES, 5)):
+        assert nearest[0].distance == 0
+        assert np.array_equal(nearest[0].image, images[i])
+        assert nearest[0].label == NAMES[i % 3]
 
 
 def test_neighbours_come_nearest_first_and_are_those_of_the_whole_hidden_layer(stored: Neighbours) -> None:
@@ -49,10 +49,10 @@ def test_neighbours_come_nearest_first_and_are_those_of_the_whole_hidden_layer(s
     alike = torch.cosine_similarity(hidden_of(asked)[:, None] - centre, hidden_of(images) - centre, 2)  # (5, 30)
     wanted = alike.argsort(1, descending=True)[:, :5]
     seen: list[list[float]] = []
-    for found, rows in zip(stored.nearest(hidden_of(asked), NAMES, 5), wanted, strict=True):
-        gaps = [one.distance for one in found]
+    for nearest, rows in zip(stored.nearest(hidden_of(asked), NAMES, 5), wanted, strict=True):
+        gaps = [one.distance for one in nearest]
         assert gaps == sorted(gaps)
-        assert [one.image.tobytes() for one in found] == [images[i].tobytes() for i in rows]  # 8 components of 8
+        assert [one.image.tobytes() for one in nearest] == [images[i].tobytes() for i in rows]  # 8 components of 8
         assert [gap**2 for gap in gaps] == pytest.approx((2 - 2 * alike[len(seen), rows]).tolist(), abs=2e-3)
         seen.append(gaps)
 
@@ -62,16 +62,16 @@ def test_points_have_length_1(stored: Neighbours) -> None:
 
 
 def test_more_are_asked_for_than_stored(stored: Neighbours) -> None:
-    (found,) = stored.nearest(hidden_of(blocks_and_noise(1).images), NAMES, count=99)
-    assert len(found) == 30
+    (nearest,) = stored.nearest(hidden_of(blocks_and_noise(1).images), NAMES, count=99)
+    assert len(nearest) == 30
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_few_images_and_equal_ones_are_stored_all_the_same(rows: int) -> None:
     images = np.repeat(blocks_and_noise(1).images, rows, 0)
-    found = Neighbours.fit(hidden_of(images), images, np.zeros(rows, np.int64))
-    assert torch.isfinite(found.points).all()
-    (near,) = found.nearest(hidden_of(images[:1]), NAMES, 5)
+    fitted = Neighbours.fit(hidden_of(images), images, np.zeros(rows, np.int64))
+    assert torch.isfinite(fitted.points).all()
+    (near,) = fitted.nearest(hidden_of(images[:1]), NAMES, 5)
     assert len(near) == rows
     assert near[0].distance == 0
 
@@ -92,12 +92,12 @@ def test_all_rows_are_kept_where_there_are_few() -> None:
 def test_of_many_rows_each_class_keeps_its_share() -> None:
     labels = np.repeat([0, 1, 2], [6000, 3000, 3000])
     rows = np.arange(2000, 12_000)  # 4,000, 3,000 and 3,000
-    found = choose_neighbour_rows(rows, labels, 0)
-    assert np.isin(found, rows).all()
-    assert len(np.unique(found)) == neighbours._ROWS
-    assert np.bincount(labels[found]).tolist() == [2000, 1500, 1500]
-    assert np.array_equal(found, choose_neighbour_rows(rows, labels, 0))
-    assert not np.array_equal(found, choose_neighbour_rows(rows, labels, 1))
+    chosen = choose_neighbour_rows(rows, labels, 0)
+    assert np.isin(chosen, rows).all()
+    assert len(np.unique(chosen)) == neighbours._ROWS
+    assert np.bincount(labels[chosen]).tolist() == [2000, 1500, 1500]
+    assert np.array_equal(chosen, choose_neighbour_rows(rows, labels, 0))
+    assert not np.array_equal(chosen, choose_neighbour_rows(rows, labels, 1))
 
 
 def test_a_class_of_one_row_stops_nothing() -> None:
@@ -111,8 +111,8 @@ def test_a_run_s_bundle_holds_its_training_rows_and_no_others(
     run = training_run.train(small_csv, tiny, run_dir=tmp_path / "run")
     model = load_bundle(run.bundle, "cpu")
     assert model.neighbours is not None
-    pairs = (model.neighbours.images.numpy(), model.neighbours.labels.tolist())
-    held = {image.tobytes(): label for image, label in zip(*pairs, strict=True)}
+    images, labels = model.neighbours.images.numpy(), model.neighbours.labels.tolist()
+    held = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
     known = dict(zip((image.tobytes() for image in synthetic.images), synthetic.labels.tolist(), strict=True))
     assert held.items() <= known.items()
     assert len(held) == len(known) - len(run.result.predictions.images) - 10  # 10 rows validate
@@ -135,10 +135,10 @@ def test_every_head_finds_a_training_picture_again(
     model = load_bundle(training_run.train(small_csv, replace(tiny, **change), run_dir=tmp_path / "run").bundle, "cpu")
     assert model.neighbours is not None
     images = model.neighbours.images[:5].numpy()
-    for image, found in zip(images, model.nearest(images), strict=True):
-        assert np.array_equal(found[0].image, image)
-        assert found[0].distance < 0.02  # cached features are rounded to 16 bits
-        assert found[1].distance > 5 * found[0].distance
+    for image, nearest in zip(images, model.nearest(images), strict=True):
+        assert np.array_equal(nearest[0].image, image)
+        assert nearest[0].distance < 0.02  # cached features are rounded to 16 bits
+        assert nearest[1].distance > 5 * nearest[0].distance
 
 
 @pytest.fixture
@@ -158,8 +158,8 @@ def test_neighbours_survive_the_journey_to_disk(
     assert loaded.neighbours is not None
     assert classifier.neighbours is not None
     assert loaded.neighbours.encoded() == classifier.neighbours.encoded()
-    for image, found in zip(synthetic.images, loaded.nearest(synthetic.images), strict=True):
-        assert any(np.array_equal(one.image, image) for one in found if one.distance < 1e-3)
+    for image, nearest in zip(synthetic.images, loaded.nearest(synthetic.images), strict=True):
+        assert any(np.array_equal(one.image, image) for one in nearest if one.distance < 1e-3)
     assert files.read_json(explained / "model.json")["neighbours"] == {
         "sha256": files.sha256_file(explained / NEIGHBOURS)
     }

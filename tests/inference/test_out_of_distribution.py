@@ -162,22 +162,22 @@ def test_a_run_s_bundle_rejects_noise_and_takes_garments(
 ) -> None:
     model = trained(many_csv, tiny, tmp_path / "run")
     noise = np.random.default_rng(1).integers(0, 256, (40, 28, 28), np.uint8)
-    assert all(found.out_of_distribution for found in model.predict(noise))
+    assert all(answer.out_of_distribution for answer in model.predict(noise))
     garments = model.predict(blocks_and_noise(200, seed=9).images)
-    assert np.mean([found.out_of_distribution for found in garments]) < 0.2
+    assert np.mean([answer.out_of_distribution for answer in garments]) < 0.2
 
 
 def test_metrics_tell_the_share_of_test_rows_rejected(
     weights: Path, many_csv: Path, tiny: Recipe, tmp_path: Path
 ) -> None:
     run = training_run.train(many_csv, tiny, run_dir=tmp_path / "run")
-    told = json.loads((run.folder / "evaluation" / "metrics.json").read_text())["ood"]
+    values = json.loads((run.folder / "evaluation" / "metrics.json").read_text())["ood"]
     model = load_bundle(run.bundle, "cpu")
     assert model.ood_detector is not None
-    assert told["threshold"] == model.ood_detector.threshold
-    assert (told["false_alarm_rate"], told["calibration_rows"], told["test"]["n"]) == (0.05, 20, 52)
-    assert told["test"]["low"] <= told["test"]["value"] <= told["test"]["high"]
-    assert attire.evaluation.run_result.load_result(run.folder).ood == told
+    assert values["threshold"] == model.ood_detector.threshold
+    assert (values["false_alarm_rate"], values["calibration_rows"], values["test"]["n"]) == (0.05, 20, 52)
+    assert values["test"]["low"] <= values["test"]["value"] <= values["test"]["high"]
+    assert attire.evaluation.run_result.load_result(run.folder).ood == values
 
 
 def test_test_rows_counted_from_the_cache_are_those_the_bundle_rejects(
@@ -185,8 +185,8 @@ def test_test_rows_counted_from_the_cache_are_those_the_bundle_rejects(
 ) -> None:
     run = training_run.train(many_csv, tiny, run_dir=tmp_path / "run")
     assert run.result.ood is not None
-    found = load_bundle(run.bundle, "cpu").predict(run.result.predictions.images)
-    assert np.mean([one.out_of_distribution for one in found]) == pytest.approx(
+    answer = load_bundle(run.bundle, "cpu").predict(run.result.predictions.images)
+    assert np.mean([one.out_of_distribution for one in answer]) == pytest.approx(
         run.result.ood["test"]["value"], abs=0.02
     )
 
@@ -216,7 +216,7 @@ def test_mirrored_pictures_count_where_the_recipe_uses_them(
     shares = []
     for flips in (True, False):
         model = trained(many_csv, replace(tiny, flips=flips), tmp_path / str(flips))
-        shares.append(np.mean([found.out_of_distribution for found in model.predict(mirrored)]))
+        shares.append(np.mean([answer.out_of_distribution for answer in model.predict(mirrored)]))
     assert shares[0] < shares[1]
 
 
@@ -226,13 +226,13 @@ def test_too_few_images_give_a_bundle_that_says_it_cannot_reject(
     run = training_run.train(small_csv, tiny, run_dir=tmp_path / "run")
     model = load_bundle(run.bundle, "cpu")
     assert run.result.ood is None
-    found = model.predict(synthetic.images[0])
-    assert (found.out_of_distribution, found.distance) == (None, None)
+    answer = model.predict(synthetic.images[0])
+    assert (answer.out_of_distribution, answer.distance) == (None, None)
     with pytest.raises(AttireError, match="cannot tell what is none of its classes"):
         model.distances(synthetic.images)
 
 
-def test_a_rejecter_survives_the_journey_to_disk(
+def test_a_detector_survives_the_journey_to_disk(
     classifier: Classifier, ood_detector: OODDetector, tmp_path: Path, synthetic: ImageDataset
 ) -> None:
     classifier.ood_detector = ood_detector
@@ -255,7 +255,7 @@ def test_probabilities_are_the_same_with_and_without(
     before = classifier.predict_proba(synthetic.images)
     classifier.ood_detector = ood_detector
     assert np.array_equal(classifier.predict_proba(synthetic.images), before)
-    assert [found.probability for found in classifier.predict(synthetic.images)] == before.max(1).tolist()
+    assert [answer.probability for answer in classifier.predict(synthetic.images)] == before.max(1).tolist()
 
 
 def test_what_is_answered_in_doubt_is_farther(
@@ -304,9 +304,9 @@ def test_a_verdict_is_a_distance_above_the_threshold(
     classifier.ood_detector = ood_detector
     distances = np.sort(classifier.distances(synthetic.images))
     classifier.ood_detector = replace(ood_detector, threshold=float(distances[29]))
-    found = classifier.predict(synthetic.images)
-    assert sum(one.out_of_distribution for one in found) == 30
-    assert all(one.out_of_distribution == (one.distance > distances[29]) for one in found)
+    answers = classifier.predict(synthetic.images)
+    assert sum(one.out_of_distribution for one in answers) == 30
+    assert all(one.out_of_distribution == (one.distance > distances[29]) for one in answers)
 
 
 @pytest.mark.parametrize(
@@ -359,16 +359,16 @@ def strict_bundle(classifier: Classifier, ood_detector: OODDetector, tmp_path: P
 def test_predict_says_none_of_the_ten_and_what_is_closest(strict_bundle: Path, tmp_path: Path) -> None:
     picture = tmp_path / "cat.png"
     done = CliRunner().invoke(cli, ["predict", str(strict_bundle), str(picture)])
-    found = load_bundle(strict_bundle, "cpu").predict(picture)
-    assert done.output.split(maxsplit=1)[1] == f"none of the ten (closest: {found.label} {found.probability:.2f})\n"
+    answer = load_bundle(strict_bundle, "cpu").predict(picture)
+    assert done.output.split(maxsplit=1)[1] == f"none of the ten (closest: {answer.label} {answer.probability:.2f})\n"
 
 
 def test_predict_tells_the_verdict_in_json(strict_bundle: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["predict", "--json", str(strict_bundle), str(tmp_path / "cat.png")])
-    told = json.loads(done.output)
-    assert told["out_of_distribution"] is True
-    assert told["distance"] > 0
-    assert told["label"] in told["probabilities"]
+    values = json.loads(done.output)
+    assert values["out_of_distribution"] is True
+    assert values["distance"] > 0
+    assert values["label"] in values["probabilities"]
 
 
 def test_predict_warns_of_a_bundle_that_cannot_reject(bundle: Path, tmp_path: Path) -> None:

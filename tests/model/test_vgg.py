@@ -61,7 +61,7 @@ def test_the_dataset_turns_a_row_of_784_pixels_into_a_picture(synthetic: ImageDa
 
 
 def test_only_the_new_classifier_is_trainable(random_weights: Path) -> None:
-    model = vgg.vgg16(random_weights, "block3", 0, heads.build_mlp(4096, (512,), 10, 0.5))
+    model = vgg.vgg16(random_weights, "block3", 0, heads.build_head((4096, 1, 1), (), (512,), 10, 0.5))
     assert isinstance(model, torchvision.models.VGG)
     assert not any(parameter.requires_grad for parameter in model.features.parameters())
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -120,7 +120,7 @@ def test_on_cuda_features_stay_close_to_the_cpu_s(
 
 
 def test_the_classifier_is_linear_relu_dropout_then_linear() -> None:
-    layers = heads.build_mlp(100, (32, 16), 10, 0.25)
+    layers = heads.build_head((100, 1, 1), (), (32, 16), 10, 0.25)
     kinds = [type(layer).__name__ for layer in layers]
     assert kinds == ["Linear", "ReLU", "Dropout", "Linear", "ReLU", "Dropout", "Linear"]
     assert [layer.out_features for layer in layers if isinstance(layer, nn.Linear)] == [32, 16, 10]

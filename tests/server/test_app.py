@@ -252,7 +252,7 @@ def flipped() -> bytes:
     "data",
     [
         b"hello",
-        gzip.compress(picture()),
+        gzip.compress(picture(), mtime=0),
         b"<html></html>",
         b"%PDF-1.7",
         b"<svg xmlns='http://www.w3.org/2000/svg'/>",

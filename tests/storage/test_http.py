@@ -6,9 +6,10 @@ from threading import Event
 
 import pytest
 
-from attire.errors import AttireError
+from attire.errors import AttireError, AttireWarning
 from attire.storage import http as module
-from attire.storage.http import MirrorError, describe_error, download
+from attire.storage.files import sha256_file
+from attire.storage.http import MirrorError, describe_error, download, matches_digest, set_aside
 from tests.mirror import Mirror, content, raw, serve
 
 DATA = bytes(range(256)) * 8000  # 2 MB
@@ -36,10 +37,10 @@ def parts(tmp_path: Path) -> list[Path]:
 
 def test_download_reports_progress_and_leaves_nothing(mirror: Mirror, tmp_path: Path) -> None:
     mirror.routes["/file"] = content(DATA)
-    seen: list[tuple[str, int, int]] = []
-    assert download(mirror.url + "file", len(DATA), take, lambda *state: seen.append(state)) == DATA
-    assert seen == sorted(seen)
-    assert seen[-1] == ("file", len(DATA), len(DATA))
+    states: list[tuple[str, int, int]] = []
+    assert download(mirror.url + "file", len(DATA), take, lambda *state: states.append(state)) == DATA
+    assert states == sorted(states)
+    assert states[-1] == ("file", len(DATA), len(DATA))
     assert parts(tmp_path) == []
 
 
@@ -80,9 +81,9 @@ def test_a_complete_part_is_not_fetched_again(mirror: Mirror, tmp_path: Path) ->
 
     with pytest.raises(AttireError):
         download(mirror.url + "file", len(DATA), fail)
-    seen: list[int] = []
-    assert download(mirror.url + "file", len(DATA), take, lambda name, done, total: seen.append(done)) == DATA
-    assert seen == []
+    sizes: list[int] = []
+    assert download(mirror.url + "file", len(DATA), take, lambda name, done, total: sizes.append(done)) == DATA
+    assert sizes == []
     assert parts(tmp_path) == []
 
 
@@ -193,3 +194,17 @@ def test_reason_is_a_few_words_on_one_line() -> None:
     assert describe_error(socket.gaierror(-2, "Name or service not known")) == "its name cannot be resolved"
     assert describe_error(OSError("two\nlines")) == "two\\nlines"
     assert describe_error(ValueError()) == "ValueError"
+
+
+def test_a_cached_file_is_held_against_its_digest_and_a_damaged_one_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    set_aside(path)
+    assert not matches_digest(path, "", sha256_file)
+    path.write_bytes(DATA)
+    assert matches_digest(path, sha256_file(path), sha256_file)
+    assert matches_digest(path, "", lambda path: pytest.fail("read again"))
+    path.write_bytes(DATA[:-1])
+    assert not matches_digest(path, "", sha256_file)
+    with pytest.warns(AttireWarning, match="damaged; set aside as file.damaged and fetched again"):
+        set_aside(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file.damaged"]

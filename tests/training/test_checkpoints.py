@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from attire.errors import AttireError, AttireWarning, Stopped
-from attire.model.heads import build_mlp
+from attire.model.heads import build_head
 from attire.storage import files
 from attire.training import checkpoints, loop
 from attire.training.checkpoints import TrainingState
@@ -75,10 +75,10 @@ def test_a_long_epoch_is_saved_in_between(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_checkpoint_of_another_classifier_is_named(tmp_path: Path) -> None:
     train(tmp_path)
-    wider = build_mlp(12, (9,), 10, 0.5)
+    wider = build_head((12, 1, 1), (), (9,), 10, 0.5)
     with pytest.raises(AttireError, match=r"head.0.weight does not fit the recipe's head; resume with"):
         loop.fit(wider, data(), RECIPE, tmp_path / "checkpoints")
-    deeper = build_mlp(12, (8, 8), 10, 0.5)
+    deeper = build_head((12, 1, 1), (), (8, 8), 10, 0.5)
     with pytest.raises(AttireError, match=r"does not fit|is missing"):
         loop.fit(deeper, data(), RECIPE, tmp_path / "checkpoints")
 

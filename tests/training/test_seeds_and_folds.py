@@ -85,7 +85,7 @@ def test_folds_score_each_training_row_once_and_leave_the_test_rows_alone(
     assert held_out
     stored = load_result(tmp_path / "f")
     assert stored.test.correct == found.result.test.correct
-    assert "Each image was scored once, by that one of 4 classifiers" in (tmp_path / "f/report.html").read_text()
+    assert "Each image was scored once, by that one of 4 heads" in (tmp_path / "f/report.html").read_text()
 
 
 def test_folds_that_were_finished_are_not_trained_again(
