@@ -160,7 +160,8 @@ def text(found: Sequence[Line], peers: Sequence[performance.Curve], script: floa
         "Made by `benchmarks/cost.py` from finished runs ([cost.json](cost.json)); each was scored once on the official"
         f" test set, by the weights its training ended with. {machines}; 2 cores, no GPU; other work was beside some of"
         " them, so that minutes are upper bounds. Features that were cached before are reckoned at the rate that they"
-        " came at in another run. What Attire ships is `frozen-best --synthetic-drawings --outlier-exposure --epochs 20`. The plain script"
+        " came at in another run. What Attire ships is"
+        " `frozen-best --synthetic-drawings --outlier-exposure --epochs 20`. The plain script"
         f" (`benchmarks/plain_script.py`, ten epochs of 48,000 images, {script / 60:.1f} h at its measured rate) is the"
         " yardstick.",
         "\n".join(table(found, script)),
@@ -195,7 +196,7 @@ def picture(found: Sequence[Line], peers: Sequence[performance.Curve], script: f
     for curve in peers:
         at = curve.best[0] / 60, 100 * curve.best[1]
         mark(
-            at, performance.NAMES[curve.name], {"marker": "s", "color": figures.ORANGE, "markersize": 4}, (5, -2), 6.5
+            at, performance.NAMES[curve.name], {"marker": "s", "color": figures._ORANGE, "markersize": 4}, (5, -2), 6.5
         )
     base = next((line.mean for line in found if "classic" in line.name), None)
     if base is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attire.blocks import BLOCKS, BLOCK_ENDS, CONVOLUTIONS
+from attire.blocks import BLOCK_ENDS, BLOCKS, CONVOLUTIONS
 from attire.data import fashion_mnist
 from attire.data.loading import load_dataset
 from attire.evaluation.intervals import mcnemar, p_text, paired_difference

@@ -113,7 +113,8 @@ def main() -> None:
         )
         print(f"  extraction  {rate:,.0f} images/s        {format_duration(extract)}")
         print(
-            f"  a step      {learning:.3f} s, {probing:.3f} s probing   {format_duration(train)} for {recipe.epochs} epochs"
+            f"  a step      {learning:.3f} s, {probing:.3f} s of the head alone   {format_duration(train)}"
+            f" for {recipe.epochs} epochs"
         )
         print(f"  answers     {back:,.0f} rows/s          {format_duration(answers)}")
         print(f"  in all about {format_duration(extract + train + answers)}", flush=True)

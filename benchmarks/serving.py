@@ -26,7 +26,7 @@ from measuring import command, environment, spread, told
 
 from attire.inference.predict import Model, open_model
 from attire.inference.prediction import read_picture
-from attire.server.app import _Settings
+from attire.server.settings import Settings
 
 HERE = Path(__file__).parent
 OVERLOAD = 3.0
@@ -36,7 +36,7 @@ BATCHES = (16, 32, 512)
 @contextmanager
 def served(bundle: str, *arguments: str) -> Iterator[tuple["subprocess.Popen[str]", int]]:
     """`attire serve` as a user starts it, and its port."""
-    run = [sys.executable, "-c", "from attire.cli import main; main()", "serve", bundle, "--port", "0", *arguments]
+    run = [sys.executable, "-c", "from attire.cli.main import main; main()", "serve", bundle, "--port", "0", *arguments]
     process = subprocess.Popen(run, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout
@@ -203,7 +203,7 @@ def main() -> None:
     if chosen.soak:
         print(soak(chosen.bundle, chosen.soak))
     elif chosen.equal:
-        print(equal(open_model(Path(chosen.bundle), "auto"), chosen.equal, _Settings().max_batch))
+        print(equal(open_model(Path(chosen.bundle), "auto"), chosen.equal, Settings().max_batch))
     elif chosen.drain:
         print(drain(chosen.bundle, chosen.drain))
     else:

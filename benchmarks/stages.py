@@ -186,7 +186,7 @@ def cold_starts(bundle: Path | None, exports: list[Path], scratch: Path) -> Iter
     def run(*arguments: str) -> Callable[[], object]:
         return lambda: subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
 
-    main = "from attire.cli import main; main()"
+    main = "from attire.cli.main import main; main()"
     yield Stage(
         "attire --help, cold", "a bare Python", run("-c", main, "--help"), lambda limits: seconds(run("-c", "pass"))
     )

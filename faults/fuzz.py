@@ -240,7 +240,9 @@ def export_seeds() -> list[bytes]:
     onnx = runtimes._METADATA_PREFIX + bytes([0x80 | len(text) & 0x7F, len(text) >> 7]) + text
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
-        archive.writestr("network/extra/attire.json", json.dumps({**facts, "format": "torch-export", "records_digest": ""}))
+        archive.writestr(
+            "network/extra/attire.json", json.dumps({**facts, "format": "torch-export", "records_digest": ""})
+        )
     folder = json.dumps({**facts, "format": "openvino", "sha256": {"network.xml": ""}}).encode()
     return [b"\0" + onnx, b"\1" + folder, b"\2" + out.getvalue()]
 

@@ -4,9 +4,10 @@
     python faults/million.py --rows 20000        fewer; rates are told for each tenth
     python faults/million.py --quick             to see that it works
 
-The backbone and the precision are those of `fast`: block3, 8 KB of features an image. Images: the official 70,000 over and
-over, past the first time with noise of -3 to 3 levels, made in blocks in a file that is then mapped into memory, as a
-CSV file's copy is. Resident: VmRSS of proc(5) as each tenth is done, mapped pages included; peak: VmHWM from the start.
+The backbone and the precision are those of `fast`: block3, 8 KB of features an image. Images: the official 70,000 over
+and over, past the first time with noise of -3 to 3 levels, made in blocks in a file that is then mapped into memory, as
+a CSV file's copy is. Resident: VmRSS of proc(5) as each tenth is done, mapped pages included; peak: VmHWM from the
+start.
 """
 
 import argparse

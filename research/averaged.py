@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from attire.data.loading import load_dataset
 from attire.evaluation.intervals import wilson
 from attire.inference.classifier import load_bundle
-from attire.inference.ensemble import mean
+from attire.inference.ensemble import Ensemble
 from attire.recipes import from_json
 from attire.storage import files
 from attire.training.experiment import validation_rows
@@ -101,7 +101,7 @@ def main() -> None:
     labels = {"val": load_dataset(part="train").labels[rows], "test": load_dataset(part="test").labels}
 
     def of(members: tuple[str, ...], part: str) -> Probabilities:
-        return mean([kept[name][part] for name in members])
+        return Ensemble.mean([kept[name][part] for name in members])
 
     def right(found: Probabilities, part: str) -> NDArray[np.bool_]:
         return np.asarray(found.argmax(1) == labels[part])

@@ -3,7 +3,7 @@
     python research/eyes.py sheets --out sheets                  numbered pictures; rows.json is the key to them
     python research/eyes.py read a.csv b.csv --sheets sheets     what each observer answered, into research/claim.json
 
-The images are those that research/claim.json says were looked at with their labels, among as many others, drawn from the
+The images are those that claim.json says were looked at with their labels, among as many others, drawn from the
 rest of the official test set, as fill the sheets: how often such eyes agree with labels at all. A line of an observer's
 file: number,class,other. `other` is a class that would do about as well, or empty.
 """

@@ -1,4 +1,4 @@
-"""A backbone of low rank: each convolution of block1 to block3 split into a narrower 3x3 and a 1x1, against the whole one.
+"""A backbone of low rank: each convolution of block1 to block3 split into a narrower 3x3 and a 1x1, against the whole.
 
     python research/low_rank.py           images/s in turn, and the accuracy of a ridge classifier; ten minutes
 

@@ -192,9 +192,10 @@ def report(classifier: Classifier, test: ImageDataset) -> None:
         print(f"{name:40}{wilson(int(found.sum()), len(found)).percent()}", flush=True)
 
     print(
-        f"\nReporting: rejected, Wilson 95 %; threshold {ood_detector.threshold:.2f} from {ood_detector.calibration_rows:,} rows\n"
+        f"\nReporting: out-of-distribution, Wilson 95 %; threshold {ood_detector.threshold:.2f}"
+        f" from {ood_detector.calibration_rows:,} rows\n"
     )
-    line("test garments (false rejects)", test.images)
+    line("test garments (false positives)", test.images)
     for name, images in sets("reporting").items():
         line(name, images)
     print()

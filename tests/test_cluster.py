@@ -26,7 +26,7 @@ from attire.evaluation.png import grey_png
 from attire.evaluation.run_result import load_result
 from attire.features import backbones
 from attire.features import cache as feature_cache
-from attire.features.cache import FeatureSpec, Features
+from attire.features.cache import Features, FeatureSpec
 from attire.model import devices
 from attire.progress import Epoch, NoProgress
 from attire.storage import files

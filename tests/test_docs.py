@@ -214,7 +214,7 @@ def sandbox(
     folder = tmp_path / "sandbox"
     shutil.copytree(prepared, folder)
     monkeypatch.setattr(fashion_mnist, "official_data", lambda source=None, progress=None: miniature)
-    monkeypatch.setattr(doctor, "_reached", lambda url: "not asked")
+    monkeypatch.setattr(doctor, "_connection_problem", lambda url: "not asked")
     for name, changes in MINIATURES.items():
         monkeypatch.setitem(recipes.RECIPES, name, replace(recipes.RECIPES[name], **changes))
     monkeypatch.chdir(folder)
@@ -310,7 +310,8 @@ def test_every_page_of_the_site_has_what_it_is_made_of(site: Path) -> None:
     import attire as package
 
     api = (site / "api.html").read_text()
-    assert all(f'id="{module}.{name}"' in api for module, name in package._HOMES.values())
+    homes = [package._HOMES[name] for name in package.__all__]
+    assert all(f'id="{module}.{name}"' in api for module, name in homes)
     assert "<!-- " not in (site / "recipes.html").read_text().partition("<h1")[2].partition("</article>")[0]
     assert not (site / "make").exists()
 

@@ -8,7 +8,7 @@ import pytest
 
 from attire import recipes
 from attire.errors import UsageError
-from attire.recipes import FAST, RECIPES, Recipe, _CLASSIC
+from attire.recipes import _CLASSIC, FAST, RECIPES, Recipe
 
 
 def test_classic_is_the_protocol_that_was_asked_for() -> None:

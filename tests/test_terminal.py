@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 
 from attire.progress import Epoch
-from attire.terminal import Terminal, _NARROW, print_result
+from attire.terminal import _NARROW, Terminal, print_result
 
 CODE = re.compile(r"\x1b\[[\d;?]*[A-Za-z]")
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3|4|9|10)\d[\d;]*m")

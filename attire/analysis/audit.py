@@ -29,7 +29,7 @@ from attire.storage import memory, url_copies
 
 
 @dataclass(frozen=True)
-class Findings:
+class _Findings:
     """What was found in n images, by row.
 
     first (n,): see `duplicates.first_occurrences`. probabilities (n, K): out of fold, by a linear classifier.
@@ -54,7 +54,7 @@ class Findings:
 
 def _examine(
     images: Images, labels: RowIndices, classes: int, blocks: label_errors.FeatureBlocks, progress: Progress
-) -> Findings:
+) -> _Findings:
     """Findings in images (n, 28, 28) with labels (n,) and their features.
 
     blocks: makes the features (b, D) float32 of all rows in order, each time it is called.
@@ -66,7 +66,7 @@ def _examine(
     probabilities = label_errors.calibrate_scores(features.scores, labels)
     blank, inverted = label_errors.find_odd_images(images)
     scores = label_errors.outlier_scores(features.components)
-    return Findings(
+    return _Findings(
         first=first,
         near=near,
         probabilities=probabilities,
@@ -95,7 +95,7 @@ class Audit:
     """
 
     parts: Mapping[str, ImageDataset]
-    findings: Findings
+    findings: _Findings
     predicted_by: str
     accuracies: tuple[tuple[str, Interval], ...]
 
@@ -241,7 +241,7 @@ def _feature_blocks(
     return blocks
 
 
-def _break_down_accuracy(findings: Findings, start: int, correct: NDArray[np.bool_]) -> Iterator[tuple[str, Interval]]:
+def _break_down_accuracy(findings: _Findings, start: int, correct: NDArray[np.bool_]) -> Iterator[tuple[str, Interval]]:
     """Accuracy of the rows from `start` on, with and without those that are leaked or suspect.
 
     correct (n - start,): of each of those rows. Without a test part (`start` 0) every later copy counts as leaked: a

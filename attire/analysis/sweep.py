@@ -58,7 +58,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Cell:
+class _Cell:
     """One boundary, size and pooling: `correct` of `val` rows; images/s of the backbone up to there, once measured."""
 
     freeze_to: str
@@ -93,12 +93,12 @@ class Sweep:
     """A finished sweep: its cells in the order they were scored, and how many rows fitted and scored them."""
 
     folder: Path
-    cells: tuple[Cell, ...]
+    cells: tuple[_Cell, ...]
     rows: int
     val: int
 
     @property
-    def front(self) -> list[Cell]:
+    def front(self) -> list[_Cell]:
         """The Pareto front, fastest first: cells more accurate than every cell at least as fast."""
         best, front = -1, []
         for cell in sorted(self.cells, key=lambda cell: (-cell.speed, -cell.correct)):
@@ -108,7 +108,7 @@ class Sweep:
         return front
 
     @property
-    def proposed(self) -> Cell:
+    def proposed(self) -> _Cell:
         """The fastest cell within one standard error of the best (Breiman et al. 1984), on black if there is any."""
         cells = [cell for cell in self.cells if cell.background == "black"] or list(self.cells)
         best = max(cell.accuracy for cell in cells)
@@ -116,7 +116,7 @@ class Sweep:
         return max(near, key=lambda cell: (cell.speed, cell.accuracy))
 
     @property
-    def ranked(self) -> list[Cell]:
+    def ranked(self) -> list[_Cell]:
         """Best first."""
         return sorted(self.cells, key=lambda cell: (-cell.correct, -cell.speed))
 
@@ -190,13 +190,13 @@ class _Scorer:
         self.extractor, self.fit, self.path = extractor, fit, path
         self.data, self.progress = extractor.data, extractor.progress
 
-    def score(self, size: int, background: str) -> list[Cell]:
+    def score(self, size: int, background: str) -> list[_Cell]:
         """All cells of one size, each by a linear classifier on the features of its tap."""
         cells = []
         for boundary, side, features in self.extractor.features(size, background):
             correct, penalty = self._fit_ridge(features)
             pool, val = 0 if side == map_side(boundary, size) else side, len(self.data) - self.fit
-            cell = Cell(boundary, size, pool, background, features.shape[1], penalty, correct, val)
+            cell = _Cell(boundary, size, pool, background, features.shape[1], penalty, correct, val)
             name = f"{boundary} {size} px {f'{side}x{side}':5} {background}"
             self.progress.note("Cell", f"{name}   {100 * cell.accuracy:.2f} %")
             cells.append(cell)
@@ -206,7 +206,7 @@ class _Scorer:
         labels, k = self.data.labels, len(self.data.classes)
         return best_ridge(features[: self.fit], labels[: self.fit], features[self.fit :], labels[self.fit :], k)
 
-    def with_speeds(self, cells: Sequence[Cell]) -> list[Cell]:
+    def with_speeds(self, cells: Sequence[_Cell]) -> list[_Cell]:
         """The cells with the images/s of their boundary and size, all measured together at the end."""
         taps = list(dict.fromkeys((cell.freeze_to, cell.image_size) for cell in cells))
         speeds: dict[tuple[str, int], float] = {}
@@ -226,7 +226,7 @@ class _Scorer:
             "precision": extractor.precision,
         }
 
-    def stored_cells(self) -> list[Cell]:
+    def stored_cells(self) -> list[_Cell]:
         """Cells of an earlier call. Raises AttireError where they are of another sweep."""
         if not self.path.exists():
             return []
@@ -235,10 +235,10 @@ class _Scorer:
             if stored["about"] != self._conditions():
                 do = "give --out another folder"
                 raise AttireError(self.path, "it holds a sweep over other images, boundaries or weights", do=do)
-            names = {field.name for field in fields(Cell)}
-            return [Cell(**{key: value for key, value in cell.items() if key in names}) for cell in stored["cells"]]
+            names = {field.name for field in fields(_Cell)}
+            return [_Cell(**{key: value for key, value in cell.items() if key in names}) for cell in stored["cells"]]
 
-    def store(self, cells: Sequence[Cell]) -> None:
+    def store(self, cells: Sequence[_Cell]) -> None:
         environment = devices.environment(self.extractor.backbone.device)
         about = {"schema": 1, "about": self._conditions(), "environment": environment}
         files.write_json(self.path, {**about, "cells": [cell.to_json() for cell in cells]})
@@ -246,7 +246,7 @@ class _Scorer:
 
 def _write_sweep(sweep: Sweep) -> None:
     """`sweep.csv`, a line for each cell, best first; and the figure as SVG and PNG."""
-    header = [field.name for field in fields(Cell)] + ["accuracy", "accuracy_low", "accuracy_high", "on_front"]
+    header = [field.name for field in fields(_Cell)] + ["accuracy", "accuracy_low", "accuracy_high", "on_front"]
     front, lines = sweep.front, []
     for cell in sweep.ranked:
         values = {**cell.to_json(), "on_front": "yes" if cell in front else ""}
@@ -256,7 +256,7 @@ def _write_sweep(sweep: Sweep) -> None:
 
 
 @matplotlib.rc_context(figures.STYLE)
-def _accuracy_by_speed(cells: Sequence[Cell], front: Sequence[Cell]) -> Figure:
+def _accuracy_by_speed(cells: Sequence[_Cell], front: Sequence[_Cell]) -> Figure:
     """Validation accuracy against images/s (log), a colour for each boundary; the Pareto front is joined and named."""
     figure, plot = figures.new_axes(6.4, 4.2)
     names = sorted({cell.freeze_to for cell in cells})

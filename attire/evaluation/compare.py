@@ -56,7 +56,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class _Comparison:
     """Two or more runs by name, every pair of them, and the rows where the first pair disagrees."""
 
     names: tuple[str, ...]
@@ -70,7 +70,7 @@ class Comparison:
         return {"schema": 1, "n": self.results[0].test.n, "runs": runs, "pairs": pairs}
 
 
-def compare(runs: Sequence[str | Path]) -> Comparison:
+def compare(runs: Sequence[str | Path]) -> _Comparison:
     """Compare two or more finished runs, or evaluations that `attire evaluate --out` wrote, on their common test rows.
 
     Raises AttireError where the digests say that the runs were not tested on the same images, labels and classes.
@@ -90,7 +90,7 @@ def compare(runs: Sequence[str | Path]) -> Comparison:
         Pair.of(names[i], names[j], results[i].predictions, results[j].predictions)
         for i, j in combinations(range(len(names)), 2)
     ]
-    return Comparison(names, tuple(results), tuple(pairs))
+    return _Comparison(names, tuple(results), tuple(pairs))
 
 
 def _test_digest(folder: Path, result: RunResult) -> str:
@@ -119,7 +119,7 @@ def _disagreements(first: RunResult, second: RunResult) -> list[tuple[str, NDArr
     return galleries
 
 
-def write_comparison(comparison: Comparison, path: Path) -> Path:
+def write_comparison(comparison: _Comparison, path: Path) -> Path:
     """Write the page `path`, with the same figures as JSON beside it."""
     images = _test_images(comparison.results)
     first, second = comparison.results[:2]

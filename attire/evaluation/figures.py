@@ -21,8 +21,8 @@ from attire.evaluation.calibration import Ints, ReliabilityBin
 from attire.storage.files import write_bytes
 
 INK = "#1b1c20"
-BLUE, ORANGE = "#2f6fb3", "#c4661f"  # they differ in lightness too, for colour-blind readers
-COLOURS = ("#1b6e53", BLUE, ORANGE, "#7a3e9d", "#8a8f98")  # of several series: block2, block3 ...
+BLUE, _ORANGE = "#2f6fb3", "#c4661f"  # they differ in lightness too, for colour-blind readers
+COLOURS = ("#1b6e53", BLUE, _ORANGE, "#7a3e9d", "#8a8f98")  # of several series: block2, block3 ...
 _HEAT = LinearSegmentedColormap.from_list("attire", ["#ffffff", BLUE])
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -41,7 +41,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def svg(figure: Figure) -> bytes:
+def _svg(figure: Figure) -> bytes:
     """The figure as SVG without date or random ids: equal figures give equal bytes."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "attire"}), _ignore_missing_glyphs():
@@ -52,7 +52,7 @@ def svg(figure: Figure) -> bytes:
 
 def write_figure(stem: Path, figure: Figure) -> Path:
     """`stem`.svg and, for where SVG is not welcome, `stem`.png; returns the latter's path."""
-    write_bytes(stem.with_suffix(".svg"), svg(figure))
+    write_bytes(stem.with_suffix(".svg"), _svg(figure))
     picture = stem.with_suffix(".png")
     write_bytes(picture, png(figure))
     return picture
@@ -75,7 +75,7 @@ def _ignore_missing_glyphs() -> Iterator[None]:
 
 def inline_svg(figure: Figure, label: str) -> str:
     """The figure as an SVG element of a page: no prologue, no size, ink in the page's own colour, no clashing ids."""
-    text = svg(figure).decode()
+    text = _svg(figure).decode()
     text = re.sub(r"<(style|metadata)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
     used = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", text))
     text = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", text)
@@ -95,7 +95,7 @@ def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
 def loss_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     figure, plot = new_axes(4.4, 2.9)
     _line(plot, history, "train_loss", "training", BLUE, "-")
-    _line(plot, history, "val_loss", "validation", ORANGE, "--")
+    _line(plot, history, "val_loss", "validation", _ORANGE, "--")
     plot.set(xlabel="epoch", ylabel="loss, nats")
     plot.set_ylim(bottom=0)
     plot.legend()
@@ -106,7 +106,7 @@ def loss_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
 def accuracy_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     figure, plot = new_axes(4.4, 2.9)
     rows = [{**row, "percent": None if row["val_accuracy"] is None else 100 * row["val_accuracy"]} for row in history]
-    _line(plot, rows, "percent", "validation", ORANGE, "--")
+    _line(plot, rows, "percent", "validation", _ORANGE, "--")
     plot.set(xlabel="epoch", ylabel="validation accuracy, %")
     return figure
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from attire.evaluation.intervals import percent
-from attire.evaluation.report import FIGURES, flatten_settings, format_interval
+from attire.evaluation.report import FIGURES, describe_training, flatten_settings, format_interval
 from attire.evaluation.run_result import RunResult
 from attire.storage.files import write_text
 
@@ -58,10 +58,12 @@ model-index:
 
 def _description(result: RunResult) -> str:
     names = ", ".join(_escaped(name) for name in result.classes)
+    training = describe_training(result.config)
     return (
         f"# {_escaped(result.title)}\n\n"
         "A garment classifier: a VGG16 pretrained on ImageNet, with a head trained on 28x28 grey images that each show"
         f" one garment, light on black. It distinguishes {len(result.classes)} classes: {names}."
+        + (f"\n\n{training}" if training else "")
     )
 
 
@@ -76,7 +78,9 @@ def _scores(result: RunResult) -> str:
         (
             f"## How good it is\n\nMeasured once on {test.n:,} test images. Claim check: {result.claim}.",
             _table(("Figure", "Value", "95 % confidence interval"), figures, align="---:"),
-            _table(("Class", "Rows", "Precision", "Recall", "95 % confidence interval"), classes, align="---:"),
+            _table(
+                ("Class", "Rows", "Precision", "Recall", "95 % confidence interval of recall"), classes, align="---:"
+            ),
         )
     )
 

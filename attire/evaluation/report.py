@@ -26,6 +26,13 @@ FIGURES = (
     ("Log loss, nats", "log_loss", False),
     ("Brier score, 0 to 2", "brier", False),
 )
+_AUGMENTATIONS = {
+    "flips": "mirrored pictures",
+    "shifts": "shifted pictures",
+    "synthetic_drawings": "synthetic drawings",
+    "random_erasing": "random erasing",
+    "cutmix": "CutMix",
+}
 _STAGES = {"extract": "computing features", "fit": "training the head", "evaluate": "scoring", "total": "everything"}
 
 
@@ -48,6 +55,7 @@ def report_page(result: RunResult) -> str:
         bare=lambda share: "-" if share != share else f"{100 * share:.1f}",
         claim_meaning=_explain_claim(result.claim),
         scoring=_describe_scoring(result),
+        training=describe_training(result.config),
         figures=[(name, [format_interval(getattr(s, key), share) for s in sets]) for name, key, share in FIGURES],
         methods=_describe_intervals(test),
         curves=list(_curves(result)),
@@ -72,6 +80,22 @@ def _explain_claim(claim: Claim) -> str:
         f" with {p_text(claim.p_value)} (exact binomial test, n = {claim.measured.n:,})."
     )
     return f"{text} The test set is too small to tell." if claim.verdict == "undecided" else text
+
+
+def describe_training(config: Mapping[str, Any]) -> str:
+    """What a training run froze, fine-tuned, augmented and distilled, by its config.json; else empty."""
+    recipe = config.get("recipe")
+    if not isinstance(recipe, Mapping) or "freeze_to" not in recipe:
+        return ""
+    start, count = recipe["freeze_to"], recipe["finetune_blocks"]
+    text = "No block of VGG16 is frozen" if start == "none" else f"VGG16 is frozen up to {start}"
+    blocks = "1 block" if count == 1 else f"{count} blocks"
+    text += f", {blocks} above that fine-tuned." if count else "; only the head is trained."
+    augmentations = [name for key, name in _AUGMENTATIONS.items() if recipe.get(key)]
+    text += f" Augmentation: {', '.join(augmentations) or 'none'}."
+    if config.get("teacher"):
+        text += " Distillation: the head also learns from a teacher's probabilities."
+    return text
 
 
 def _describe_scoring(result: RunResult) -> str:

@@ -28,7 +28,16 @@ from attire.server.problems import Problem, queue_full
 from attire.server.responses import Answer
 from attire.server.service import Predictor, Service
 from attire.server.settings import Settings
-from attire.server.uploads import BodyLimits, ClientGone, JSON_TYPES, PICTURE_TYPES, check_headers, not_a_picture, parse_batch, whole_body
+from attire.server.uploads import (
+    JSON_TYPES,
+    PICTURE_TYPES,
+    BodyLimits,
+    ClientGone,
+    check_headers,
+    not_a_picture,
+    parse_batch,
+    whole_body,
+)
 
 _Result = TypeVar("_Result")
 _REPORT_POLICY = (

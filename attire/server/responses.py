@@ -76,7 +76,7 @@ def describe_model(classifier: Classifier, settings: Settings) -> dict[str, Any]
         "temperature": classifier.temperature,
         "image_size": classifier.architecture.image_size,
         "freeze_to": classifier.architecture.end,
-        "ood": None if ood_detector is None else ood_detector.to_json(),
+        "ood_detector": None if ood_detector is None else ood_detector.to_json(),
         "metadata": {name: classifier.metadata[name] for name in _PUBLIC_METADATA if name in classifier.metadata},
         "limits": {
             "upload_bytes": settings.max_upload,

@@ -99,7 +99,7 @@ class Service:
         (explanation,) = await _ask(self.explanations, [answer])
         if isinstance(explanation, Exception):
             raise explanation
-        return explanation
+        return dict(explanation)
 
     def _set_up_thread(self) -> None:
         torch.set_num_threads(self._threads)  # of the thread that calls it

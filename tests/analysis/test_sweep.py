@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from attire.analysis import sweep, taps
-from attire.analysis.sweep import Cell, Grid, Sweep
+from attire.analysis.sweep import Grid, Sweep, _Cell
 from attire.data.dataset import ImageDataset
 from attire.errors import AttireError, Stopped, UsageError
 from attire.features import cache
@@ -29,8 +29,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taps, "_PASS_SECONDS", 0.001)
 
 
-def cell(name: str, size: int, correct: int, speed: float, background: str = "black") -> Cell:
-    return Cell(name, size, 0, background, 100, 0.1, correct, 1000, speed)
+def cell(name: str, size: int, correct: int, speed: float, background: str = "black") -> _Cell:
+    return _Cell(name, size, 0, background, 100, 0.1, correct, 1000, speed)
 
 
 def test_every_size_boundary_and_pooling_gets_a_line(small_csv: Path, weights: Path, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_stopped_sweep_goes_on_and_scores_no_size_twice(
     score = sweep._Scorer.score
     sizes: list[object] = []
 
-    def stopping(self: sweep._Scorer, size: int, background: str) -> list[Cell]:
+    def stopping(self: sweep._Scorer, size: int, background: str) -> list[_Cell]:
         if size == 20 and not sizes.count("resumed"):
             raise KeyboardInterrupt
         sizes.append(size)

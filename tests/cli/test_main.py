@@ -144,7 +144,7 @@ def test_an_unknown_command_suggests_the_near_one(typed: str, hint: str) -> None
         ("--test-size 1.0", "--test-size: found 1.0, expected a fraction between 0 and 1, or a count"),
         ("--test-size nan", "--test-size: found nan, expected a fraction between 0 and 1, or a count"),
         ("--test-size 999999", "--test-size: found 999,999, expected fewer than the 60 rows of small.csv"),
-        ("--test-size abc", "--test-size: expected a share such as 0.2 or a count, found 'abc'"),
+        ("--test-size abc", "--test-size: expected a fraction such as 0.2 or a number, found 'abc'"),
         ("--recipe slow", "--recipe: expected one of fast, classic, frozen-best, best, found 'slow'"),
         ("--device gpu", "--device: expected one of auto, cpu, cuda, mps, found 'gpu'"),
         ("--device cuda", "--device: cuda was asked for, but PyTorch finds none here; try --device auto"),
@@ -237,8 +237,8 @@ def test_a_config_gives_the_same_run_again(finished: tuple[Path, Done], here: Pa
 
 def test_local_sources_are_taken_first(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    for name in ("official_data", "vgg16_weights"):
-        monkeypatch.setattr(fashion_mnist, name, taken(calls))
+    monkeypatch.setattr(fashion_mnist, "official_data", taken(calls))
+    monkeypatch.setattr(pretrained, "vgg16_weights", taken(calls))
     Path("empty.csv").touch()
     attire("train", "--data-from", "idx", "--weights-from", "vgg.pth", "--data", "empty.csv")
     assert [given for given, _ in calls] == [(Path("idx"),), (Path("vgg.pth"),)]
@@ -394,7 +394,7 @@ def test_compare_prints_pairs_or_one_json_object(finished: tuple[Path, Done], he
 
 def test_sweep_prints_its_proposal_or_one_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {"block3": 9.0, "block4": 5.0}
-    two = [sweep.Cell(name, 32, 0, "black", 100, 0.1, 900, 1000, speed) for name, speed in speeds.items()]
+    two = [sweep._Cell(name, 32, 0, "black", 100, 0.1, 900, 1000, speed) for name, speed in speeds.items()]
     calls: list[Any] = []
     monkeypatch.setattr(sweep, "sweep", taken(calls, sweep.Sweep(Path("there"), tuple(two), 30, 1000)))
     command = "attire train --freeze-to block3 --image-size 32 --pool 0"

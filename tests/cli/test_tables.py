@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from attire.analysis.bench import BenchmarkResult, _Candidate
-from attire.analysis.sweep import Cell, Sweep
+from attire.analysis.sweep import Sweep, _Cell
 from attire.cli.tables import bench_table, comparison_table, sweep_table, terminal_summary
 from attire.evaluation.intervals import wilson
 from attire.evaluation.metrics import evaluate
@@ -66,7 +66,7 @@ def test_a_comparison_has_a_line_for_each_run() -> None:
 
 def test_a_sweep_is_ranked_and_its_front_has_stars() -> None:
     correct = {"block2": (900, 500.0), "block3": (940, 400.0), "block4": (930, 100.0)}
-    cells = [Cell(name, 32, 0, "black", 100, 0.1, right, 1000, speed) for name, (right, speed) in correct.items()]
+    cells = [_Cell(name, 32, 0, "black", 100, 0.1, right, 1000, speed) for name, (right, speed) in correct.items()]
     lines = printed(sweep_table(Sweep(Path(), tuple(cells), 10, 1000)), 100).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["block3", "block4", "block2"]
     assert [line.rstrip().endswith("*") for line in lines[1:]] == [True, False, True]

@@ -15,7 +15,14 @@ from attire.errors import AttireError
 from attire.evaluation import figures
 from attire.evaluation.metrics import evaluate
 from attire.evaluation.model_card import model_card, write_model_card
-from attire.evaluation.report import _times, flatten_settings, format_duration, report_page, write_report
+from attire.evaluation.report import (
+    _times,
+    describe_training,
+    flatten_settings,
+    format_duration,
+    report_page,
+    write_report,
+)
 from attire.evaluation.run_result import (
     Predictions,
     _choose_galleries,
@@ -180,7 +187,7 @@ def test_galleries_choose_what_they_are_named_for() -> None:
 
 def test_drawings_are_the_same_every_time() -> None:
     result = make_result()
-    first, second = (figures.svg(figures.confusion_matrix(result.test.confusion, CLASSES)) for _ in range(2))
+    first, second = (figures._svg(figures.confusion_matrix(result.test.confusion, CLASSES)) for _ in range(2))
     assert first == second
     assert b"T-shirt/top" in first
 
@@ -240,3 +247,19 @@ def test_rows_per_class_take_one_line() -> None:
     even, uneven = {"rows_per_class": {"Coat": 6000, "Bag": 6000}}, {"rows_per_class": {"Coat": 1200, "Bag": 7}}
     assert flatten_settings({"train": even}) == [("train.rows_per_class", "6,000 each")]
     assert flatten_settings({"test": uneven}) == [("test.rows_per_class", "Coat 1,200, Bag 7")]
+
+
+def test_the_training_is_told_in_the_words_of_the_field() -> None:
+    recipe = {"freeze_to": "block2", "finetune_blocks": 1, "flips": True, "shifts": 0, "cutmix": 0.5}
+    text = describe_training({"recipe": recipe, "teacher": {"bundles": ["a"]}})
+    assert text.startswith(
+        "VGG16 is frozen up to block2; 1 block above that fine-tuned. Augmentation: mirrored pictures"
+    )
+    assert "CutMix. Distillation:" in text
+    result = make_result(config={"recipe": {**recipe, "freeze_to": "none", "finetune_blocks": 0, "tta": 2}})
+    for words in (Page(report_page(result)).words, model_card(result)):
+        assert (
+            "No block of VGG16 is frozen; only the head is trained. Augmentation: mirrored pictures, CutMix." in words
+        )
+    assert "Test-time augmentation: each answer averages 2 views" in report_page(result)
+    assert describe_training({"bundle": "runs/1/model"}) == ""

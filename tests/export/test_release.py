@@ -160,7 +160,7 @@ def test_predict_answers_right_after_install_without_torch(tmp_path: Path, synth
 
 
 def test_torch_answers_where_a_device_is_named_or_onnx_runtime_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert type(predict.open_model(None, "cpu")).__name__ == "Exported"
+    assert type(predict.open_model(None, "cpu")).__name__ == "ExportedModel"
     monkeypatch.setattr(predict, "find_spec", lambda name: None)
     assert type(predict.open_model(None, "cpu")).__name__ == "Classifier"
 

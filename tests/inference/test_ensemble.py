@@ -131,4 +131,4 @@ def test_the_command_tells_and_writes_what_compare_reads(pair: tuple[Path, Path]
     values = json.loads(attire("ensemble", "both/ensemble.json", "--data", everything, "--json").out)
     assert values["test"]["correct"] == load_result(here / "both").test.correct
     assert [Path(row["bundle"]).resolve() for row in values["members"]] == [path.resolve() for path in pair]
-    assert "mean of 2 bundles, 3 forward passes in all" in (here / "both/report.html").read_text()
+    assert "averages 2 bundles and takes 3 forward passes" in (here / "both/report.html").read_text()

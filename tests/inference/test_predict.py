@@ -216,7 +216,7 @@ def test_the_speed_is_told_to_a_terminal_alone(brightness: Brightness, monkeypat
 
 def test_save_inputs_writes_a_strip_a_picture(brightness: Brightness, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for `photos`: what is tested is which files get which strip."""
-    fake = SimpleNamespace(prepare=lambda source, name: source, strip=lambda photo: str(photo).encode())
+    fake = SimpleNamespace(prepare=lambda source, name: source, comparison_strip=lambda photo: str(photo).encode())
     monkeypatch.setitem(sys.modules, "attire.data.photos", fake)
     monkeypatch.setattr("attire.data.photos", fake, raising=False)
     for name in ("a.png", "x/a.png", "b.jpg"):

@@ -61,7 +61,7 @@ def visit(
     classifier.metadata.update(
         recipe={"name": "tiny", "epochs": 3, "flips": True},
         test={"n": 2000, "correct": 1880, "accuracy": 0.94, "accuracy_low": 0.9287, "accuracy_high": 0.9496},
-        backbone="ab" * 32,
+        backbone_digest="ab" * 32,
     )
     visitors: list[Visitor] = []
 
