@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from attire.blocks import BLOCKS, BLOCK_ENDS, CHANNELS, feature_shape, map_side
+from attire.blocks import BLOCK_ENDS, BLOCKS, CHANNELS, feature_shape, map_side
 from attire.errors import UsageError
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from attire.analysis.audit import Audit
-from attire.evaluation.pages import write_page
+from attire.evaluation.pages import render
 from attire.evaluation.png import data_uri, grey_png
 from attire.evaluation.run_result import csv_text
 from attire.storage.files import write_json, write_text
@@ -17,8 +17,7 @@ def write_audit(audit: Audit, folder: Path) -> Path:
     """Write audit.html, and every list in full as CSV; the figures in audit.json, written last. Returns the page."""
     for name, (header, rows) in _lists(audit).items():
         write_text(folder / f"{name}.csv", csv_text(header, rows))
-    page = write_page(
-        folder / "audit.html",
+    page = render(
         "analysis/audit.html",
         a=audit,
         sources=" and ".join(dict.fromkeys(data.source for data in audit.parts.values())),
@@ -26,8 +25,10 @@ def write_audit(audit: Audit, folder: Path) -> Path:
         balance=_class_balance(audit),
         **_galleries(audit),
     )
+    path = folder / "audit.html"
+    write_text(path, page)
     write_json(folder / "audit.json", audit.to_json())
-    return page
+    return path
 
 
 def _lists(audit: Audit) -> dict[str, tuple[list[str], list[list[Any]]]]:

@@ -13,10 +13,10 @@ from attire.data.dataset import ImageDataset
 from attire.data.loading import load_dataset, load_splits
 from attire.errors import AttireError, one_line
 from attire.evaluation.intervals import Interval, discordant, mcnemar, p_text, paired_difference
-from attire.evaluation.pages import write_page
+from attire.evaluation.pages import render
 from attire.evaluation.png import data_uri, grey_png
 from attire.evaluation.run_result import Predictions, RunResult, load_result
-from attire.storage.files import write_json
+from attire.storage.files import write_json, write_text
 
 _SHOWN = 48  # disagreements in a gallery
 
@@ -127,8 +127,7 @@ def write_comparison(comparison: _Comparison, path: Path) -> Path:
         (title, [_gallery_item(first, second, row, images) for row in rows])
         for title, rows in _disagreements(first, second)
     ]
-    page = write_page(
-        path,
+    page = render(
         "evaluation/compare.html",
         c=comparison,
         galleries=galleries,
@@ -136,8 +135,9 @@ def write_comparison(comparison: _Comparison, path: Path) -> Path:
         has_images=images is not None,
         runs=list(zip(comparison.names, comparison.results, strict=True)),
     )
+    write_text(path, page)
     write_json(path.with_suffix(".json"), comparison.to_json())
-    return page
+    return path
 
 
 def _test_images(results: Sequence[RunResult]) -> NDArray[np.uint8] | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from attire.evaluation.intervals import percent
-from attire.evaluation.report import FIGURES, describe_training, flatten_settings, format_interval
+from attire.evaluation.report import describe_training, figure_rows, flatten_settings
 from attire.evaluation.run_result import RunResult
 from attire.storage.files import write_text
 
@@ -69,7 +69,7 @@ def _description(result: RunResult) -> str:
 
 def _scores(result: RunResult) -> str:
     test = result.test
-    figures = [(name, *format_interval(getattr(test, key), in_percent)) for name, key, in_percent in FIGURES]
+    figures = [(name, value, bounds) for name, [(value, bounds)] in figure_rows([test])]
     classes = [
         (s.name, f"{s.support:,}", percent(s.precision.value), percent(s.recall.value), s.recall.span())
         for s in test.per_class

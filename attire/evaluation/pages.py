@@ -1,13 +1,11 @@
 """HTML pages that need nothing else: no script, no network, every picture and style inside."""
 
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from attire.evaluation.intervals import percent
-from attire.storage.files import write_text
 
 
 def render(template: str, **values: Any) -> str:
@@ -19,8 +17,3 @@ def render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader)
     environment.globals["percent"] = percent
     return environment.get_template(template).render(**values)
-
-
-def write_page(path: Path, template: str, **values: Any) -> Path:
-    write_text(path, render(template, **values))
-    return path

@@ -17,7 +17,7 @@ from attire.evaluation.run_result import RunResult
 from attire.storage.files import write_text
 
 # name on the page, attribute of Evaluation, whether it is shown in percent
-FIGURES = (
+_FIGURES = (
     ("Accuracy", "accuracy", True),
     ("Balanced accuracy", "balanced_accuracy", True),
     ("Right answer among the first two", "top2", True),
@@ -56,7 +56,7 @@ def report_page(result: RunResult) -> str:
         claim_meaning=_explain_claim(result.claim),
         scoring=_describe_scoring(result),
         training=describe_training(result.config),
-        figures=[(name, [format_interval(getattr(s, key), share) for s in sets]) for name, key, share in FIGURES],
+        figures=figure_rows(sets),
         methods=_describe_intervals(test),
         curves=list(_curves(result)),
         confusion=list(_shaded_confusion(test)),
@@ -67,8 +67,15 @@ def report_page(result: RunResult) -> str:
     )
 
 
-def format_interval(interval: Interval, in_percent: bool) -> tuple[str, str]:
-    """The value and its bounds, as text."""
+def figure_rows(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Name of each figure, and its value and bounds, as text, in each evaluation."""
+    return [
+        (name, [_format_interval(getattr(evaluation, key), in_percent) for evaluation in evaluations])
+        for name, key, in_percent in _FIGURES
+    ]
+
+
+def _format_interval(interval: Interval, in_percent: bool) -> tuple[str, str]:
     if in_percent:
         return percent(interval.value), interval.span()
     return f"{interval.value:.3f}", f"{interval.low:.3f}-{interval.high:.3f}"
@@ -89,8 +96,9 @@ def describe_training(config: Mapping[str, Any]) -> str:
         return ""
     start, count = recipe["freeze_to"], recipe["finetune_blocks"]
     text = "No block of VGG16 is frozen" if start == "none" else f"VGG16 is frozen up to {start}"
-    blocks = "1 block" if count == 1 else f"{count} blocks"
-    text += f", {blocks} above that fine-tuned." if count else "; only the head is trained."
+    where = "first" if start == "none" else "next"
+    blocks = f"{where} block is" if count == 1 else f"{where} {count} blocks are"
+    text += f"; the {blocks} fine-tuned." if count else "; only the head is trained."
     augmentations = [name for key, name in _AUGMENTATIONS.items() if recipe.get(key)]
     text += f" Augmentation: {', '.join(augmentations) or 'none'}."
     if config.get("teacher"):

@@ -249,17 +249,14 @@ def test_rows_per_class_take_one_line() -> None:
     assert flatten_settings({"test": uneven}) == [("test.rows_per_class", "Coat 1,200, Bag 7")]
 
 
-def test_the_training_is_told_in_the_words_of_the_field() -> None:
+def test_the_training_is_described_in_the_words_of_the_field() -> None:
     recipe = {"freeze_to": "block2", "finetune_blocks": 1, "flips": True, "shifts": 0, "cutmix": 0.5}
     text = describe_training({"recipe": recipe, "teacher": {"bundles": ["a"]}})
-    assert text.startswith(
-        "VGG16 is frozen up to block2; 1 block above that fine-tuned. Augmentation: mirrored pictures"
-    )
+    assert text.startswith("VGG16 is frozen up to block2; the next block is fine-tuned. Augmentation: mirrored")
     assert "CutMix. Distillation:" in text
     result = make_result(config={"recipe": {**recipe, "freeze_to": "none", "finetune_blocks": 0, "tta": 2}})
     for words in (Page(report_page(result)).words, model_card(result)):
-        assert (
-            "No block of VGG16 is frozen; only the head is trained. Augmentation: mirrored pictures, CutMix." in words
-        )
+        assert "No block of VGG16 is frozen; only the head is trained." in words
+        assert "Augmentation: mirrored pictures, CutMix." in words
     assert "Test-time augmentation: each answer averages 2 views" in report_page(result)
     assert describe_training({"bundle": "runs/1/model"}) == ""
