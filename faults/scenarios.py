@@ -110,7 +110,6 @@ SCENARIOS = {
         Scenario("tune", partial(train, more=TUNED), with_images, partial(go_on, more=TUNED), small_shards),
         Scenario("report", lambda root: ["report", "run"], finished),
         Scenario("evaluate", evaluated, finished, setting=small_shards),
-        Scenario("export-torch", partial(exported, "torch-export"), finished),
         Scenario("export-onnx", partial(exported, "onnx"), finished),
     )
 }

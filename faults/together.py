@@ -37,7 +37,7 @@ COMMAND = "from attire.cli.main import main; main()"
 EXTRACTS = """
 import sys, time
 import numpy as np, torch
-from attire import features
+from attire.features import cache
 
 def backbone(x):
     print("computes", time.monotonic(), flush=True)
@@ -48,7 +48,7 @@ def backbone(x):
 print("ready", flush=True)
 sys.stdin.readline()
 images = np.zeros((60, 28, 28), np.uint8)
-features.extract(images, "digest", features.FeatureSpec("block2", 16, 0, "x"), lambda: backbone)
+cache.extract(images, "digest", cache.FeatureSpec("block2", 16, 0, "x"), lambda: backbone)
 """
 REFUSED = """
 import sys, time

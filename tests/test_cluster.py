@@ -39,9 +39,10 @@ if TYPE_CHECKING:
     from attire.inference.classifier import Classifier
 
 ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray: pip install 'attire[ray]'")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ from PIL import Image
 import attire
 from attire.server.samples import read_samples
 
+pytestmark = pytest.mark.slow  # builds and installs
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -222,6 +222,7 @@ def sandbox(
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [command for command in OURS if not only_parsed(command)])
 def test_a_shown_command_runs(command: str, sandbox: Path) -> None:
     done = attire(*shlex.split(command))
@@ -241,6 +242,7 @@ def snippets() -> list[tuple[str, str]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "code"), snippets(), ids=[f"{page}-{i}" for i, (page, _) in enumerate(snippets())])
 def test_python_in_the_documents_runs(page: str, code: str, sandbox: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All of it, on small data; `images`, which the reader has, is given."""
@@ -331,6 +333,7 @@ def address(site: Path) -> Iterator[str]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_browser_asks_no_other_host_and_finds_words(address: str, site: Path) -> None:
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

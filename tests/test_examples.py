@@ -57,6 +57,7 @@ def test_the_story_has_every_part_of_the_method() -> None:
         assert part in code, part
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_notebook_runs_from_nothing(tmp_path: Path) -> None:
     """In an empty folder, on the subset it names; each cell prints what it printed, figures aside."""
@@ -113,6 +114,7 @@ def stated_interval(command: str) -> tuple[float, float, int]:
 COMMANDS = [line for line in PAGE.splitlines() if line.startswith("attire train")]
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("command", COMMANDS, ids=["csv", "idx", "photos"])
 def test_the_page_s_commands_reach_what_it_says(command: str, digits: Path, here: Path) -> None:

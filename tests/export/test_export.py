@@ -261,6 +261,7 @@ new MutationObserver(() => fetch("told", { method: "POST", body: told.innerHTML 
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_the_page_classifies_in_a_real_browser(tmp_path: Path) -> None:
     """examples/browser over a local server, in Chromium: its answer is the exported file's own."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

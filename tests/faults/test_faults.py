@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="the shim is for Linux"),
     pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="needs a C compiler"),
 ]
@@ -23,7 +24,7 @@ def faults(*arguments: str, out: Path) -> tuple[int, dict[str, dict[str, object]
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(("scenario", "every"), [("train", 13), ("tune", 67), ("report", 1), ("export-torch", 1)])
+@pytest.mark.parametrize(("scenario", "every"), [("train", 13), ("tune", 67), ("report", 1), ("export-onnx", 3)])
 def test_whoever_is_killed_loses_nothing(scenario: str, every: int, tmp_path: Path) -> None:
     status, found, said = faults(scenario, "--every", str(every), "--only", "kill", out=tmp_path / "out.json")
     assert status == 0, said

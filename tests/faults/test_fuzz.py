@@ -7,6 +7,8 @@ from types import ModuleType
 
 import pytest
 
+pytestmark = pytest.mark.slow  # fuzzers run by the minute
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.real,
     pytest.mark.skipif(sys.platform != "linux", reason="one clock for all processes, and SIGKILL"),
 ]

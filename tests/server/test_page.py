@@ -26,6 +26,8 @@ from tests.visitor import PATIENCE, Visitor
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+pytestmark = pytest.mark.slow  # a real browser
+
 PAGE = Path(app.__file__).with_name("page.html")
 FLAGS = (
     "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
