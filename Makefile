@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
+# Processes that run the tests.
+WORKERS ?= 2
 
 .PHONY: train test test-all check docs dist cover faults lock audit release-model bench-all clean help
 
@@ -26,10 +28,10 @@ train: $(READY)
 	@echo "attire is $(BIN)/attire; to type it bare: . $(BIN)/activate" >&2
 
 test: $(READY_DEV)
-	@$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow' $(ARGS)
 
 test-all: $(READY_DEV)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(READY_DEV)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

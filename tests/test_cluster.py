@@ -162,7 +162,7 @@ def test_a_node_that_would_compute_other_bits_is_refused(
     joined: "Cluster", work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compute = feature_cache.compute_features
-    monkeypatch.setattr(feature_cache, "compute_features", lambda *told: compute(*told) + np.float16(0.001))
+    monkeypatch.setattr(clusters, "compute_features", lambda *given: compute(*given) + np.float16(0.001))
     work.spec = FeatureSpec("block2", 16, 0, "of other bits", "fp32")  # which no worker has opened yet
     with pytest.raises(AttireError, match="computes other features than the machine that asks"):
         work.extract(joined.extract_shards)

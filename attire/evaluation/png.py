@@ -14,7 +14,7 @@ def grey_png(pixels: NDArray[np.uint8], **texts: str) -> bytes:
     info, buffer = PngInfo(), io.BytesIO()
     for key, text in texts.items():
         info.add_text(key, text)
-    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=info, optimize=True)
+    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
 
