@@ -176,6 +176,7 @@ def faultless(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return ranked.load(folder / "dropout" / "rank-0.npz")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", [0, 1])
 def test_of_a_killed_process_the_other_says_so_and_the_run_goes_on_bit_for_bit(
     who: int, faultless: Trained, tmp_path: Path
@@ -193,6 +194,7 @@ def test_of_a_killed_process_the_other_says_so_and_the_run_goes_on_bit_for_bit(
     assert all(same_weights(ranked.load(tmp_path / f"dropout/rank-{rank}.npz"), faultless) for rank in (0, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [f"SIGTERM 1 {STEPS + 2}", "SIGINT 0 3"])
 def test_one_that_is_asked_to_stop_stops_all_at_the_same_step(fault: str, faultless: Trained, tmp_path: Path) -> None:
     epoch, step = divmod(int(fault.split()[-1]), STEPS)
@@ -286,6 +288,7 @@ def script(here: Path) -> Path:
     return here / "killed.py"
 
 
+@pytest.mark.slow
 def test_attire_train_by_torchrun_is_the_run_of_one_process(
     script: Path, here: Path, small_csv: Path, weights: Path
 ) -> None:
@@ -312,6 +315,7 @@ def test_attire_train_by_torchrun_is_the_run_of_one_process(
     assert (here / "cut" / network).read_bytes() == (here / "two" / network).read_bytes()
 
 
+@pytest.mark.slow
 def test_seeds_and_folds_by_torchrun(script: Path, here: Path, small_csv: Path, weights: Path) -> None:
     for many, name in (("--seeds", "seeds.json"), ("--folds", "evaluation/metrics.json")):
         done = torchrun(
