@@ -7,7 +7,7 @@ from attire.storage.formats import is_folder
 
 MODEL_JSON, WEIGHTS = "model.json", "model.safetensors"
 GRAPH = "network.onnx"  # optional: how ONNX Runtime computes with WEIGHTS, see graphs.py
-SHIPPED = Path(__file__).parent.parent / "shipped"  # the bundle that is part of the package, see release.py
+_SHIPPED = Path(__file__).parent.parent / "shipped"  # the bundle that is part of the package, see release.py
 
 
 def find_bundle(path: str | Path | None = None) -> Path:
@@ -15,7 +15,7 @@ def find_bundle(path: str | Path | None = None) -> Path:
 
     Raises AttireError where there is none.
     """
-    folder = SHIPPED if path is None else Path(path)
+    folder = _SHIPPED if path is None else Path(path)
     if folder.name == MODEL_JSON:
         folder = folder.parent
     if not (folder / MODEL_JSON).exists() and (folder / "model" / MODEL_JSON).exists():

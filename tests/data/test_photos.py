@@ -11,7 +11,7 @@ from attire.data import photos
 from attire.data.loading import load_dataset
 from attire.data.photos import _PreparedPhoto, comparison_strip, prepare
 from attire.errors import AttireError
-from attire.inference.bundle_files import SHIPPED
+from attire.inference.bundle_files import _SHIPPED
 from attire.inference.classifier import load_bundle
 
 BOX = (60, 40, 140, 200)  # of the trousers below; their picture is 200 x 240
@@ -316,7 +316,7 @@ def photographed(image: NDArray[np.uint8]) -> bytes:
 
 @pytest.mark.real
 def test_test_images_photographed_again_keep_their_class() -> None:
-    model, data = load_bundle(SHIPPED, "cpu"), load_dataset(part="test")
+    model, data = load_bundle(_SHIPPED, "cpu"), load_dataset(part="test")
     images = data.images[:200]
     again = np.stack([prepare(photographed(image)).image for image in images])
     kept = model.predict_proba(images).argmax(1) == model.predict_proba(again).argmax(1)
@@ -342,6 +342,6 @@ def icon(name: str, cloth: tuple[int, ...], side: int = 128) -> bytes:
 @pytest.mark.parametrize("name", ["T-shirt/top", "Trouser", "Pullover"])
 @pytest.mark.parametrize("cloth", [(59, 136, 195, 255), (255, 204, 77, 255), (41, 47, 51, 255), (204, 214, 221, 255)])
 def test_plain_icons_are_named_and_most_are_accepted(name: str, cloth: tuple[int, ...]) -> None:
-    prediction = load_bundle(SHIPPED, "cpu").predict(prepare(icon(name, cloth)).image)
+    prediction = load_bundle(_SHIPPED, "cpu").predict(prepare(icon(name, cloth)).image)
     assert prediction.label == name
     assert not prediction.out_of_distribution or name == "T-shirt/top"

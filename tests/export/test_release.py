@@ -124,7 +124,7 @@ def test_the_command_prints_where_or_one_json_object(
 
 # What ships.
 
-SHIPPED = bundle_files.SHIPPED
+SHIPPED = bundle_files._SHIPPED
 
 
 def test_what_ships_is_whole_and_small_enough() -> None:

@@ -15,7 +15,7 @@ def test_a_bundle_is_found_by_its_folder_its_run_or_its_model_json(bundle: Path)
 
 
 def test_none_is_the_bundle_that_ships(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle_files, "SHIPPED", bundle)
+    monkeypatch.setattr(bundle_files, "_SHIPPED", bundle)
     assert find_bundle() == bundle
 
 

@@ -237,7 +237,7 @@ def test_save_inputs_writes_a_strip_a_picture(brightness: Brightness, monkeypatc
 
 
 def test_a_bundle_without_a_graph_is_answered_by_torch(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle_files, "SHIPPED", bundle)
+    monkeypatch.setattr(bundle_files, "_SHIPPED", bundle)
     picture("a.png", 7)
     assert attire("predict", "a.png", "--json").out == attire("predict", bundle, "a.png", "--json").out
     assert attire("predict", "--device", "gpu", "a.png").status == 2
