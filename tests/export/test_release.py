@@ -165,6 +165,7 @@ def test_torch_answers_where_a_device_is_named_or_onnx_runtime_is_not_there(monk
     assert type(predict.open_model(None, "cpu")).__name__ == "Classifier"
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_what_ships_scores_what_its_card_says_on_2_000_official_test_images() -> None:
     """By torch and by ONNX Runtime, exactly."""
