@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
-# Processes that run the tests.
+# Processes that run the tests; `make test` gives each one thread, so that they do not take each other's core.
 WORKERS ?= 2
 
 .PHONY: train test test-all check docs dist cover faults lock audit release-model bench-all clean help
@@ -28,7 +28,7 @@ train: $(READY)
 	@echo "attire is $(BIN)/attire; to type it bare: . $(BIN)/activate" >&2
 
 test: $(READY_DEV)
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow' $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow' $(ARGS)
 
 test-all: $(READY_DEV)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
