@@ -1,6 +1,7 @@
 """release, export, bench: a bundle made fit to ship, written for other runtimes, timed beside them."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -28,11 +29,8 @@ def release(run: Path, out: Path, as_json: bool) -> None:
     from attire.export.release import release as write_release
     from attire.terminal import Terminal
 
-    terminal = Terminal(as_json)
-    try:
+    with closing(Terminal(as_json)) as terminal:
         measured = write_release(run, out, terminal)
-    finally:
-        terminal.close()
     click.echo(json.dumps({"bundle": str(out), **measured}) if as_json else f"{out}")
 
 
@@ -66,11 +64,8 @@ def export(bundle: Path, kind: str, precision: str, out: Path | None, max_drop: 
     from attire.export.export import export as write_export
     from attire.terminal import Terminal
 
-    terminal = Terminal(as_json)
-    try:
+    with closing(Terminal(as_json)) as terminal:
         model = write_export(bundle, kind, out=out, precision=precision, max_drop=max_drop / 100, progress=terminal)
-    finally:
-        terminal.close()
     click.echo(json.dumps({"file": str(model.path), **model.metadata}) if as_json else f"{model.path}")
 
 
@@ -96,11 +91,8 @@ def bench(models: tuple[Path, ...], data: str | None, images: int, threads: int,
     from attire.cli.tables import bench_table
     from attire.terminal import Terminal, print_result
 
-    terminal = Terminal(as_json)
-    try:
+    with closing(Terminal(as_json)) as terminal:
         result = run_bench(models, data, images=images, threads=threads, progress=terminal)
-    finally:
-        terminal.close()
     with files.atomic_folder(folder) as part:
         picture = folder / write_bench(result, part).name
     if as_json:

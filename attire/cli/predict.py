@@ -1,6 +1,7 @@
 """predict, explain: answers for pictures, and where they come from."""
 
 import json
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,8 +89,7 @@ def _predict_parquet(source: str, out: str, model: "Model", path: Path | None, t
     from attire.inference.parquet_predict import model_digest, predict_parquet
     from attire.terminal import Terminal
 
-    terminal = Terminal(as_json)
-    try:
+    with closing(Terminal(as_json)) as terminal:
         summary = predict_parquet(
             source,
             out,
@@ -99,8 +99,6 @@ def _predict_parquet(source: str, out: str, model: "Model", path: Path | None, t
             progress=lambda done, total: terminal.advance("Pictures", done, total),
             warn=lambda line: click.echo(f"error: {line}", err=True),
         )
-    finally:
-        terminal.close()
     click.echo(json.dumps(summary.to_json()) if as_json else f"{summary}")
     return summary.errors
 
